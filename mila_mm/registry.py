@@ -1,0 +1,19 @@
+"""Registries of the scope ``mila_mm``, children of mmengine's.
+
+mmengine imports ``mila_mm.registry`` by itself when it meets ``type='mila_mm.MILA'``,
+and the ``locations`` below when it looks the name up, so a config needs no
+``custom_imports``.
+"""
+
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import Registry
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mila_mm', locations=['mila_mm.models'])
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mila_mm', locations=['mila_mm.datasets'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mila_mm', locations=['mila_mm.engine'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope='mila_mm',
+    locations=['mila_mm.engine'])

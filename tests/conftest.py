@@ -1,0 +1,31 @@
+"""Fixtures shared by all rooms."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE_DATA = Path(os.environ.get('MILA_MM_SAMPLE_DATA', ROOT.parent / 'shared' / 'data'))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+    """Return the root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def sample_data() -> Path:
+    """Return the folder with real images in the layouts of COCO and ADE20K; skips where there is none."""
+    if not (SAMPLE_DATA / 'coco8').is_dir():
+        pytest.skip(f'no sample images at {SAMPLE_DATA}; MILA_MM_SAMPLE_DATA names another folder')
+    return SAMPLE_DATA
