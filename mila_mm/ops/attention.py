@@ -1,0 +1,187 @@
+"""``mila_attention``: the public function, the choice of a backend, and the registered op behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import closed_form
+from .reference import mila_attention_reference
+
+BACKENDS = ('auto', 'triton', 'reference')
+
+# define + impl costs less Python time for each call than torch.library.custom_op; at batch 1 it exceeds the GPU's time.
+_library = torch.library.Library('mila_mm', 'DEF')
+_INPUTS = 'Tensor qk, Tensor v, Tensor? lepe_weight, Tensor? lepe_bias, Tensor? gate'
+_OPTIONS = 'SymInt height, SymInt width, int num_heads, float eps, float rope_base'
+_library.define(f'attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)')
+_library.define(f'attention_backward(Tensor grad_y, {_INPUTS}, Tensor state, Tensor key_mean, {_OPTIONS}) '
+                '-> (Tensor, Tensor, Tensor, Tensor, Tensor)')
+
+
+def _kernels(qk: Tensor, v: Tensor, num_heads: int):
+    """Return the module whose ``attention_forward`` and ``attention_backward`` serve these tensors."""
+    if v.is_cuda and why_not_triton(qk, v, num_heads) is None:
+        from . import triton
+        return triton
+    return closed_form
+
+
+def why_not_triton(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
+    """Return None where the Triton kernels can run on these tensors, else one line with what was expected and got."""
+    if not v.is_cuda:
+        return f'expected CUDA tensors, got {v.device.type}'
+    try:
+        from . import triton
+    except ImportError as error:
+        return f'expected the package triton, got {error}'
+    return triton.why_not(qk, v, num_heads)
+
+
+def _forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, gate: Tensor | None,
+             height: int, width: int, num_heads: int, eps: float, rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels(qk, v, num_heads).attention_forward(
+        qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base)
+
+
+def _backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
+              gate: Tensor | None, state: Tensor, key_mean: Tensor, height: int, width: int, num_heads: int,
+              eps: float, rope_base: float) -> tuple[Tensor, ...]:
+    grads = _kernels(qk, v, num_heads).attention_backward(
+        grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base)
+    # An op returns tensors only: an empty one stands for the gradient of an input that was not given.
+    return tuple(v.new_empty(0) if grad is None else grad for grad in grads)
+
+
+for _key in ('CPU', 'CUDA'):
+    _library.impl('attention_forward', _forward, _key)
+    _library.impl('attention_backward', _backward, _key)
+
+
+@torch.library.register_fake('mila_mm::attention_forward', lib=_library)
+def _fake_forward(qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base):
+    batch, tokens, channels = v.shape
+    d = channels // num_heads
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return (v.new_empty(batch, tokens, channels), v.new_empty(batch, num_heads, d, d, dtype=dtype),
+            v.new_empty(batch, num_heads, d, dtype=dtype))
+
+
+@torch.library.register_fake('mila_mm::attention_backward', lib=_library)
+def _fake_backward(grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps,
+                   rope_base):
+    def like(x: Tensor | None) -> Tensor:
+        return v.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(qk), like(v), like(lepe_weight), like(lepe_bias), like(gate)
+
+
+def _setup_context(ctx, inputs, output):
+    """Keep what the backward needs: the inputs, the state and the key mean; nothing more of an activation's size."""
+    _, state, key_mean = output
+    ctx.mark_non_differentiable(state, key_mean)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], state, key_mean)
+    ctx.options = inputs[5:]
+
+
+def _differentiate(ctx, grad_y, *_):
+    if grad_y is None:
+        return (None,) * 10
+    saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
+    grads = torch.ops.mila_mm.attention_backward(grad_y, *saved, *ctx.options)
+    given = [x is not None for x in saved[:5]]
+    return *(grad if there else None for grad, there in zip(grads, given, strict=True)), *(None,) * 5
+
+
+def _differentiate_twice(ctx, *_):
+    raise RuntimeError("mila_attention: expected one differentiation, got a second; take backend='reference' for it")
+
+
+torch.library.register_autograd('mila_mm::attention_forward', _differentiate, setup_context=_setup_context,
+                                lib=_library)
+torch.library.register_autograd('mila_mm::attention_backward', _differentiate_twice, lib=_library)
+
+
+def _check(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
+           spatial_shape: tuple[int, int], num_heads: int, gate: Tensor | None, backend: str) -> None:
+    """Raise ValueError, with what was expected and got, for arguments that do not fit together.
+
+    Messages are made only when needed: printing a size would pin it in a program compiled for any size.
+    """
+    def fail(expected: str, got: object) -> None:
+        raise ValueError(f'mila_attention: expected {expected}, got {got}')
+
+    if backend not in BACKENDS:
+        fail(f'backend to be one of {", ".join(BACKENDS)}', repr(backend))
+    if v.dim() != 3:
+        fail('v of shape (B, N, C)', tuple(v.shape))
+    batch, tokens, channels = v.shape
+    height, width = spatial_shape
+    if tokens != height * width:
+        fail(f'N = H * W tokens for spatial_shape {(height, width)}', tokens)
+    if qk.dim() != 3 or qk.shape[0] != batch or qk.shape[1] != tokens or qk.shape[2] != 2 * channels:
+        fail(f'qk of shape {(batch, tokens, 2 * channels)}', tuple(qk.shape))
+    if channels % 4:
+        fail('a width C divisible by 4 (RoPE turns pairs of channels on two axes)', channels)
+    if num_heads < 1 or channels % num_heads:
+        fail(f'num_heads to divide the width {channels}', num_heads)
+    if qk.dtype != v.dtype or not v.is_floating_point():
+        fail('qk and v of one floating dtype', (qk.dtype, v.dtype))
+    if (lepe_weight is None) != (lepe_bias is None):
+        fail('lepe_weight and lepe_bias, or neither', 'one of them')
+    if lepe_weight is not None and tuple(lepe_weight.shape) != (channels, 1, 3, 3):
+        fail(f'lepe_weight of shape {(channels, 1, 3, 3)}', tuple(lepe_weight.shape))
+    if lepe_bias is not None and tuple(lepe_bias.shape) != (channels,):
+        fail(f'lepe_bias of shape {(channels,)}', tuple(lepe_bias.shape))
+    if gate is not None and gate.shape != v.shape:
+        fail(f'gate of the shape of v, {tuple(v.shape)}', tuple(gate.shape))
+    if gate is not None and gate.dtype != v.dtype:
+        fail(f'gate of the dtype of v, {v.dtype}', gate.dtype)
+
+
+def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
+                   spatial_shape: tuple[int, int], num_heads: int, gate: Tensor | None = None, *,
+                   eps: float = 1e-6, rope_base: float = 10000.0, backend: str = 'auto') -> Tensor:
+    """The attention of a MILA block: everything between the qk projection and the output projection.
+
+    Computes ``(z * rope(f(q)) @ (rope(f(k))^T v / N) + lepe(v)) * silu(gate)`` per head with f = elu + 1 and
+    z = 1 / (f(q) . mean f(k) + eps), the normaliser without RoPE (MILA, arXiv 2405.16605, section 4). For 16-bit inputs
+    accumulation, RoPE tables and the normaliser are in fp32. Differentiable once in every tensor argument; for higher
+    orders take ``backend='reference'``.
+
+    Args:
+        qk: (B, N, 2C), as it leaves the Linear, q first; fp16, bf16, fp32 or fp64. Under autocast, qk, v and gate are
+            cast to autocast's dtype.
+        v: (B, N, C), of qk's dtype.
+        lepe_weight: (C, 1, 3, 3), the depthwise convolution on v; any floating dtype (fp32 master weights, say). None,
+            with lepe_bias, for no LePE.
+        lepe_bias: (C,), or None.
+        spatial_shape: (H, W) with N = H * W, tokens row by row.
+        num_heads: Heads; C must be a multiple of it, and of 4.
+        gate: (B, N, C) before its SiLU, or None for no gate.
+        eps: Added to the normaliser.
+        rope_base: Base of RoPE's frequencies.
+        backend: 'auto' takes the Triton kernels where they can run and the closed form of the reference elsewhere;
+            'triton' raises where they cannot run; 'reference' is :func:`mila_attention_reference`.
+
+    Returns:
+        (B, N, C) in v's dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or options that do not fit; the message says expected and got.
+        RuntimeError: ``backend='triton'`` where the Triton kernels cannot run.
+    """
+    _check(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate, backend)
+    device = v.device.type
+    if torch.is_autocast_enabled(device) and v.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        qk, v, gate = qk.to(dtype), v.to(dtype), None if gate is None else gate.to(dtype)
+    if backend == 'triton' and (reason := why_not_triton(qk, v, num_heads)) is not None:
+        raise RuntimeError(f"mila_attention: backend='triton' cannot run here: {reason}; take backend='auto'")
+    # A trace for ONNX or for counting operations must see plain operators, and other devices have no kernel.
+    if backend == 'reference' or torch.jit.is_tracing() or device not in ('cpu', 'cuda', 'meta'):
+        return mila_attention_reference(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate,
+                                        eps=eps, rope_base=rope_base)
+    args = (qk, v, lepe_weight, lepe_bias, gate, *spatial_shape, num_heads, eps, rope_base)
+    return torch.ops.mila_mm.attention_forward(*args)[0]

@@ -1,0 +1,135 @@
+"""Forward and backward of ``mila_attention`` in closed form: the CPU kernel of the registered op.
+
+The same mathematics as :mod:`mila_mm.ops.reference`, with few passes over memory and a backward that needs only what
+the caller holds anyway (qk, v, gate) and, per head, a d x d state and a mean key. It runs on any device.
+
+Notation, per batch and head, f = elu + 1, R_n the rotation at token n, N tokens::
+
+    k^ = f(k), k~ = R k^, q^ = f(q), q~ = R q^        S = (1/N) sum_n k~_n^T v_n,   m = (1/N) sum_n k^_n
+    z_n = 1 / (q^_n . m + eps),   P_n = z_n q~_n      o_n = P_n S + lepe(v)_n,      y_n = o_n silu(g_n)
+
+and, from dy, with do = dy silu(g), r_n = do_n S^T and e_n = -z_n <P_n, r_n>::
+
+    dq_n = (R_n^T z_n r_n + e_n m) f'(q_n)            dS = (1/N) sum_n P_n^T do_n,  dm = (1/N) sum_n e_n q^_n
+    dk_n = (R_n^T (v_n dS^T) + dm) f'(k_n)            dv_n = k~_n dS + lepe^T(do)_n
+    dg_n = dy_n o_n silu'(g_n)                        f'(x) = min(f(x), 1)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rope import rope_grid
+
+
+def _feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """elu + 1 as exp(min(x, 0)) + max(x, 0), in a new buffer of its own."""
+    return x.clamp(max=0).to(dtype).exp_().add_(x.clamp(min=0))
+
+
+def _rotate_(x: Tensor, grid: Tensor, inverse: bool = False) -> Tensor:
+    """Turn the pairs of x (B, N, halves, C) in place, in one pass: a pair times (cos + i sin) as a complex product."""
+    turns = torch.view_as_complex(grid)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    pairs.mul_(turns.conj().resolve_conj()[:, None] if inverse else turns[:, None])
+    return x
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) -> (B, heads, N, d), a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _normaliser(q: Tensor, key_mean: Tensor, eps: float) -> Tensor:
+    """z = 1 / (q^ . m + eps), (B, N, heads, 1), from q (B, N, heads, d) and m (B, heads, d)."""
+    # One product with a block-diagonal matrix reads q in place; a batched one would walk it head by head.
+    heads, d = key_mean.shape[1:]
+    blocks = torch.diag_embed(key_mean.transpose(1, 2)).permute(0, 2, 1, 3).reshape(-1, heads * d, heads)
+    return (q.flatten(2) @ blocks).add_(eps).reciprocal_().unsqueeze(-1)
+
+
+def _lepe(v: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """Depthwise 3x3 over the grid, (B, N, C)."""
+    image = v.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    out = F.conv2d(image, weight.to(v.dtype), bias.to(v.dtype), padding=1, groups=v.shape[-1])
+    return out.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def attention_forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
+                      gate: Tensor | None, height: int, width: int, num_heads: int, eps: float,
+                      rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y (B, N, C) in v's dtype, and in fp32 (fp64 for fp64 inputs) S (B, heads, d, d) and m (B, heads, d)."""
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    batch, tokens, channels = v.shape
+    features = _feature_map(qk, dtype).unflatten(-1, (2, channels))
+    values = v.to(dtype)
+    key_mean = features[:, :, 1].mean(dim=1).unflatten(-1, (num_heads, -1))
+    z = _normaliser(features[:, :, 0].unflatten(-1, (num_heads, -1)), key_mean, eps)
+    _rotate_(features, rope_grid(height, width, channels, rope_base, v.device, dtype))
+    state = _heads(features[:, :, 1], num_heads).transpose(-2, -1) @ _heads(values, num_heads)
+    state /= tokens
+    out = torch.empty(batch, tokens, num_heads, channels // num_heads, dtype=dtype, device=v.device)
+    torch.mul((_heads(features[:, :, 0], num_heads) @ state).transpose(1, 2), z, out=out)
+    out = out.flatten(2)
+    if lepe_weight is not None:
+        out += _lepe(values, lepe_weight, lepe_bias, height, width)
+    if gate is not None:
+        out *= F.silu(gate.to(dtype))
+    return out.to(v.dtype), state, key_mean
+
+
+def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
+                       gate: Tensor | None, state: Tensor, key_mean: Tensor, height: int, width: int, num_heads: int,
+                       eps: float, rope_base: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None,
+                                                              Tensor | None]:
+    """Compute the gradients of qk (one buffer, (B, N, 2C)), v, lepe_weight, lepe_bias and gate, each in its dtype."""
+    dtype = state.dtype
+    tokens, channels = v.shape[1:]
+    grid = rope_grid(height, width, channels, rope_base, v.device, dtype)
+    values = v.to(dtype)
+    features = _feature_map(qk, dtype)
+    slopes = features.clamp(max=1)
+    features = features.unflatten(-1, (2, channels))
+    q = features[:, :, 0].contiguous().unflatten(-1, (num_heads, -1))
+    z = _normaliser(q, key_mean, eps)
+    _rotate_(features, grid)
+    scaled = features[:, :, 0].unflatten(-1, (num_heads, -1)) * z  # P, (B, N, heads, d)
+
+    grad_gate, grad_out = None, grad_y.to(dtype)
+    if gate is not None:
+        out = (scaled.transpose(1, 2) @ state).transpose(1, 2).flatten(2)
+        if lepe_weight is not None:
+            out = out + _lepe(values, lepe_weight, lepe_bias, height, width)
+        grad_gate = torch.ops.aten.silu_backward(grad_out * out, gate.to(dtype)).to(gate.dtype)
+        grad_out = grad_out * F.silu(gate.to(dtype))
+    grad_out = grad_out.contiguous()
+
+    grad_heads = _heads(grad_out, num_heads)
+    r = (grad_heads @ state.transpose(-2, -1)).transpose(1, 2)  # (B, N, heads, d)
+    e = (scaled * r).sum(dim=-1, keepdim=True).mul_(z).neg_()
+    grad_state = scaled.permute(0, 2, 3, 1) @ grad_heads / tokens
+    grad_mean = (q * e).mean(dim=1)  # (B, heads, d)
+
+    grad_qk = torch.empty_like(features)
+    torch.mul(r, z, out=grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)))
+    grad_qk[:, :, 1].unflatten(-1, (num_heads, -1)).copy_(
+        (_heads(values, num_heads) @ grad_state.transpose(-2, -1)).transpose(1, 2))
+    _rotate_(grad_qk, grid, inverse=True)
+    grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)).addcmul_(e, key_mean[:, None])
+    grad_qk[:, :, 1] += grad_mean.flatten(1)[:, None]
+    grad_qk = grad_qk.flatten(2).mul_(slopes).to(qk.dtype)
+
+    grad_v = (_heads(features[:, :, 1], num_heads) @ grad_state).transpose(1, 2).flatten(2)
+    grad_weight = grad_bias = None
+    if lepe_weight is not None:
+        def image(x: Tensor) -> Tensor:
+            return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+        grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            image(grad_out), image(values), lepe_weight.to(dtype), [channels], [1, 1], [1, 1], [1, 1], False, [0, 0],
+            channels, [True, True, True])
+        grad_v = grad_v + grad_image.permute(0, 2, 3, 1).flatten(1, 2)
+        grad_weight, grad_bias = grad_weight.to(lepe_weight.dtype), grad_bias.to(lepe_bias.dtype)
+    return grad_qk, grad_v.to(v.dtype), grad_weight, grad_bias, grad_gate

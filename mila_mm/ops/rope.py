@@ -1,0 +1,97 @@
+"""Rotary position tables in 2-D, real-valued and in fp32 whatever the model's precision.
+
+With K = C / 4 and theta_i = base**(-i / K), channel pair j < K turns by row * theta_j and pair j >= K by
+column * theta_(j - K) (RoPE, arXiv 2104.09864, on two axes as in MILA, arXiv 2405.16605). At row 333 and theta 1 a
+bf16 angle would be off by one radian, so tables never take the dtype of the activations. They are cached per size and
+device, belong to no module and reach no state dict.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+_MAX_GRIDS = 32
+"""Grids kept: four stages of some eight input sizes; the least recently used one goes first."""
+
+_lines: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = {}
+_grids: OrderedDict[tuple[int, int, int, float, torch.device, torch.dtype], Tensor] = OrderedDict()
+
+
+def _angles(length: int, channels: int, base: float) -> Tensor:
+    """Return position * theta_i, (length, channels // 4), fp32, on the CPU so that every device gets the same bits."""
+    k = channels // 4
+    theta = 1.0 / base ** (torch.arange(k, dtype=torch.float32, device='cpu') / k)
+    return torch.arange(length, dtype=torch.float32, device='cpu')[:, None] * theta
+
+
+def rope_tables(length: int, channels: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions of one axis.
+
+    The table of a (channels, base, device) only ever grows, to the next power of two, so that a new image size seldom
+    builds one.
+
+    Args:
+        length: Positions needed; the larger of the grid's sides.
+        channels: Width C of the tokens, a multiple of 4.
+        base: Base of the geometric progression of frequencies.
+        device: Where the tables live.
+
+    Returns:
+        ``(cos, sin)``, each of shape (L, C // 4) with L >= length, fp32, contiguous.
+    """
+    key = (channels, float(base), torch.device(device))
+    tables = _lines.get(key)
+    if tables is None or tables[0].shape[0] < length:
+        # An inference tensor could not be saved for a later backward.
+        with torch.inference_mode(False), torch.no_grad():
+            angles = _angles(max(64, 1 << (length - 1).bit_length()), channels, base)
+            tables = angles.cos().to(device), angles.sin().to(device)
+        _lines[key] = tables
+    return tables
+
+
+def build_rope_grid(height: int, width: int, channels: int, base: float, device: torch.device,
+                    dtype: torch.dtype = torch.float32) -> Tensor:
+    """Build the table of a whole grid, uncached; see :func:`rope_grid`."""
+    k = channels // 4
+    rows = _angles(height, channels, base)[:, None].expand(height, width, k)
+    columns = _angles(width, channels, base)[None].expand(height, width, k)
+    angles = torch.cat((rows, columns), dim=-1).reshape(height * width, 2 * k)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).to(device=device, dtype=dtype)
+
+
+def rope_grid(height: int, width: int, channels: int, base: float, device: torch.device,
+              dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cosine and sine of every channel pair of every token of a grid.
+
+    Args:
+        height: Rows H of the grid.
+        width: Columns W of the grid.
+        channels: Width C of the tokens, a multiple of 4.
+        base: Base of the geometric progression of frequencies.
+        device: Where the table lives.
+        dtype: torch.float32, or torch.float64 for the same fp32 values cast up.
+
+    Returns:
+        (H * W, C // 2, 2), [..., 0] the cosine and [..., 1] the sine; cached, not to be written to.
+    """
+    key = (height, width, channels, float(base), torch.device(device), dtype)
+    grid = _grids.get(key)
+    if grid is None:
+        with torch.inference_mode(False), torch.no_grad():
+            grid = build_rope_grid(height, width, channels, base, device, dtype)
+        _grids[key] = grid
+        while len(_grids) > _MAX_GRIDS:
+            _grids.popitem(last=False)
+    else:
+        _grids.move_to_end(key)
+    return grid
+
+
+def clear_rope_cache() -> None:
+    """Forget every cached table, as after a run on many sizes when memory matters."""
+    _lines.clear()
+    _grids.clear()
