@@ -1,0 +1,83 @@
+"""Writing weights for others: the released code's names, or safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mila_mm.errors import UserError
+from mila_mm.weights import names
+from mila_mm.weights.load import read_checkpoint
+
+NAMINGS = ('released', 'project')
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    *,
+    naming: str = 'released',
+    layout: str | None = None,
+    image_size: int | None = None,
+    key: str | None = None,
+    part: str = 'all',
+) -> int:
+    """Write weights under another naming or in another format; optimizer and logs stay behind.
+
+    Args:
+        source: A name, address or path.
+        target: File to write: ``.safetensors``, or ``.pth`` / ``.pt`` for torch. It appears whole or not at all.
+        naming: ``'released'`` for what the released code loads, ``'project'`` for ours.
+        layout: Top-level key of a ``.pth`` under released names; see :func:`mila_mm.weights.to_released`.
+        image_size: Add the released code's RoPE tables for this image size.
+        key: The entry of the source that holds the weights.
+        part: ``'all'``, or ``'backbone'`` to leave out heads and prefix.
+
+    Returns:
+        Number of tensors written.
+
+    Raises:
+        UserError: If the source cannot be read, an option is wrong, or the target cannot be written.
+    """
+    target = Path(target).expanduser()
+    if naming not in NAMINGS or part not in ('all', 'backbone'):
+        raise UserError(f'export: expected naming of {NAMINGS} and part all or backbone, got {naming!r}, {part!r}')
+    if target.suffix not in ('.safetensors', '.pth', '.pt'):
+        raise UserError(f'{target}: expected a name that ends in .safetensors or .pth')
+    if not target.parent.is_dir():
+        raise UserError(f'{target.parent}: no such folder; make it first')
+    tensors: dict[str, Any] = read_checkpoint(source, key=key)['state_dict']
+    if part == 'backbone':
+        prefix = names.backbone_prefix(tensors)
+        if prefix is None:
+            raise UserError(f'{source}: no MILA backbone in it')
+        tensors = {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
+    if naming == 'released':
+        content = names.to_released(tensors, layout=layout, image_size=image_size)
+        tensors = next(iter(content.values()))
+    else:
+        content = {layout or 'state_dict': tensors}
+    # storages of their own: views would carry the whole of what they were cut from
+    tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    content = dict.fromkeys(content, tensors)
+    _write(target, content, tensors)
+    return len(tensors)
+
+
+def _write(target: Path, content: dict[str, Any], tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    scratch = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    try:
+        if target.suffix == '.safetensors':
+            save_file(tensors, scratch, metadata={'format': 'pt'})
+        else:
+            torch.save(content, scratch)
+        os.replace(scratch, target)
+    except OSError as error:
+        raise UserError(f'{target}: cannot be written ({error.strerror or error})') from error
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,264 @@
+"""From a name or an address to a file on this machine, fetched at most once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from filelock import FileLock, Timeout
+
+from mila_mm.weights import container
+from mila_mm.weights.cache import (
+    ENV_HOME,
+    ENV_MIRRORS,
+    ENV_OFFLINE,
+    Record,
+    Settings,
+    cache_dir,
+    read_record,
+    record_path,
+    settings,
+    sha256_of,
+    write_record,
+)
+from mila_mm.weights.download import SourceError, discard, download, is_plain_http
+from mila_mm.weights.errors import CheckpointError, DownloadError, MissingCheckpointError
+from mila_mm.weights.published import SCHEME, PublishedFile, find
+
+# torch.hub's convention: name-<first digits of the sha256>.pth
+_HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.[A-Za-z]+$')
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file to be had.
+
+    Attributes:
+        label: What messages call it.
+        url: Its official address.
+        path: Where it lies once it is here.
+        mirrored: Whether mirrors may hold it.
+        size: Bytes, if known beforehand.
+        sha256: Digest or its first digits, if known beforehand.
+    """
+
+    label: str
+    url: str
+    path: Path
+    mirrored: bool = False
+    size: int | None = None
+    sha256: str | None = None
+
+
+def wanted(source: str | PublishedFile) -> Wanted:
+    """Say where a named or addressed file would lie.
+
+    Args:
+        source: A published file, its name (``mila://`` optional), or an http(s) address.
+
+    Returns:
+        What to fetch and where it goes.
+
+    Raises:
+        UserError: If no published file has that name.
+    """
+    if isinstance(source, str) and source.startswith(('http://', 'https://')):
+        name = os.path.basename(unquote(urlsplit(source).path)) or 'download'
+        match = _HASH_IN_NAME.search(name)
+        if not match:
+            # Different files called model.pth must not be taken for one another.
+            stem, dot, ext = name.rpartition('.')
+            mark = hashlib.sha256(source.encode()).hexdigest()[:10]
+            name = f'{stem}-url{mark}.{ext}' if dot else f'{name}-url{mark}.pth'
+        return Wanted(source, source, cache_dir() / name, sha256=match[1] if match else None)
+    entry = find(source) if isinstance(source, str) else source
+    return Wanted(entry.label, entry.url, cache_dir() / entry.filename, True, entry.size, entry.sha256)
+
+
+def fetch(source: str | PublishedFile, *, progress: bool | None = None) -> Path:
+    """Return a file of weights on this machine, fetching it if it is not here yet.
+
+    Processes that ask at the same time share one download: the first takes a lock, which the system
+    releases should that process die, and the others wait for it.
+
+    Args:
+        source: A published file, its name (``mila://`` optional), or an http(s) address.
+        progress: Whether to show a progress bar on stderr; ``None`` shows it on terminals.
+
+    Returns:
+        Path of the whole, checked file.
+
+    Raises:
+        DownloadError: If it cannot be fetched; the message says how to place it by hand.
+        CheckpointError: If what lies there is damaged or not what was recorded.
+        UserError: If no published file has that name.
+    """
+    target = wanted(source)
+    options = settings()
+    if target.path.exists():
+        verify(target)
+        return target.path
+    if options.offline:
+        raise DownloadError(f'{target.label} is not in the cache and {ENV_OFFLINE} forbids fetching it\n'
+                            f'{_by_hand(target)}')
+    try:
+        target.path.parent.mkdir(parents=True, exist_ok=True)
+        with _Lock(target.path):
+            if not target.path.exists():
+                _fetch_locked(target, options, progress)
+                return target.path
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise DownloadError(f'{target.path.parent}: the cache cannot be written ({error.strerror}); set {ENV_HOME} to '
+                            'a folder that you may write') from error
+    verify(target)
+    return target.path
+
+
+class _Lock(FileLock):
+    """Lock beside a file, saying once that it waits."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path) + '.lock')
+
+    def __enter__(self) -> _Lock:
+        try:
+            self.acquire(timeout=2.0)
+        except Timeout:
+            _log(f'waiting for another process that fetches {self.lock_file.removesuffix(".lock")}')
+            self.acquire()
+        return self
+
+
+def _log(message: str, *, warning: bool = False) -> None:
+    import logging
+
+    logging.getLogger('mila_mm.weights').log(logging.WARNING if warning else logging.INFO, message)
+
+
+def _sources(target: Wanted, mirrors: Sequence[str]) -> list[str]:
+    """Mirrors in order, then the official address."""
+    if not target.mirrored:
+        return [target.url]
+    places = [m.format(file=target.path.name) if '{file}' in m else f'{m.rstrip("/")}/{target.path.name}'
+              for m in mirrors]
+    return [*places, target.url]
+
+
+def _fetch_locked(target: Wanted, options: Settings, progress: bool | None) -> None:
+    """Try every source; the file takes its name only when it is whole and what was expected."""
+    part = target.path.with_name(target.path.name + '.part')
+    failures = []
+    for source in _sources(target, options.mirrors):
+        _log(f'fetching {target.label} from {source} to {target.path}')
+        if is_plain_http(source) and not target.sha256:
+            _log(f'{source}: plain http to another machine, and no checksum is known: whoever is on the way can change '
+                 'the weights', warning=True)
+        try:
+            download(source, part, options, label=target.label, progress=progress)
+            record = _examine(target, part, source)
+        except (SourceError, CheckpointError) as error:
+            failures.append(f'{source}: {str(error).replace(f"{part}: ", "")}')
+            if isinstance(error, CheckpointError):
+                discard(part)  # whole but wrong: nothing to continue
+            continue
+        os.replace(part, target.path)
+        discard(part)
+        _sync_folder(target.path.parent)
+        write_record(target.path, record)
+        return
+    raise DownloadError(f'cannot fetch {target.label}: ' + '; '.join(failures) + f'\n{_by_hand(target)}')
+
+
+def _examine(target: Wanted, file: Path, source: str) -> Record:
+    """Check a whole file against all that is known beforehand.
+
+    Raises:
+        CheckpointError: If it is not a checkpoint, or not the one that was expected.
+    """
+    size = file.stat().st_size
+    if target.size is not None and size != target.size:
+        raise CheckpointError(f'{file}: {size:,} bytes, expected {target.size:,}; another file, or cut off')
+    container.check(file)
+    digest = sha256_of(file)
+    if target.sha256 is not None and not digest.startswith(target.sha256):
+        raise CheckpointError(f'{file}: sha256 {digest}, expected {target.sha256}; not the published file')
+    known = read_record(target.path)
+    if known is not None and known.sha256 != digest:
+        raise CheckpointError(
+            f'{file}: sha256 {digest} ({size:,} bytes), but {record_path(target.path)} recorded {known.sha256} '
+            f'({known.size:,} bytes) at first; if the change is intended, delete that record')
+    return Record(size, digest, file.stat().st_mtime_ns, source)
+
+
+def verify(target: Wanted, *, full: bool = False) -> Record:
+    """Check a file in the cache against its record, making the record if there is none.
+
+    Args:
+        target: The file.
+        full: Hash it even where size and time say that it is unchanged.
+
+    Returns:
+        Its record.
+
+    Raises:
+        FileNotFoundError: If it is not in the cache.
+        CheckpointError: If it is not what was recorded or published, or no checkpoint.
+    """
+    known = read_record(target.path)
+    stat = target.path.stat()
+    if known and not full and (stat.st_size, stat.st_mtime_ns) == (known.size, known.mtime_ns):
+        return known
+    try:
+        record = _examine(target, target.path, known.source if known else 'by hand')
+    except CheckpointError as error:
+        raise CheckpointError(f'{error}\ndelete it to have {target.label} fetched again') from error
+    try:
+        write_record(target.path, record)
+    except OSError as error:  # a cache that is shared read-only: usable, only hashed at each use
+        _log(f'{record_path(target.path)}: not written ({error.strerror}); the file is hashed at each use',
+             warning=True)
+    return record
+
+
+def _by_hand(target: Wanted) -> str:
+    """The way out of every failed fetch."""
+    mirrors = f'; {ENV_MIRRORS} names mirrors (base addresses or folders)' if target.mirrored else ''
+    return f'by hand: fetch {target.url} and save it as {target.path}{mirrors}'
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def local_path(source: str, *, progress: bool | None = None) -> Path:
+    """Turn whatever names a checkpoint into a file on this machine.
+
+    Args:
+        source: ``mila://name``, an http(s) address, or a path.
+        progress: See :func:`fetch`.
+
+    Returns:
+        The file.
+
+    Raises:
+        MissingCheckpointError: If a path does not exist (a FileNotFoundError as well).
+        DownloadError: If it cannot be fetched.
+        CheckpointError: If what lies in the cache is damaged.
+    """
+    if source.startswith((SCHEME, 'http://', 'https://')):
+        return fetch(source, progress=progress)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise MissingCheckpointError(f'{path}: no such checkpoint; published ones are named {SCHEME}tiny-in1k and so '
+                                     'on (`tools/weights.py list`)')
+    return path

@@ -1,0 +1,215 @@
+"""mmengine's checkpoint loaders, replaced by ones that never unpickle more than data.
+
+onedl-mmengine reads local files with a safe load that falls back to a full unpickle, and addresses
+with torch.hub, which unpickles fully at once. Its ``CheckpointLoader`` is a registry of readers by
+prefix, made to be extended: registering ours for every prefix is the one seam through which
+``load_from``, ``--resume``, ``init_cfg=dict(type='Pretrained')``, ``init_detector`` and the
+inferencers all read.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mila_mm.weights import names
+from mila_mm.weights.errors import CheckpointError
+from mila_mm.weights.fetching import local_path
+from mila_mm.weights.load import disarm
+from mila_mm.weights.published import SCHEME
+from mila_mm.weights.reader import read_file
+
+_OPENMMLAB = ('open-mmlab://', 'openmmlab://')
+_TORCHVISION = ('modelzoo://', 'torchvision://')
+_OBJECT_STORES = (r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
+
+
+def _prepared(content: Any, source: str) -> Any:
+    """Give files with a MILA in them our names; leave all others as they are."""
+    content = disarm(content)
+    if not isinstance(content, dict):
+        return content
+    layout = next((name for name in names.LAYOUTS if isinstance(content.get(name), dict)), '')
+    state_dict = content[layout] if layout else content
+    if names.backbone_prefix({key: None for key in state_dict if isinstance(key, str)}) is None:
+        return content
+    state_dict, layout = names.unwrap(content, source=source)
+    tensors, _ = names.to_project(state_dict)
+    rest = {name: value for name, value in content.items() if name != layout} if layout else {}
+    return {**rest, 'state_dict': tensors}
+
+
+def load_from_mila(filename: str, map_location: Any = None) -> Any:
+    """Read published weights by name, fetching them if need be.
+
+    Args:
+        filename: ``mila://`` and a name.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+
+    Returns:
+        The checkpoint with our names under ``state_dict``.
+
+    Raises:
+        UserError: If it is unknown, cannot be fetched or cannot be read.
+    """
+    return _prepared(read_file(local_path(filename), map_location), filename)
+
+
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """Read a local ``.pth`` or ``.safetensors`` file.
+
+    Args:
+        filename: Path; ``~`` is expanded.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read safely.
+    """
+    return _prepared(read_file(local_path(filename), map_location), filename)
+
+
+def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None, progress: Any = None) -> Any:
+    """Read a checkpoint from an address, fetching it once for all ranks of the machine.
+
+    Args:
+        filename: http or https address.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+        model_dir: Ignored; files go to the cache.
+        progress: Whether to show a progress bar; ``None`` shows it on terminals.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: If it cannot be fetched or read.
+    """
+    return _prepared(read_file(local_path(filename, progress=progress), map_location), filename)
+
+
+def load_from_torchvision(filename: str, map_location: Any = None) -> Any:
+    """Read a model of torchvision's zoo.
+
+    Args:
+        filename: ``torchvision://`` (or ``modelzoo://``) and a name.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: If it is unknown, cannot be fetched or cannot be read.
+    """
+    from mmengine.runner.checkpoint import get_torchvision_models
+
+    return load_from_http(_look_up(filename, get_torchvision_models()), map_location)
+
+
+def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
+    """Read a model of OpenMMLab's zoo.
+
+    Args:
+        filename: ``open-mmlab://`` (or ``openmmlab://``) and a name.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: If it is unknown, cannot be fetched or cannot be read.
+    """
+    from mmengine.runner import checkpoint as zoo
+
+    scheme, _, name = filename.partition('://')
+    place = _look_up(f'{scheme}://{zoo.get_deprecated_model_names().get(name, name)}', zoo.get_external_models())
+    if not place.startswith(('http://', 'https://')):
+        place = str(Path(zoo._get_mmengine_home()) / place)
+    return _prepared(read_file(local_path(place), map_location), filename)
+
+
+def load_from_mmcls(filename: str, map_location: Any = None) -> Any:
+    """Read the backbone of a model of mmpretrain's zoo.
+
+    Args:
+        filename: ``mmcls://`` and a name.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+
+    Returns:
+        The backbone's state dict, without prefix.
+
+    Raises:
+        UserError: If it is unknown, cannot be fetched or cannot be read.
+    """
+    from mmengine.runner.checkpoint import get_mmcls_models
+
+    content = load_from_http(_look_up(filename, get_mmcls_models()), map_location)
+    state_dict, _ = names.unwrap(content, source=filename)
+    return {'state_dict': {key.removeprefix('backbone.'): value for key, value in state_dict.items()
+                           if key.startswith('backbone.')}}
+
+
+def load_from_ceph(filename: str, map_location: Any = None, backend: str = 'petrel') -> Any:
+    """Read a checkpoint from an object store through mmengine's file backends.
+
+    Args:
+        filename: Address that starts with ``s3://`` or ``petrel://``, possibly after a cluster's name.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+        backend: Name of mmengine's backend.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be read safely.
+    """
+    from mmengine.fileio import get_file_backend
+
+    with tempfile.NamedTemporaryFile(suffix=Path(filename).suffix) as file:
+        file.write(get_file_backend(filename, backend_args={'backend': backend}).get(filename))
+        file.flush()
+        return _prepared(read_file(file.name, map_location), filename)
+
+
+def load_from_pavi(filename: str, map_location: Any = None) -> Any:
+    """Refuse: nothing is known of this service's files here.
+
+    Args:
+        filename: ``pavi://`` address.
+        map_location: Ignored.
+
+    Raises:
+        CheckpointError: Always.
+    """
+    raise CheckpointError(f'{filename}: pavi:// is not supported; download the file and give its path')
+
+
+def _look_up(filename: str, zoo: dict[str, str]) -> str:
+    name = re.sub(r'^[\w-]+://', '', filename)
+    if name not in zoo:
+        raise CheckpointError(f'{filename}: no such model in that zoo ({len(zoo)} models)')
+    return zoo[name]
+
+
+def register_loaders() -> None:
+    """Make every checkpoint that mmengine reads in this process go through this module.
+
+    Called by ``mila_mm.models`` and by the commands; a second call changes nothing.
+    """
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    for prefixes, loader in (
+        ('', load_from_local),
+        (SCHEME, load_from_mila),
+        (('http://', 'https://'), load_from_http),
+        (_TORCHVISION, load_from_torchvision),
+        (_OPENMMLAB, load_from_openmmlab),
+        ('mmcls://', load_from_mmcls),
+        (_OBJECT_STORES, load_from_ceph),
+        ('pavi://', load_from_pavi),
+    ):
+        CheckpointLoader.register_scheme(prefixes, loader, force=True)
