@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import mila_mm  # noqa: F401 - before any test imports mmdet, which looks for mmcv's ops once
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_DATA = Path(os.environ.get('MILA_MM_SAMPLE_DATA', ROOT.parent / 'shared' / 'data'))
 

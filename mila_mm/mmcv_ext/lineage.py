@@ -1,0 +1,94 @@
+"""Makes ``mmseg::...`` configs resolve in both lineages of OpenMMLab, and installs nothing, ever.
+
+mmengine looks up ``mmseg::`` under the distribution name 'mmsegmentation'. Under
+onedl-mmsegmentation that name is not installed: a ``_base_`` then fails, and
+``mmengine.hub.get_config`` runs pip, which overwrites onedl's files with upstream's. Here mmengine's
+table is corrected as soon as mmengine is imported, and its runtime ``pip install`` becomes an error.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NoReturn
+
+from mila_mm.errors import UserError
+
+MMSEG_DISTRIBUTIONS = ('mmsegmentation', 'onedl-mmsegmentation')
+
+
+def name_installed_mmseg(module: ModuleType) -> None:
+    """Let ``mmengine.config.utils.MODULE2PACKAGE['mmseg']`` name what is installed.
+
+    A checkout of mmseg that is only on the path is named by its module; where there is no mmseg
+    at all, the table stays as it is.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+    from importlib.util import find_spec
+
+    for name in MMSEG_DISTRIBUTIONS:
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            continue
+        module.MODULE2PACKAGE['mmseg'] = name
+        return
+    if find_spec('mmseg') is not None:
+        module.MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def refuse_installs(module: ModuleType) -> None:
+    """Replace the command with which ``mmengine.utils.install_package`` runs pip by an error."""
+
+    def call_command(cmd: Sequence[str]) -> NoReturn:
+        """Raise where mmengine would have installed a package at run time."""
+        raise UserError(
+            f"'{cmd[-1]}' is not installed, and mila_mm lets nothing install packages at run time (mmengine wanted "
+            f"to run '{' '.join(cmd)}'). Install it yourself, then run again."
+        )
+
+    module.call_command = call_command
+
+
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    'mmengine.config.utils': name_installed_mmseg,
+    'mmengine.utils.package_utils': refuse_installs,
+}
+
+
+class PatchFinder:
+    """Finds the modules of ``PATCHES`` where the other finders do, and patches them once they have run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the genuine spec, its loader followed by the patch; None for all other modules."""
+        if fullname not in PATCHES:
+            return None
+        specs = (f.find_spec(fullname, path, target) for f in sys.meta_path if not _is_ours(f))
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        run: Callable[[ModuleType], Any] = spec.loader.exec_module
+
+        def run_then_patch(module: ModuleType) -> None:
+            run(module)
+            PATCHES[fullname](module)
+
+        # The loader stays the genuine one, so that inspect and linecache still find the source.
+        spec.loader.exec_module = run_then_patch  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Patch mmengine's modules that are imported already, and the others when they will be."""
+    for name, patch in PATCHES.items():
+        if name in sys.modules:
+            patch(sys.modules[name])
+    sys.meta_path[:] = [f for f in sys.meta_path if not _is_ours(f)]
+    sys.meta_path.insert(0, PatchFinder())
+
+
+def _is_ours(finder: object) -> bool:
+    kind = finder if isinstance(finder, type) else type(finder)
+    return (kind.__module__, kind.__qualname__) == (PatchFinder.__module__, PatchFinder.__qualname__)
