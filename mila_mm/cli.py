@@ -1,0 +1,137 @@
+"""What the commands in ``tools/`` share: their parser, and how a failed run ends.
+
+Nothing here imports torch or mmengine, so that ``--help`` and a wrong flag answer at once.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mila_mm.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# Raised at import or at every start by the libraries below us. Each is about a choice of theirs
+# that no user of a command can change, and would bury the one line that the user can act upon.
+_NOISE = (
+    (UserWarning, r'Fail to import ``MultiScaleDeformableAttention``'),
+    (UserWarning, r'The draw is False'),
+    (UserWarning, r'The show is True'),
+    (UserWarning, r'faster_coco_eval is not installed'),
+    (UserWarning, r'Default ``avg_non_ignore`` is False'),
+    (UserWarning, r'The shape of value will convert from'),
+    (UserWarning, r'`reduce_zero_label` will be deprecated'),
+)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are a :class:`UserError` instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line.
+
+        Args:
+            message: What argparse found wrong.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(f'{message}\nRun {self.prog} --help for the arguments.')
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``train.py`` and ``test.py`` share, under OpenMMLab's names.
+
+    Args:
+        parser: Parser to add to.
+    """
+    parser.add_argument(
+        '--work-dir', metavar='DIR', help='folder for logs and checkpoints [./work_dirs/NAME_OF_THE_CONFIG]'
+    )
+    add_cfg_options(parser)
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed job [none]',
+    )
+    # torch.distributed.launch passes one of these spellings; torchrun sets LOCAL_RANK instead.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``; ``mila_mm.engine.load_config`` takes what it collects.
+
+    Args:
+        parser: Parser to add to.
+    """
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY=VALUE',
+        help='override entries of the config: key.of.entry=value, lists as key="[a,b]" or key=a,b, '
+        'tuples as key="(a,b)", without spaces; put it after CONFIG',
+    )
+
+
+def export_local_rank(args: argparse.Namespace) -> None:
+    """Set ``LOCAL_RANK`` for mmengine where the launcher only passed the flag.
+
+    Args:
+        args: Parsed arguments with ``local_rank``.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+
+
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Run a command; turn the user's mistakes into one message and an exit status.
+
+    Anything that is not a :class:`UserError` is a bug and keeps its traceback.
+
+    Args:
+        main: The command; takes the arguments, None for ``sys.argv[1:]``.
+        argv: Arguments without the name of the program. Defaults to None.
+
+    Returns:
+        The exit status: 0, or 2 after a mistake of the user's, or 130 after Ctrl-C.
+    """
+    for category, message in _NOISE:
+        warnings.filterwarnings('ignore', message=message, category=category)
+    try:
+        main(argv)
+    except UserError as error:
+        if os.environ.get('MILA_MM_TRACEBACK'):
+            raise
+        sys.stdout.flush()
+        rank = os.environ.get('RANK', '0') if int(os.environ.get('WORLD_SIZE', '1')) > 1 else None
+        who = 'error' if rank is None else f'error (rank {rank})'
+        sys.stderr.write(f'{who}: {user_message(error)}\n')
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write('interrupted\n')
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def user_message(error: UserError) -> str:
+    """Return the message of an error, also of one that a dataloader's worker raised.
+
+    torch raises a worker's exception again with the worker's whole traceback as its text;
+    the message is what follows the name of the exception there.
+
+    Args:
+        error: The error as it was caught.
+
+    Returns:
+        The message as it was raised.
+    """
+    text = str(error)
+    if text.startswith('Caught ') and 'Original Traceback' in text:
+        return text.rpartition(f'{UserError.__module__}.{UserError.__qualname__}: ')[2].strip()
+    return text

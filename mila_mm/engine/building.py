@@ -1,0 +1,126 @@
+"""Errors in a config that only show while its parts are built, said without a traceback."""
+
+import json
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mila_mm.engine.config import one_line
+from mila_mm.errors import UserError
+
+# mmengine up to 0.10 puts this before the message of whatever a constructor raised, once per level.
+_DECORATION = re.compile(r'^class `\w+` in [^:]*: ')
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turn the errors that wrong values in a config cause into a :class:`UserError`.
+
+    These are a ``type`` that no registry knows, arguments that a constructor does not take, and
+    values that it refuses with a message (``ValueError``, ``AssertionError``). Everything
+    else passes as it is.
+
+    Args:
+        what: What is being built, the first words of the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: As described.
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, KeyError, TypeError, FileNotFoundError, ImportError) as error:
+        message = _config_mistake(error)
+        if message is None:
+            raise
+        raise UserError(f'{what}: {message}') from error
+
+
+def _config_mistake(error: Exception) -> str | None:
+    """Return what to tell the user, None where the error is not about a value in the config."""
+    text = one_line(error)
+    while _DECORATION.match(text):
+        text = _DECORATION.sub('', text)
+    if isinstance(error, KeyError):
+        return text.partition('. Please check')[0] if 'registry' in text else None
+    if isinstance(error, TypeError):
+        # The call itself failed inside mmengine: the arguments do not fit the constructor's.
+        caller = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        return text if 'mmengine' in caller.parts or _DECORATION.match(str(error)) else None
+    return text if error.args else None
+
+
+@contextmanager
+def reading(what: str, ann_files: list[Path]) -> Iterator[None]:
+    """Name the annotation file where one turns out to be broken while a dataset or metric reads it.
+
+    The files are looked into only after something failed, so that sound ones are read once.
+
+    Args:
+        what: What is being built, the first words of the message.
+        ann_files: Annotation files that it reads.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: If one of the files is broken, or as :func:`building` says.
+    """
+    try:
+        with building(what):
+            yield
+    except Exception as error:
+        for path in ann_files:
+            fault = fault_of_annotations(path)
+            if fault:
+                raise UserError(f'{what}: annotation file {path} {fault}') from error
+        raise
+
+
+def fault_of_annotations(path: Path) -> str | None:
+    """Say what is wrong with a COCO annotation file.
+
+    Args:
+        path: The file; one that does not end in ``.json`` is not looked into.
+
+    Returns:
+        The rest of a sentence that begins with the file's name, or None if nothing is wrong.
+    """
+    if path.suffix != '.json':
+        return None
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        return f'cannot be read: {error.strerror}'
+    except json.JSONDecodeError as error:
+        return f'is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno} (cut short, or not JSON?)'
+    except UnicodeDecodeError:
+        return 'is not valid JSON: it is not text'
+    fault = _fault_of_layout(content)
+    return fault and f"is not in COCO's layout: {fault}"
+
+
+_COCO_FIELDS = {
+    'images': ('id', 'file_name', 'height', 'width'),
+    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
+    'categories': ('id', 'name'),
+}
+
+
+def _fault_of_layout(content: Any) -> str | None:
+    if not isinstance(content, dict):
+        return f'expected an object at its top, got a {type(content).__name__}'
+    for section, fields in _COCO_FIELDS.items():
+        entries = content.get(section)
+        if not isinstance(entries, list):
+            return f'it has no list {section!r}'
+        for index, entry in enumerate(entries):
+            absent = [field for field in fields if not isinstance(entry, dict) or field not in entry]
+            if absent:
+                return f'{section}[{index}] has no {absent[0]!r}'
+    return None

@@ -1,0 +1,212 @@
+"""Configs as the commands take them: a path, or ``mmdet::`` / ``mmseg::`` and a path in that package."""
+
+import difflib
+import importlib.util
+import inspect
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+from mila_mm.errors import UserError
+
+SCOPES = ('mmdet', 'mmseg')
+
+# Read by mmengine, mmdet, mmseg or this package at the top of a config, besides the runner's own arguments.
+_EXTRA_KEYS = (
+    'activation_checkpointing',
+    'compile',
+    'custom_imports',
+    'efficient_conv_bn_eval',
+    'load_strict',
+    'mila_weights',
+    'model_wrapper_cfg',
+    'runner_type',
+    'sync_bn',
+    'tta_model',
+    'tta_pipeline',
+)
+
+
+def load_config(name: str, cfg_options: Sequence[str] = ()) -> Config:
+    """Read a config and apply the overrides of the command line.
+
+    Args:
+        name: Path of a config file, or ``mmdet::FOLDER/FILE`` / ``mmseg::FOLDER/FILE`` for one
+            that comes with the installed package (``.py`` may be left out).
+        cfg_options: Overrides as ``key.of.entry=value``.
+
+    Returns:
+        The config; its ``filename`` is the file read.
+
+    Raises:
+        UserError: If the file or one of its bases does not exist or cannot be read, or an
+            override does not fit.
+    """
+    path = resolve_config(name)
+    try:
+        cfg = Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise UserError(f'config {name} builds on a file that does not exist: {one_line(error)}') from error
+    except Exception as error:  # a config is a program of the user's: whatever it raises is an error in it
+        raise UserError(f'config {name} cannot be read: {type(error).__name__}: {one_line(error)}') from error
+    merge_cfg_options(cfg, cfg_options)
+    if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
+        raise UserError(f"config {name} has no model with a 'type': it is a fragment for _base_, or not a config")
+    return cfg
+
+
+def resolve_config(name: str) -> Path:
+    """Find the file that a config's name stands for.
+
+    Args:
+        name: As for :func:`load_config`.
+
+    Returns:
+        Path of an existing file.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if '::' not in name:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        what = 'is a folder' if path.is_dir() else 'does not exist'
+        raise UserError(f'config {name} {what} (looked in {Path.cwd()}){_did_you_mean(path)}')
+    scope, _, inner = name.partition('::')
+    if scope not in SCOPES:
+        raise UserError(f'config {name}: unknown package {scope!r}, expected one of {", ".join(SCOPES)}')
+    spec = importlib.util.find_spec(scope)
+    if spec is None or spec.origin is None:
+        raise UserError(f'config {name} needs the package {scope}, which is not installed: {install_hint()}')
+    root = Path(spec.origin).parent / '.mim' / 'configs'
+    path = root / (inner if inner.endswith('.py') else f'{inner}.py')
+    if not path.is_file():
+        raise UserError(f'config {name} does not exist (looked for {path}){_did_you_mean(path, root)}')
+    return path
+
+
+def parse_cfg_options(items: Sequence[str]) -> dict[str, Any]:
+    """Parse ``key=value`` strings by mmengine's rules.
+
+    Args:
+        items: Strings of the command line.
+
+    Returns:
+        Dotted key to value.
+
+    Raises:
+        UserError: If an item is not of the form ``key=value`` or its brackets do not match.
+    """
+    options: dict[str, Any] = {}
+    parser = ArgumentParser()
+    parser.add_argument('--item', nargs=1, action=DictAction)
+    for item in items:
+        key, sign, value = item.partition('=')
+        if not sign or not key.strip():
+            raise UserError(f'--cfg-options: expected KEY=VALUE, got {item!r} (CONFIG goes before --cfg-options)')
+        if value.count('(') != value.count(')') or value.count('[') != value.count(']'):
+            raise UserError(f'--cfg-options: the brackets in {item!r} do not match (quote the value, no spaces in it)')
+        options.update(parser.parse_args([f'--item={item}']).item)
+    return options
+
+
+def merge_cfg_options(cfg: Config, items: Sequence[str]) -> None:
+    """Apply overrides to a config in place.
+
+    A first part of a key that neither the config nor the runner knows is refused: it would
+    be merged and never be read.
+
+    Args:
+        cfg: Config to change.
+        items: Overrides as ``key.of.entry=value``.
+
+    Raises:
+        UserError: If an override does not parse or does not fit the config.
+    """
+    options = parse_cfg_options(items)
+    known = _known_keys(cfg) if options else set()
+    for key, value in options.items():
+        top = key.partition('.')[0]
+        if top not in known:
+            close = difflib.get_close_matches(top, known, n=1)
+            raise UserError(
+                f'--cfg-options {key}={value}: nothing reads an entry {top!r} of this config'
+                + (f'; did you mean {close[0]!r}?' if close else '')
+            )
+        try:
+            cfg.merge_from_dict({key: value})
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise UserError(f'--cfg-options {key}={value} does not fit the config: {one_line(error)}') from error
+
+
+def scope_of(cfg: Config) -> str:
+    """Tell which library a config is for.
+
+    Args:
+        cfg: A config with a model.
+
+    Returns:
+        'mmdet' or 'mmseg'.
+
+    Raises:
+        UserError: If the config does not say, or the library is not installed.
+    """
+    prefix, dot, _ = str(cfg.model.get('type')).partition('.')
+    named = [cfg.get('default_scope'), prefix if dot else None, cfg.model.get('_scope_')]
+    scope = next((name for name in named if name in SCOPES), None)
+    if scope is None:
+        raise UserError(
+            f'is the config a detector or a segmentor? Its default_scope is {cfg.get("default_scope")!r}\n'
+            "Set default_scope='mmdet' or default_scope='mmseg' in it."
+        )
+    if importlib.util.find_spec(scope) is None:
+        raise UserError(f'the config needs the package {scope}, which is not installed: {install_hint()}')
+    return scope
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the message of an exception on one line.
+
+    Args:
+        error: Any exception.
+        limit: Length after which it is cut. Defaults to 300.
+
+    Returns:
+        The message; the type's name where the message is empty.
+    """
+    # str(KeyError('x')) carries quotes
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = ' '.join(text.split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + '...'
+
+
+def install_hint() -> str:
+    """Return how to install what is missing.
+
+    Returns:
+        A short instruction.
+    """
+    return 'pip install -r requirements.txt'
+
+
+def _known_keys(cfg: Config) -> set[str]:
+    from mmengine.runner import Runner
+
+    arguments = inspect.signature(Runner.__init__).parameters
+    return set(cfg.keys()) | (set(arguments) - {'self', 'cfg'}) | set(_EXTRA_KEYS)
+
+
+def _did_you_mean(path: Path, root: Path | None = None) -> str:
+    """Return '; did you mean X?' for a file with a name like it beside it, else ''."""
+    if not path.parent.is_dir():
+        return ''
+    names = [entry.name for entry in path.parent.iterdir() if entry.suffix in ('.py', '.yml', '.yaml', '.json')]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if not close:
+        return ''
+    suggestion = path.parent / close[0]
+    return f'; did you mean {suggestion.relative_to(root) if root else suggestion}?'

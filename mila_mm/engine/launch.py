@@ -1,0 +1,45 @@
+"""Distributed start on machines without a GPU, which mmengine does not do."""
+
+import os
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import is_distributed
+from torch import distributed
+
+from mila_mm.engine.checks import check_launcher
+
+_RANK_VARIABLES = {
+    'slurm': {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'},
+    'mpi': {
+        'RANK': 'OMPI_COMM_WORLD_RANK',
+        'WORLD_SIZE': 'OMPI_COMM_WORLD_SIZE',
+        'LOCAL_RANK': 'OMPI_COMM_WORLD_LOCAL_RANK',
+    },
+}
+
+
+def prepare_launch(cfg: Config, launcher: str) -> None:
+    """Set the launcher of a config and, on a CPU, join the processes over gloo.
+
+    mmengine's own start calls ``torch.cuda.set_device`` whatever the backend; with a process group
+    that is there already it leaves it alone.
+
+    Args:
+        cfg: Config to change.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        UserError: If the launcher's environment variables are not set.
+    """
+    check_launcher(launcher)
+    cfg.launcher = launcher
+    if launcher == 'none' or torch.cuda.is_available() or is_distributed():
+        return
+    for name, source in _RANK_VARIABLES.get(launcher, {}).items():
+        if source in os.environ:
+            os.environ[name] = os.environ[source]
+    # All tasks of a Slurm job agree on the port that tools/slurm_train.sh exports
+    os.environ.setdefault('MASTER_PORT', '29500')
+    os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
+    distributed.init_process_group('gloo')

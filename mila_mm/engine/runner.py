@@ -1,0 +1,318 @@
+"""mmengine's runner, strict where it is lenient, and clean when a run fails before it starts."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.evaluator import Evaluator
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.registry import RUNNERS
+from mmengine.runner import BaseLoop
+from mmengine.runner import Runner as MMEngineRunner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mila_mm.engine.building import building, fault_of_annotations, reading
+from mila_mm.engine.checkpoint import load_checkpoint_into
+from mila_mm.engine.loading import name_unreadable_files
+from mila_mm.errors import UserError
+from mila_mm.weights.load import read_checkpoint
+
+# What comes of it when mmengine's dataset packs an empty list.
+_NUMPY_OF_NO_IMAGE = 'need at least one array to concatenate'
+_FIRST_BATCH_HOOKS = ('before_train_iter', 'before_val_iter', 'before_test_iter')
+
+
+class Runner(MMEngineRunner):
+    """Runner with four differences to mmengine's.
+
+    - Checkpoints are read without running code, and must fit the model key by key unless the
+      config says ``load_strict=False``.
+    - Broken annotations, images and config values end in a :class:`UserError` that names them.
+    - Until the first batch is there, nothing counts as started: a run that fails
+      earlier removes the log folder and the work folder that it made, and has not replaced the config in it.
+    - A fixed name of the visualizer in the config does not tie a second run of the same process to the
+      first one's folder.
+
+    Takes the arguments of :class:`mmengine.runner.Runner`.
+    """
+
+    def __init__(self, *args: Any, work_dir: str, visualizer: Any = None, **kwargs: Any) -> None:
+        self._started = False
+        self._made_folders = _missing_folders(Path(work_dir).absolute())
+        if isinstance(visualizer, dict):
+            visualizer = {key: value for key, value in visualizer.items() if key != 'name'}
+        try:
+            super().__init__(*args, work_dir=work_dir, visualizer=visualizer, **kwargs)
+        except BaseException:
+            self._leave_nothing()
+            raise
+
+    def train(self) -> nn.Module:
+        """Train.
+
+        Returns:
+            The trained model.
+        """
+        return self._clean_unless_started(super().train)
+
+    def test(self) -> dict[str, float]:
+        """Test.
+
+        Returns:
+            The metrics.
+        """
+        return self._clean_unless_started(super().test)
+
+    def val(self) -> dict[str, float]:
+        """Validate.
+
+        Returns:
+            The metrics.
+        """
+        return self._clean_unless_started(super().val)
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call all hooks; the first batch marks the run as started.
+
+        Args:
+            fn_name: Name of the hooks' method.
+            **kwargs: Its arguments.
+        """
+        if not self._started and fn_name in _FIRST_BATCH_HOOKS:
+            self._started = True
+            super().dump_config()
+        super().call_hook(fn_name, **kwargs)
+
+    def dump_config(self) -> None:
+        """Wait with writing the config into the work folder until the run has started."""
+        if self._started:
+            super().dump_config()
+
+    def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
+        """Build the model.
+
+        Args:
+            model: A model or its config.
+
+        Returns:
+            The model.
+
+        Raises:
+            UserError: If a value in the config is refused.
+        """
+        with building('model'):
+            return super().build_model(model)
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
+        """Move the model to its device and wrap it for distributed training.
+
+        Args:
+            model_wrapper_cfg: Config of a wrapper, None for mmengine's ``MMDistributedDataParallel``.
+            model: The model.
+
+        Returns:
+            The model, wrapped in a distributed job.
+        """
+        if not self.distributed or model_wrapper_cfg is not None or get_device() != 'cpu':
+            return super().wrap_model(model_wrapper_cfg, model)
+        # mmengine names a GPU whatever the device is, which DistributedDataParallel refuses for a model on the CPU.
+        # SyncBN has no CPU kernel: each process normalises with its own batch.
+        return MMDistributedDataParallel(
+            module=revert_sync_batchnorm(model),
+            broadcast_buffers=False,
+            find_unused_parameters=self.cfg.get('find_unused_parameters', False),
+        )
+
+    def build_train_loop(self, loop: Any) -> BaseLoop:
+        """Build the training loop; a value in ``train_cfg`` that is refused is a :class:`UserError`."""
+        with building('train_cfg'):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: Any) -> BaseLoop:
+        """Build the validation loop; a value in ``val_cfg`` that is refused is a :class:`UserError`."""
+        with building('val_cfg'):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: Any) -> BaseLoop:
+        """Build the test loop; a value in ``test_cfg`` that is refused is a :class:`UserError`."""
+        with building('test_cfg'):
+            return super().build_test_loop(loop)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """Build the optimizer; a value in ``optim_wrapper`` that is refused is a :class:`UserError`."""
+        with building('optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """Build the schedulers; a value in ``param_scheduler`` that is refused is a :class:`UserError`."""
+        with building('param_scheduler'):
+            return super().build_param_scheduler(scheduler)
+
+    def register_hook(self, hook: Any, priority: Any = None) -> None:
+        """Register a hook; a value in its config that is refused is a :class:`UserError`."""
+        with building('hook'):
+            super().register_hook(hook, priority)
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """Build an evaluator.
+
+        Args:
+            evaluator: An evaluator, its config or a list of metrics' configs.
+
+        Returns:
+            The evaluator.
+
+        Raises:
+            UserError: If a value in the config is refused or an annotation file is broken.
+        """
+        metrics = evaluator if isinstance(evaluator, list) else [evaluator]
+        files = [Path(metric['ann_file']) for metric in metrics if isinstance(metric, dict) and metric.get('ann_file')]
+        with reading('evaluator', files):
+            return super().build_evaluator(evaluator)
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """Build a dataloader whose dataset names the files that it cannot read.
+
+        Args:
+            dataloader: A dataloader or its config.
+            seed: Seed of the sampler. Defaults to None.
+            diff_rank_seed: Whether ranks get different seeds. Defaults to False.
+
+        Returns:
+            The dataloader.
+
+        Raises:
+            UserError: If a value in the config is refused, an annotation file is broken, or the
+                dataset holds no image.
+        """
+        if isinstance(dataloader, DataLoader):
+            return dataloader
+        files = _annotation_files(dataloader.get('dataset'))
+        try:
+            with reading('dataset', files):
+                loader = MMEngineRunner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
+        except UserError as error:
+            if _NUMPY_OF_NO_IMAGE not in str(error):
+                raise
+            raise _no_image(files) from error
+        if len(loader.dataset) == 0:
+            raise _no_image(files)
+        name_unreadable_files(loader.dataset)
+        return loader
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = 'cpu', strict: bool | None = None, revise_keys: Any = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint, all of it or with a report of what did not fit.
+
+        Args:
+            filename: A file or an address.
+            map_location: As for :func:`torch.load`. Defaults to 'cpu'.
+            strict: Whether every key must match. Defaults to the config's ``load_strict``, which defaults to True.
+            revise_keys: Not supported.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            UserError: If it cannot be read or does not fit.
+        """
+        if revise_keys is not None:
+            raise NotImplementedError('revise_keys: rename the keys before loading')
+        checkpoint = read_checkpoint(filename, map_location)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        strict = self.cfg.get('load_strict', True) if strict is None else strict
+        load_checkpoint_into(model, checkpoint, f'checkpoint {filename}', strict)
+        self._has_loaded = True
+        return checkpoint
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume training from a checkpoint.
+
+        Args:
+            filename: A checkpoint that training wrote.
+            *args: As for mmengine's runner.
+            **kwargs: As for mmengine's runner.
+
+        Raises:
+            UserError: If the file holds weights only.
+        """
+        try:
+            super().resume(filename, *args, **kwargs)
+        except KeyError as error:
+            if error.args[0] not in ('meta', 'message_hub', 'epoch', 'iter'):
+                raise
+            raise UserError(
+                f'--resume: {filename} holds weights but no state of a training run (no {error.args[0]!r})\n'
+                'To start a new training from these weights: --cfg-options load_from=FILE'
+            ) from error
+
+    def _clean_unless_started(self, step: Any) -> Any:
+        try:
+            return step()
+        except BaseException:
+            if not self._started:
+                self._leave_nothing()
+            raise
+
+    def _leave_nothing(self) -> None:
+        """Remove what this run wrote, and nothing that was there or that another run writes."""
+        if int(os.environ.get('RANK', '0')) != 0:
+            return
+        log_dir = getattr(self, '_log_dir', None)
+        if log_dir is not None:
+            shutil.rmtree(log_dir, ignore_errors=True)
+        for folder in self._made_folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _missing_folders(path: Path) -> list[Path]:
+    """Return a folder and its parents as far as they do not exist yet, the deepest first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def _annotation_files(dataset: Any) -> list[Path]:
+    """Return the annotation files that a dataset's config names, through its wrappers."""
+    if not isinstance(dataset, dict):
+        return []
+    nested = [dataset.get('dataset'), *(dataset.get('datasets') or [])]
+    files = [file for inner in nested for file in _annotation_files(inner)]
+    if isinstance(dataset.get('ann_file'), str) and dataset['ann_file']:
+        files.append(Path(dataset.get('data_root') or '', dataset['ann_file']))
+    return files
+
+
+def _no_image(files: list[Path]) -> UserError:
+    """Return the error for a dataset in which nothing is left to read."""
+    for path in files:
+        fault = fault_of_annotations(path)
+        if fault:
+            return UserError(f'dataset: annotation file {path} {fault}')
+    return UserError(
+        'dataset: finds no image that it can use\n'
+        'Wrong folder or suffix, or metainfo.classes that do not occur in the annotations?'
+    )
+
+
+def build_runner(cfg: Config) -> MMEngineRunner:
+    """Build the runner of a config.
+
+    Args:
+        cfg: Complete config, with ``work_dir``.
+
+    Returns:
+        A :class:`Runner`, or what the config's ``runner_type`` names.
+    """
+    if 'runner_type' in cfg:
+        with building('runner'):
+            return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)

@@ -1,0 +1,180 @@
+"""Train a detector or segmentor."""
+
+from collections.abc import Sequence
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from mila_mm.engine.checkpoint import check_checkpoint_file
+from mila_mm.engine.checks import check_data
+from mila_mm.engine.config import load_config, scope_of
+from mila_mm.engine.launch import prepare_launch
+from mila_mm.engine.precision import check_precision, use_amp
+from mila_mm.engine.runner import build_runner
+from mila_mm.engine.setup import prepare, set_work_dir
+from mila_mm.errors import UserError
+
+
+def train(
+    config: str,
+    *,
+    work_dir: str | None = None,
+    resume: str | None = None,
+    pretrained: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    tensorboard: bool = False,
+    launcher: str = 'none',
+    cfg_options: Sequence[str] = (),
+) -> Runner:
+    """Train as a config says.
+
+    Args:
+        config: Path of a config, or ``mmdet::`` / ``mmseg::`` and a path there.
+        work_dir: Folder for logs and checkpoints. Defaults to ``./work_dirs/NAME_OF_THE_CONFIG``.
+        resume: 'auto' for the newest checkpoint in the work folder, or a checkpoint. Defaults to None.
+        pretrained: Weights that the backbone starts from, ``mila://NAME`` or a file. Defaults to None.
+        amp: Whether to use automatic mixed precision. Defaults to False.
+        auto_scale_lr: Whether to scale the learning rate to the total batch. Defaults to False.
+        tensorboard: Whether to log for TensorBoard as well. Defaults to False.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
+        cfg_options: Overrides as ``key.of.entry=value``.
+
+    Returns:
+        The runner after training; it knows ``work_dir``, ``log_dir`` and the model.
+
+    Raises:
+        UserError: For anything in the arguments, the config or the data that does not work.
+    """
+    cfg = load_config(config, cfg_options)
+    scope = scope_of(cfg)
+    set_work_dir(cfg, work_dir)
+    missing = [name for name in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not cfg.get(name)]
+    if missing:
+        raise UserError(f'config {config} cannot be trained: it has no {", ".join(missing)}')
+    set_resume(cfg, resume)
+    if pretrained is not None:
+        use_pretrained(cfg, pretrained)
+    if amp:
+        use_amp(cfg)
+    check_precision(cfg)
+    if auto_scale_lr:
+        use_auto_scale_lr(cfg)
+    if tensorboard:
+        add_tensorboard(cfg)
+    check_data(cfg, ['train', 'val'] if cfg.get('val_cfg') else ['train'])
+    # The trained model is tested by another command
+    for name in ('test_dataloader', 'test_cfg', 'test_evaluator'):
+        cfg[name] = None
+    prepare_launch(cfg, launcher)
+    prepare(cfg, scope)
+    add_resume_state(cfg)
+    runner = build_runner(cfg)
+    if (notice := starts_from_scratch(cfg)) is not None:
+        runner.logger.warning(notice)
+    runner.train()
+    return runner
+
+
+def set_resume(cfg: Config, resume: str | None) -> None:
+    """Settle where the run starts from: a checkpoint to resume, weights to load, or neither.
+
+    Args:
+        cfg: Config to change.
+        resume: 'auto', a checkpoint, or None for what the config says.
+
+    Raises:
+        UserError: If the checkpoint does not exist.
+    """
+    if resume == 'auto':
+        cfg.resume = True
+        cfg.load_from = None
+    elif resume is not None:
+        check_checkpoint_file(resume, '--resume')
+        cfg.resume = True
+        cfg.load_from = resume
+    elif cfg.get('load_from'):
+        check_checkpoint_file(cfg.load_from, 'load_from')
+
+
+def add_resume_state(cfg: Config) -> None:
+    """Let checkpoints hold what a run needs to continue exactly.
+
+    Args:
+        cfg: Config to change.
+    """
+    hooks = list(cfg.get('custom_hooks') or [])
+    if not any(isinstance(hook, dict) and hook.get('type') == 'mila_mm.ResumeStateHook' for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='mila_mm.ResumeStateHook')]
+
+
+def use_auto_scale_lr(cfg: Config) -> None:
+    """Turn on the scaling of the learning rate to the total batch.
+
+    Args:
+        cfg: Config to change.
+
+    Raises:
+        UserError: If the config does not say for which batch its learning rate is meant.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise UserError(
+            '--auto-scale-lr: the config does not say for which total batch its learning rate is meant\n'
+            'Add it: --cfg-options auto_scale_lr.base_batch_size=16'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def add_tensorboard(cfg: Config) -> None:
+    """Let the visualizer write TensorBoard's event files beside the JSON log.
+
+    Args:
+        cfg: Config to change.
+
+    Raises:
+        UserError: If tensorboard is not installed.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec('tensorboard') is None:
+        raise UserError('--tensorboard: the package tensorboard is not installed: pip install tensorboard')
+    visualizer = cfg.get('visualizer') or dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
+    backends = list(visualizer.get('vis_backends') or [])
+    if not any(backend.get('type') == 'TensorboardVisBackend' for backend in backends):
+        backends.append(dict(type='TensorboardVisBackend'))
+    cfg.visualizer = {**visualizer, 'vis_backends': backends}
+
+
+def use_pretrained(cfg: Config, weights: str) -> None:
+    """Let the backbone start from weights.
+
+    Args:
+        cfg: Config to change.
+        weights: ``mila://NAME`` or a file.
+
+    Raises:
+        UserError: If the config has no backbone.
+    """
+    if not isinstance(cfg.get('model'), dict) or 'backbone' not in cfg.model:
+        raise UserError('--pretrained: the config has no model.backbone for the weights')
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=weights)
+
+
+def starts_from_scratch(cfg: Config) -> str | None:
+    """Say so where a published size of MILA is about to be trained from random weights.
+
+    Args:
+        cfg: Config of the run.
+
+    Returns:
+        One line for the log, or None where there is nothing to say.
+    """
+    backbone = cfg.model.get('backbone') or {}
+    arch = backbone.get('arch', 'tiny')
+    known = backbone.get('type') in ('MILA', 'mila_mm.MILA') and arch in ('tiny', 'small', 'base')
+    if not known or backbone.get('init_cfg') or cfg.get('load_from') or cfg.get('resume'):
+        return None
+    return (
+        f'The backbone starts from random weights, while the published results start from ImageNet: '
+        f'--pretrained mila://{arch}-in1k'
+    )

@@ -1,0 +1,41 @@
+# Sourced by dist_train.sh and dist_test.sh: start a script once per GPU with torchrun.
+#
+# launch SCRIPT GPUS ARGUMENT...   from the variables
+#   NNODES=1 NODE_RANK=0           number of machines, and which one this is
+#   MASTER_ADDR=127.0.0.1          address of machine 0
+#   PORT                           port on machine 0; without one a free port on one machine, 29500 on several
+#   PYTHON                         interpreter; without one that of .venv beside tools/, or python
+
+TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$TOOLS")
+
+pick_python() {
+    if [[ -n "${PYTHON:-}" ]]; then
+        echo "$PYTHON"
+    elif [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$ROOT/.venv/bin/python" ]]; then
+        echo "$ROOT/.venv/bin/python"
+    else
+        echo python
+    fi
+}
+
+launch() {
+    local script=$1 gpus=$2
+    shift 2
+    if ! [[ "$gpus" =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: GPUS: expected a positive number of processes, got '$gpus'" >&2
+        exit 2
+    fi
+    local nnodes=${NNODES:-1} rendezvous
+    if [[ "$nnodes" == 1 && -z "${PORT:-}" ]]; then
+        # Port 0: torchrun takes a free one, so two jobs on one machine do not meet.
+        rendezvous=(--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0 --local-addr=127.0.0.1)
+    else
+        rendezvous=(--node-rank="${NODE_RANK:-0}" --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}")
+    fi
+    # One thread per process unless told otherwise: torchrun and mmengine do the same, each with a warning.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    exec "$(pick_python)" -m torch.distributed.run --nnodes="$nnodes" --nproc-per-node="$gpus" \
+        "${rendezvous[@]}" "$script" "$@" --launcher pytorch
+}

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train as a Slurm job: tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [arguments of tools/train.py]
+#   GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5   size of the job, and how it lies on the machines
+#   SRUN_ARGS                                more arguments of srun
+#   MASTER_PORT                              port on the first machine; without one 20000 to 29999 by chance
+#   PYTHON                                   interpreter; without one that of .venv beside tools/, or python
+set -euo pipefail
+if [[ $# -lt 4 ]]; then
+    echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [arguments of tools/train.py]" >&2
+    exit 2
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+if ! command -v srun > /dev/null; then
+    echo "error: srun not found: this script runs where Slurm is installed; tools/dist_train.sh needs none" >&2
+    exit 2
+fi
+PARTITION=$1 JOB_NAME=$2 CONFIG=$3 WORK_DIR=$4
+GPUS=${GPUS:-8}
+GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
+# Chosen here, once, since every task of the job must have the same.
+export MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 10000))}
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# SRUN_ARGS is a list of words.
+# shellcheck disable=SC2086
+exec srun -p "$PARTITION" --job-name="$JOB_NAME" --gres="gpu:$GPUS_PER_NODE" --ntasks="$GPUS" \
+    --ntasks-per-node="$GPUS_PER_NODE" --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
+    "$(pick_python)" -u "$TOOLS/train.py" "$CONFIG" --work-dir "$WORK_DIR" "${@:5}" --launcher slurm

@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Train a detector or segmentor: ``python tools/train.py CONFIG``."""
+
+import sys
+from collections.abc import Sequence
+
+import mila_mm  # noqa: F401  installs the stand-in for mmcv._ext before anything imports mmcv
+from mila_mm import cli
+
+
+def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        argv: Arguments, None for ``sys.argv[1:]``.
+
+    Returns:
+        The arguments.
+    """
+    parser = cli.ArgumentParser(description='Train a detector (mmdet) or a segmentor (mmseg).')
+    parser.add_argument('config', metavar='CONFIG', help='config file, or mmdet::FOLDER/FILE, mmseg::FOLDER/FILE')
+    cli.add_run_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='continue from CHECKPOINT, without one from the newest in the work dir',
+    )
+    parser.add_argument(
+        '--pretrained',
+        metavar='WEIGHTS',
+        help='start the backbone from these weights: mila://tiny-in1k (small, base) or a file; '
+        'tools/weights.py list names all',
+    )
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (needs a GPU)')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by total batch / auto_scale_lr.base_batch_size of the config',
+    )
+    parser.add_argument(
+        '--tensorboard', action='store_true', help='also log for TensorBoard; see it by: tensorboard --logdir WORK_DIR'
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says.
+
+    Args:
+        argv: Arguments, None for ``sys.argv[1:]``.
+    """
+    args = parse_args(argv)
+    cli.export_local_rank(args)
+    from mila_mm.engine import train
+
+    train(
+        args.config,
+        work_dir=args.work_dir,
+        resume=args.resume,
+        pretrained=args.pretrained,
+        amp=args.amp,
+        auto_scale_lr=args.auto_scale_lr,
+        tensorboard=args.tensorboard,
+        launcher=args.launcher,
+        cfg_options=args.cfg_options,
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run(main))
