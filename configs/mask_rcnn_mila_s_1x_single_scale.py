@@ -1,0 +1,3 @@
+_base_ = './mask_rcnn_mila_t_1x_single_scale.py'
+
+model = dict(backbone=dict(arch='small'))
