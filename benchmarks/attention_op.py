@@ -1,0 +1,191 @@
+"""Time and memory of the attention op on a GPU, against a transcription of its formula, eager and compiled.
+
+    python benchmarks/attention_op.py                         # everything, to benchmarks/results/attention_op.json
+    python benchmarks/attention_op.py --sizes 800x1280x1 --dtypes bf16 --stages 1
+    python benchmarks/report.py benchmarks/results/attention_op.json      # the table and the plot
+
+What is timed is what the op covers: from the output of the qk projection to the product with the gate. Before any
+timing each implementation's output and gradients are held to an fp64 reference on a smaller map; one that fails is not
+timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import measure  # noqa: E402
+from transcription import rope  # noqa: E402
+
+from mila_mm.ops import mila_attention, mila_attention_reference, why_not_triton  # noqa: E402
+
+# Image height, width, batch; maps of the stages are a 4th, 8th, 16th and 32nd of it.
+SIZES = ((224, 224, 64), (800, 1280, 1), (800, 1280, 2), (800, 1280, 8), (512, 2048, 2), (2048, 2048, 1))
+CHANNELS, HEADS = (64, 128, 256, 512), (2, 4, 8, 16)
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+# Passes over a (B, N, C) tensor in two sweeps that keep nothing between them: k, v; q, v, gate, y.
+# Backward: dy, q, v, gate, dgate, do, dq; k, v, do, dk, dv.
+FORWARD_PASSES, BACKWARD_PASSES = 6, 12
+# Root mean square error against fp64, of the output and of the gradients, that an implementation may have.
+LIMITS = {'bf16': (8e-3, 2e-2), 'fp16': (1e-3, 3e-3), 'fp32': (1e-5, 1e-4)}
+
+Op = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
+
+
+def transcribed(qk: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, height: int, width: int,
+                heads: int) -> Tensor:
+    """The formula as ``transcription.LinearAttention`` writes it, behind its qk projection, with the gate."""
+    b, n, c = v.shape
+
+    def split(t: Tensor) -> Tensor:
+        return t.reshape(b, n, heads, c // heads).permute(0, 2, 1, 3)
+
+    q, k = qk.reshape(b, n, 2, c).permute(2, 0, 1, 3).unbind(0)
+    q, k = F.elu(q) + 1.0, F.elu(k) + 1.0
+    q_rope = split(rope(q.reshape(b, height, width, c), height, width).reshape(b, n, c))
+    k_rope = split(rope(k.reshape(b, height, width, c), height, width).reshape(b, n, c))
+    z = 1 / (split(q) @ split(k).mean(dim=-2, keepdim=True).transpose(-2, -1) + 1e-6)
+    kv = (k_rope.transpose(-2, -1) * n**-0.5).to(v.dtype) @ (split(v) * n**-0.5)
+    out = (q_rope.to(v.dtype) @ kv * z).transpose(1, 2).reshape(b, n, c)
+    grid = v.reshape(b, height, width, c).permute(0, 3, 1, 2)
+    lepe = F.conv2d(grid, weight.to(v.dtype), bias.to(v.dtype), padding=1, groups=c)
+    return (out + lepe.permute(0, 2, 3, 1).reshape(b, n, c)) * F.silu(gate)
+
+
+def ours(qk: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, height: int, width: int,
+         heads: int) -> Tensor:
+    """The op, by Triton or not at all."""
+    return mila_attention(qk, v, weight, bias, (height, width), heads, gate, backend='triton')
+
+
+def draw(batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Random leaves (qk, v, weight, bias, gate) and a gradient of the output."""
+    tokens = height * width
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device='cuda', dtype=dtype)
+
+    inputs = [
+        normal(batch, tokens, 2 * channels, dtype=dtype), normal(batch, tokens, channels, dtype=dtype),
+        normal(channels, 1, 3, 3) / 3, normal(channels), normal(batch, tokens, channels, dtype=dtype),
+    ]
+    return [x.requires_grad_() for x in inputs], normal(batch, tokens, channels, dtype=dtype)
+
+
+def worst_errors(op: Op, dtype: torch.dtype, channels: int, heads: int) -> tuple[float, float]:
+    """Root mean square error of the output, and the worst of the gradients, against fp64 on a map of 40 x 56."""
+    height, width = 40, 56
+    inputs, grad_y = draw(2, height, width, channels, dtype)
+    y = op(*inputs, height, width, heads)
+    grads = torch.autograd.grad(y, inputs, grad_y)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    exact = mila_attention_reference(*doubles[:4], (height, width), heads, doubles[4])
+    exact_grads = torch.autograd.grad(exact, doubles, grad_y.double())
+
+    def error(got: Tensor, want: Tensor) -> float:
+        value = ((got.double() - want).norm() / want.norm()).item()
+        return math.inf if math.isnan(value) else value
+
+    return error(y, exact), max(error(a, b) for a, b in zip(grads, exact_grads, strict=True))
+
+
+def measure_one(op: Op, inputs: list[Tensor], grad_y: Tensor, size: tuple[int, int, int]) -> dict[str, Any]:
+    """Times and peak memory of forward, and of forward and backward, eager and replayed from a CUDA graph."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            op(*inputs, *size)
+
+    def both() -> None:
+        torch.autograd.grad(op(*inputs, *size), inputs, grad_y)
+
+    return {
+        'forward': measure.timed(forward), 'both': measure.timed(both),
+        'forward_graph': measure.timed_graph(forward), 'both_graph': measure.timed_graph(both),
+        'forward_peak_bytes': measure.peak_bytes(forward), 'both_peak_bytes': measure.peak_bytes(both),
+    }
+
+
+def percent_of_copy(elements: int, passes: int, dtype: torch.dtype, milliseconds: float, bandwidth: float) -> float:
+    """Minimal traffic over time, as a percentage of the bandwidth of a copy."""
+    return 100 * elements * dtype.itemsize * passes / (milliseconds / 1e3) / bandwidth
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """All rows of the result."""
+    bandwidth = measure.copy_bandwidth()
+    print(f'copy bandwidth {bandwidth / 1e12:.2f} TB/s')
+    rows: list[dict[str, Any]] = []
+    for dtype_name in args.dtypes:
+        dtype = DTYPES[dtype_name]
+        for stage in args.stages:
+            channels, heads = CHANNELS[stage - 1], HEADS[stage - 1]
+            for name in args.implementations:
+                torch._dynamo.reset()
+                op = {'eager': transcribed, 'compiled': torch.compile(transcribed), 'ours': ours}[name]
+                errors = worst_errors(op, dtype, channels, heads)
+                correct = all(e <= limit for e, limit in zip(errors, LIMITS[dtype_name], strict=True))
+                print(f'{dtype_name} stage {stage} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
+                      f'{"" if correct else " TOO LARGE, not timed"}')
+                for height, width, batch in args.sizes:
+                    # The stem and each downsampling round up.
+                    h, w = (-(-side // 2 ** (stage + 1)) for side in (height, width))
+                    row = {'dtype': dtype_name, 'stage': stage, 'implementation': name, 'image': [height, width],
+                           'batch': batch, 'map': [h, w], 'channels': channels, 'errors': errors, 'correct': correct}
+                    rows.append(row)
+                    if not correct:
+                        continue
+                    inputs, grad_y = draw(batch, h, w, channels, dtype)
+                    result = measure.out_of_memory_as_none(lambda: measure_one(op, inputs, grad_y, (h, w, heads)))  # noqa: B023
+                    if result is None:
+                        print(f'  {height}x{width}x{batch}: out of memory')
+                        continue
+                    row |= result
+                    elements = grad_y.numel()
+                    for key, passes in (('forward', FORWARD_PASSES), ('both', FORWARD_PASSES + BACKWARD_PASSES)):
+                        best = (result[f'{key}_graph'] or result[key])['median']
+                        row[f'{key}_percent_of_copy'] = percent_of_copy(elements, passes, dtype, best, bandwidth)
+                    print(f'  {height}x{width}x{batch}: forward {result["forward"]["median"]:.3f} ms '
+                          f'({row["forward_percent_of_copy"]:.0f} % of copy), both {result["both"]["median"]:.3f} ms '
+                          f'({row["both_percent_of_copy"]:.0f} %)')
+    return {'benchmark': 'attention_op', 'machine': measure.machine(), 'copy_bandwidth': bandwidth, 'rows': rows}
+
+
+def size(text: str) -> tuple[int, int, int]:
+    """'800x1280x2' as (800, 1280, 2)."""
+    height, width, batch = (int(part) for part in text.split('x'))
+    return height, width, batch
+
+
+def main() -> int:
+    """Parse, measure, save. Returns 1 where our op was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
+    parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
+    parser.add_argument('--stages', type=int, nargs='+', default=[1, 2, 3, 4], choices=[1, 2, 3, 4])
+    parser.add_argument('--implementations', nargs='+', default=['eager', 'compiled', 'ours'],
+                        choices=['eager', 'compiled', 'ours'])
+    parser.add_argument('--out', type=Path, default=measure.RESULTS / 'attention_op.json')
+    args = parser.parse_args()
+    measure.require_cuda()
+    if 'ours' in args.implementations:
+        probe = torch.zeros(1, 4, 128, device='cuda')
+        if (reason := why_not_triton(probe, probe[..., :64], 2)) is not None:
+            sys.exit(f'the Triton kernels cannot run here: {reason}')
+    document = benchmark(args)
+    measure.save(args.out, document)
+    return 0 if all(row['correct'] for row in document['rows'] if row['implementation'] == 'ours') else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""A whole MILA backbone on a GPU: step time and peak memory, against a transcription, eager and compiled.
+
+    python benchmarks/backbone.py                             # MILA-T, to benchmarks/results/backbone.json
+    python benchmarks/report.py benchmarks/results/backbone.json
+
+Training is forward and backward under autocast, without an optimizer. The three share their weights, and their outputs
+are compared before any timing. Needs neither mmengine nor mmcv: :class:`MILATrunk` is ``mila_mm.MILA`` without the
+contract of OpenMMLab.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import measure  # noqa: E402
+from attention_op import SIZES, size  # noqa: E402
+from transcription import TranscribedMILA  # noqa: E402
+
+# Root mean square difference between the maps of two implementations in one dtype.
+LIMITS = {'bf16': 5e-2, 'fp16': 1e-2, 'fp32': 1e-4}
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+
+
+def trunk(arch: str, backend: str) -> nn.Module:
+    """``MILATrunk``, also on a machine that has neither mmengine nor timm."""
+    if importlib.util.find_spec('mmengine') is None and 'mila_mm.models' not in sys.modules:
+        # The package's own __init__ imports what belongs to OpenMMLab; its modules are found without running it.
+        package = types.ModuleType('mila_mm.models')
+        package.__path__ = [str(ROOT / 'mila_mm' / 'models')]
+        sys.modules['mila_mm.models'] = package
+    if importlib.util.find_spec('timm') is None:
+        layers = types.ModuleType('timm.layers')
+        layers.DropPath = lambda rate=0.0: nn.Identity()  # all rates are 0 here
+        sys.modules |= {'timm': types.ModuleType('timm'), 'timm.layers': layers}
+    from mila_mm.models.trunk import MILATrunk
+
+    return MILATrunk(arch, attn_backend=backend)
+
+
+def models(arch: str, names: list[str], backend: str) -> dict[str, nn.Module]:
+    """The implementations on the GPU, with the same weights."""
+    torch.manual_seed(0)
+    eager = TranscribedMILA(arch).cuda()
+    made: dict[str, nn.Module] = {}
+    for name in names:
+        if name == 'eager':
+            made[name] = eager
+            continue
+        model = TranscribedMILA(arch) if name == 'compiled' else trunk(arch, backend)
+        model.load_state_dict(eager.state_dict())
+        model.cuda()
+        made[name] = model if name == 'ours' else torch.compile(model)
+    return made
+
+
+def difference(model: nn.Module, other: nn.Module, dtype: torch.dtype) -> float:
+    """The largest relative difference between the maps of two models on an awkward image, in eval mode."""
+    image = torch.randn(2, 3, 197, 261, device='cuda')
+
+    def maps(m: nn.Module) -> tuple[Tensor, ...]:
+        m.eval()
+        with torch.no_grad(), torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+            result = m(image)
+        m.train()
+        return result
+
+    pairs = zip(maps(model), maps(other), strict=True)
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+
+
+def measure_one(model: nn.Module, image: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Times and peak memory of inference, and of forward and backward."""
+    cast = dtype != torch.float32
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast('cuda', dtype, enabled=cast):
+            model(image)
+
+    def both() -> None:
+        with torch.autocast('cuda', dtype, enabled=cast):
+            maps = model(image)
+        torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
+        model.zero_grad(set_to_none=True)
+
+    model.eval()
+    result: dict[str, Any] = {
+        'forward': measure.timed(forward), 'forward_graph': measure.timed_graph(forward),
+        'forward_peak_bytes': measure.peak_bytes(forward),
+    }
+    model.train()
+    return result | {'both': measure.timed(both), 'both_graph': None, 'both_peak_bytes': measure.peak_bytes(both)}
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """All rows of the result."""
+    rows: list[dict[str, Any]] = []
+    for dtype_name in args.dtypes:
+        dtype = DTYPES[dtype_name]
+        torch._dynamo.reset()
+        made = models(args.arch, args.implementations, args.backend)
+        reference = made.get('eager') or TranscribedMILA(args.arch).cuda()
+        for name, model in made.items():
+            error = 0.0 if model is reference else difference(model, reference, dtype)
+            correct = error <= LIMITS[dtype_name]
+            print(f'{dtype_name} {name}: differs by {error:.1e}{"" if correct else " TOO MUCH, not timed"}')
+            for height, width, batch in args.sizes:
+                row = {'dtype': dtype_name, 'arch': args.arch, 'implementation': name, 'image': [height, width],
+                       'batch': batch, 'difference': error, 'correct': correct}
+                rows.append(row)
+                if not correct:
+                    continue
+                image = torch.randn(batch, 3, height, width, device='cuda')
+                result = measure.out_of_memory_as_none(lambda: measure_one(model, image, dtype))  # noqa: B023
+                if result is None:
+                    print(f'  {height}x{width}x{batch}: out of memory')
+                    continue
+                row |= result
+                print(f'  {height}x{width}x{batch}: forward {result["forward"]["median"]:.2f} ms, both '
+                      f'{result["both"]["median"]:.2f} ms, peak {result["both_peak_bytes"] / 2**30:.2f} GiB')
+    return {'benchmark': 'backbone', 'machine': measure.machine(), 'rows': rows}
+
+
+def main() -> int:
+    """Parse, measure, save. Returns 1 where our backbone was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--arch', default='tiny', choices=['tiny', 'small', 'base'])
+    parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
+    parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
+    parser.add_argument('--implementations', nargs='+', default=['eager', 'compiled', 'ours'],
+                        choices=['eager', 'compiled', 'ours'])
+    parser.add_argument('--backend', default='triton', choices=['triton', 'reference'], help='of ours')
+    parser.add_argument('--out', type=Path, default=measure.RESULTS / 'backbone.json')
+    args = parser.parse_args()
+    measure.require_cuda()
+    document = benchmark(args)
+    measure.save(args.out, document)
+    return 0 if all(row['correct'] for row in document['rows'] if row['implementation'] == 'ours') else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Compile the attention kernels for GPUs that need not be there, and report registers and spills.
+
+The launchers run on small CPU tensors with every kernel replaced by a recorder, so what is compiled is exactly what a
+GPU would be given: settings, constants, argument types and what Triton specialises on. ptxas comes with Triton.
+
+    python benchmarks/compile_matrix.py --out benchmarks/results/compile_matrix.json           # everything
+    python benchmarks/compile_matrix.py --quick                                                 # heads of 32 channels
+
+Exits with 1 where a kernel spills registers or, with heads of 32 channels, does not load 128 bits at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if os.environ.get('TRITON_INTERPRET', '0') not in {'', '0'}:
+    sys.exit('compile_matrix: expected TRITON_INTERPRET unset, got it set: the interpreter compiles nothing')
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from mila_mm.ops.triton import backward_kernels, configs, forward_kernels, launch, lepe_kernels  # noqa: E402
+
+CAPABILITIES = (80, 90, 100)
+# Name, dtype of the activations, matrix products.
+MODES = (
+    ('fp32', torch.float32, 'tf32x3'),
+    ('fp32-tf32', torch.float32, 'tf32'),
+    ('fp16', torch.float16, 'tf32'),
+    ('bf16', torch.bfloat16, 'low'),
+)
+POINTERS = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}
+KERNELS = (
+    (forward_kernels, 'state_kernel'),
+    (forward_kernels, 'reduce_kernel'),
+    (forward_kernels, 'output_kernel'),
+    (backward_kernels, 'gate_backward_kernel'),
+    (backward_kernels, 'query_backward_kernel'),
+    (backward_kernels, 'key_value_backward_kernel'),
+    (lepe_kernels, 'lepe_backward_kernel'),
+    (lepe_kernels, 'lepe_reduce_kernel'),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as a launcher would start it."""
+
+    module: str
+    kernel: str
+    case: str
+    mode: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ptxas made of a launch."""
+
+    kernel: str
+    case: str
+    mode: str
+    capability: int
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wide_loads: int
+    loads: int
+
+    @property
+    def narrow(self) -> bool:
+        """Whether more than a third of the load instructions move less than 128 bits, with heads of 32 channels.
+
+        What may be narrower are vectors of a few numbers per program: the key mean, the bias.
+        """
+        return 'd32 even' in self.case and 3 * self.wide_loads < 2 * self.loads
+
+
+class Recorder:
+    """Stands in for a kernel: ``recorder[grid](...)`` notes the arguments and runs nothing."""
+
+    def __init__(self, module: str, kernel: triton.JITFunction, note: Callable[..., None]) -> None:
+        self.module, self.kernel, self.note = module, kernel, note
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Return what takes the arguments."""
+        return functools.partial(self.note, self.module, self.kernel)
+
+
+def describe(module: str, kernel: triton.JITFunction, case: str, mode: str, args: tuple, options: dict) -> Launch:
+    """Types, constants and divisibility of a launch, as Triton derives them from its arguments."""
+    compiler = tuple((name, value) for name, value in options.items() if name not in kernel.arg_names)
+    signature, constants, divisible = [], [], []
+    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature.append((parameter.name, 'constexpr'))
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((parameter.name, POINTERS[value.dtype]))
+            divisible.append(index)
+        elif isinstance(value, float):
+            signature.append((parameter.name, 'fp32'))
+        else:
+            signature.append((parameter.name, 'i32'))
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(index)
+    return Launch(
+        module, kernel.__name__, case, mode, tuple(signature), tuple(constants), tuple(divisible), compiler
+    )
+
+
+def record(
+    mode: str, dtype: torch.dtype, dots: str, head_width: int, heads: int, lepe: bool, gate: bool
+) -> list[Launch]:
+    """All launches of one forward and one backward pass, with more than one split so that every kernel is there."""
+    launches: list[Launch] = []
+    case = f'd{head_width} {"odd" if heads % 2 else "even"} heads{" lepe" * lepe}{" gate" * gate}'
+    height, width = 20, 20
+    channels = heads * head_width
+    x = torch.zeros(1, height * width, channels, dtype=dtype)
+    weight, bias = (torch.zeros(channels, 1, 3, 3), torch.zeros(channels)) if lepe else (None, None)
+    u = x if gate else None
+
+    def note(module: str, kernel: triton.JITFunction, *args: object, **options: object) -> None:
+        launches.append(describe(module, kernel, case, mode, args, options))
+
+    originals = [(module, name, getattr(module, name)) for module, name in KERNELS]
+    try:
+        for module, name, kernel in originals:
+            setattr(module, name, Recorder(module.__name__, kernel, note))
+        qk = torch.cat((x, x), -1)
+        rest = (height, width, heads, 1e-6, 1e4)
+        _, state, mean = launch.attention_forward(qk, x, weight, bias, u, *rest, dots=dots)
+        launch.attention_backward(x, qk, x, weight, bias, u, state, mean, *rest, dots=dots)
+    finally:
+        for module, name, kernel in originals:
+            setattr(module, name, kernel)
+    return launches
+
+
+def launches(quick: bool) -> Iterator[Launch]:
+    """The distinct launches of the matrix: all that is shipped, or heads of 32 channels with LePE."""
+    seen = set()
+    for mode, dtype, dots in MODES:
+        for head_width in (32,) if quick else configs.HEAD_WIDTHS:
+            for heads in (2,) if quick else (2, 3):
+                for lepe in (True,) if quick else (True, False):
+                    for gate in (True, False):
+                        for item in record(mode, dtype, dots, head_width, heads, lepe, gate):
+                            key = dataclasses.replace(item, case='')
+                            if key not in seen:
+                                seen.add(key)
+                                yield item
+
+
+def compile_one(task: tuple[Launch, int]) -> Report:
+    """Compile one launch for one compute capability and read what it uses."""
+    item, capability = task
+    module = sys.modules[item.module]
+    source = ASTSource(
+        fn=getattr(module, item.kernel),
+        signature=dict(item.signature),
+        constexprs=dict(item.constants),
+        attrs={(index,): [['tt.divisibility', 16]] for index in item.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(item.options))
+    tool = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(compiled.asm['cubin'])
+        file.flush()
+        usage = subprocess.run(
+            [str(tool), '-res-usage', file.name], check=True, capture_output=True, text=True
+        ).stdout
+
+    def field(name: str) -> int:
+        return int(re.search(rf'\b{name}:(\d+)', usage).group(1))
+
+    ptx = compiled.asm['ptx']
+    loads = re.findall(r'(?:ld\.global|cp\.async\.c[ag])[^;]*;', ptx)
+    wide = [x for x in loads if re.search(r'\.v4\.b32|\.v2\.b64|\.v8\.b32|, 0x10|, 16', x)]
+    return Report(
+        item.kernel, item.case, item.mode, capability, dict(item.options)['num_warps'], field('REG'),
+        field('STACK') + field('LOCAL'), compiled.metadata.shared, len(wide), len(loads),
+    )
+
+
+def table(reports: list[Report]) -> str:
+    """The reports as text, one line for a kernel and case, one column for a compute capability."""
+    rows: dict[tuple[str, str, str], dict[int, Report]] = {}
+    for report in reports:
+        rows.setdefault((report.mode, report.kernel, report.case), {})[report.capability] = report
+    lines = [f'{"mode":10} {"kernel":26} {"case":30} ' + ' '.join(f'{"sm_" + str(c):>12}' for c in CAPABILITIES)]
+    for (mode, kernel, case), by_target in sorted(rows.items()):
+        cells = []
+        for capability in CAPABILITIES:
+            report = by_target.get(capability)
+            spill = '' if report is None or not report.spill_bytes else f'+{report.spill_bytes}B'
+            cells.append(f'{"-" if report is None else str(report.registers) + spill:>12}')
+        lines.append(f'{mode:10} {kernel.removesuffix("_kernel"):26} {case:30} ' + ' '.join(cells))
+    return '\n'.join(lines)
+
+
+def main() -> int:
+    """Compile, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='only heads of 32 channels, an even number, with LePE')
+    parser.add_argument('--only', default='', help='only kernels whose name contains this')
+    parser.add_argument('--jobs', type=int, default=2)
+    parser.add_argument('--out', type=Path, help='JSON file to write')
+    args = parser.parse_args()
+
+    tasks = [(item, c) for item in launches(args.quick) for c in CAPABILITIES if args.only in item.kernel]
+    with multiprocessing.get_context('spawn').Pool(args.jobs) as pool:
+        reports = pool.map(compile_one, tasks, chunksize=4)
+    print(table(reports))
+    spilled = [report for report in reports if report.spill_bytes]
+    narrow = [report for report in reports if report.narrow]
+    for report in narrow:
+        print(f'only {report.wide_loads} of {report.loads} loads of 128 bits: {report}')
+    print(f'{len(reports)} binaries, {len(spilled)} with spills, {len(narrow)} without 128-bit loads')
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            'triton': triton.__version__,
+            'torch': torch.__version__,
+            'ptxas': nvidia.get_ptxas_version(90).strip().splitlines()[-1],
+            'reports': [{**asdict(report), 'narrow': report.narrow} for report in reports],
+        }
+        args.out.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
+    return 1 if spilled or narrow else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

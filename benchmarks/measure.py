@@ -1,0 +1,144 @@
+"""What the benchmarks share: timing by CUDA events, peak memory, copy bandwidth, and a description of the machine."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'benchmarks' / 'results'
+TARGET_MS, LEAST_RUNS, MOST_RUNS = 400.0, 10, 200
+FLUSH_BYTES = 256 * 2**20
+"""More than any L2 cache: writing this between runs leaves nothing of the inputs in it."""
+
+
+def require_cuda() -> None:
+    """Exit with one line where there is no GPU."""
+    if not torch.cuda.is_available():
+        sys.exit('expected a CUDA device, got none: these figures mean nothing elsewhere')
+
+
+def machine() -> dict[str, Any]:
+    """GPU, driver, versions, commit and date, as they go into every result."""
+
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (FileNotFoundError, subprocess.CalledProcessError):
+            return 'unknown'
+
+    triton = 'none'
+    if importlib.util.find_spec('triton') is not None:
+        import triton as package
+
+        triton = package.__version__
+    commit = output('git', 'rev-parse', 'HEAD')
+    changed = output('git', 'status', '--porcelain', '--', 'mila_mm', 'benchmarks')
+    return {
+        'gpu': torch.cuda.get_device_name(),
+        'capability': '.'.join(map(str, torch.cuda.get_device_capability())),
+        'driver': output('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'),
+        'torch': torch.__version__,
+        'cuda': torch.version.cuda,
+        'triton': triton,
+        'commit': commit + (' with changes' if commit != 'unknown' and changed else ''),
+        'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+    }
+
+
+def timed(function: Callable[[], object], flush: bool = True) -> dict[str, float]:
+    """Median and quantiles of the time of one call, in milliseconds.
+
+    Args:
+        function: What to time; called a few times before, so that compilation is over.
+        flush: Empty the L2 cache before every run, as the rest of a network would.
+
+    Returns:
+        median, q20, q80 and the number of runs.
+    """
+    for _ in range(3):
+        function()
+    cache = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.int8, device='cuda')
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    runs = int(min(MOST_RUNS, max(LEAST_RUNS, TARGET_MS / max(start.elapsed_time(end), 1e-3))))
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(runs)]
+    for before, after in events:
+        cache.zero_()
+        before.record()
+        function()
+        after.record()
+    torch.cuda.synchronize()
+    times = sorted(before.elapsed_time(after) for before, after in events)
+    return {
+        'median': statistics.median(times),
+        'q20': times[int(0.2 * (runs - 1))],
+        'q80': times[int(0.8 * (runs - 1))],
+        'runs': runs,
+    }
+
+
+def timed_graph(function: Callable[[], object]) -> dict[str, float] | None:
+    """:func:`timed` of the replay of a CUDA graph: without the launches' cost. None where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError as error:
+        print(f'    no CUDA graph: {str(error).splitlines()[0]}')
+        torch.cuda.synchronize()
+        return None
+    return timed(graph.replay)
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Memory that a call allocates beyond what was there, at its peak."""
+    function()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bandwidth(gigabytes: float = 1.0) -> float:
+    """Bytes read plus bytes written per second by a large device-to-device copy."""
+    size = int(gigabytes * 2**30)
+    source = torch.empty(size, dtype=torch.int8, device='cuda').random_(0, 127)
+    target = torch.empty_like(source)
+    return 2 * size / (timed(lambda: target.copy_(source), flush=False)['median'] / 1e3)
+
+
+def out_of_memory_as_none(function: Callable[[], Any]) -> Any:
+    """The result of a call, or None where the GPU has too little memory for it."""
+    try:
+        return function()
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+
+
+def save(path: Path, document: dict[str, Any]) -> None:
+    """Write a result as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
+    print(f'wrote {path}')

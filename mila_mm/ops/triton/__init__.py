@@ -1,0 +1,106 @@
+"""The attention op on CUDA GPUs, in Triton.
+
+Notation of all modules here, for one image and one head of d channels; f = elu + 1, R_n the rotation at token n::
+
+    k^ = f(k), k~ = R k^, q^ = f(q), q~ = R q^        km = mean_n k^_n        S = mean_n k~_n v_n^T   (d x d, fp32)
+    z_n = 1 / (q^_n . km + eps)    P_n = z_n q~_n     o_n = S^T P_n + lepe(v)_n      y_n = o_n * silu(u_n)
+
+    do = dy silu(u)    du = dy o silu'(u)             r_n = S do_n            e_n = -z_n (P_n . r_n)
+    dq_n = (R_n^T z_n r_n + e_n km) f'(q_n)           dS' = mean_n P_n do_n^T         dkm' = mean_n e_n q^_n
+    dk_n = (R_n^T dS' v_n + dkm') f'(k_n)             dv_n = dS'^T k~_n + lepe^T(do)_n
+
+So S, km, dS' and dkm' are all that tokens share, and there are two sweeps in each direction:
+
+=====================  ======================  ===========================================
+kernel                 reads                   writes
+=====================  ======================  ===========================================
+state                  k, v                    parts of S and km
+output                 q, v (with halo), u     y
+gate_backward          q, v (halo), u, dy      do, du                   (only with a gate)
+query_backward         q, do                   dq, parts of dS' and dkm'
+key_value_backward     k, v, do (halo)         dk, dv
+lepe_backward          v (halo), do            parts of the weight and bias gradients
+=====================  ======================  ===========================================
+
+Sums over tokens are taken in two stages of fixed order, without atomics: results are bitwise the same in every run and
+in every batch. Sizes of the image are run-time arguments that no binary depends on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .configs import DTYPES, HEAD_WIDTHS, interpreted
+
+MINIMUM_TRITON = (3, 5)
+"""The first whose loops can keep invariant code inside, which saves registers in the query kernel."""
+MINIMUM_CAPABILITY = (8, 0)
+"""Ampere: the first with bf16 and TF32 matrix units."""
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec('triton') is None:
+        return 'expected the package triton, got none installed'
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split('.')[:2])
+    if version < MINIMUM_TRITON:
+        return f'expected triton >= {".".join(map(str, MINIMUM_TRITON))}, got {triton.__version__}'
+    return None
+
+
+@functools.cache
+def _why_not_device(device: torch.device) -> str | None:
+    if interpreted():
+        return None
+    if device.type != 'cuda':
+        return f'expected CUDA tensors, got {device.type}'
+    if torch.version.hip is not None:
+        return f'expected an NVIDIA GPU, got ROCm {torch.version.hip}'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        return f'expected compute capability >= 8.0, got {capability[0]}.{capability[1]}'
+    return None
+
+
+def why_not(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
+    """Say why the kernels cannot take these tensors.
+
+    Args:
+        qk: (B, N, 2C). v: (B, N, C). num_heads: Heads; C is a multiple of it.
+
+    Returns:
+        None where they can, else one line, 'expected ..., got ...'.
+    """
+    if (reason := _why_no_triton() or _why_not_device(v.device)) is not None:
+        return reason
+    if qk.device != v.device:
+        return f'expected qk and v on one device, got {qk.device} and {v.device}'
+    if v.dtype not in DTYPES or qk.dtype != v.dtype:
+        return f'expected qk and v both float32, float16 or bfloat16, got {qk.dtype} and {v.dtype}'
+    head_width = v.shape[-1] // num_heads
+    if head_width not in HEAD_WIDTHS:
+        return f'expected heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head_width}'
+    return None
+
+
+def attention_forward(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mila_mm.ops.triton.launch.attention_forward`; Triton is imported by the first call."""
+    from . import launch
+
+    return launch.attention_forward(*args, **kwargs)
+
+
+def attention_backward(*args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
+    """See :func:`mila_mm.ops.triton.launch.attention_backward`; Triton is imported by the first call."""
+    from . import launch
+
+    return launch.attention_backward(*args, **kwargs)
+
+
+__all__ = ['attention_backward', 'attention_forward', 'why_not']

@@ -1,0 +1,152 @@
+"""Launch settings: a small fixed table, so that no size of image is ever tuned for and results do not depend on tuning.
+
+The entries come from the register counts that ptxas reports (``benchmarks/compile_matrix.py`` prints them all): the
+largest tile of tokens at which no kernel spills on sm_80, sm_90 and sm_100.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+HEAD_WIDTHS = (16, 24, 32, 48, 64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How matrix products are taken and how exact the exponential is.
+
+    Attributes:
+        low: Round the operands to the 16-bit dtype of the inputs (tensor cores at full rate).
+        precision: Triton's ``input_precision`` for fp32 operands: 'tf32', 'tf32x3' or 'ieee'.
+        accurate: Correct the exponential's argument rounding; worth it only where the result is kept in fp32.
+    """
+
+    low: bool
+    precision: str
+    accurate: bool
+
+    @property
+    def name(self) -> str:
+        """Key of the tables below."""
+        return 'low' if self.low else self.precision
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Settings of one kernel.
+
+    Attributes:
+        rows, columns: Tokens per step: a tile of the map, or a run of ``rows * columns``.
+        warps: Warps per program.
+        stages: Depth of the software pipeline of its loop; 1 for none.
+        registers: Limit per thread, for more programs at a time than ptxas would choose by itself. None for no limit.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """The launch options that go with the kernel's own arguments."""
+        limit = {} if self.registers is None else {'maxnreg': self.registers}
+        return {'num_warps': self.warps, **limit}
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on tensors of any device."""
+    return os.environ.get('TRITON_INTERPRET', '0') not in {'', '0'}
+
+
+def tf32_allowed() -> bool:
+    """Whether the user let PyTorch's own fp32 matrix products use TF32, by either of its interfaces."""
+    backend = torch.backends.cuda.matmul
+    # The old attributes raise once the new one has been set, so the new one is asked wherever it exists.
+    if hasattr(backend, 'fp32_precision'):
+        return backend.fp32_precision == 'tf32'
+    return bool(backend.allow_tf32)
+
+
+def arithmetic(dtype: torch.dtype, dots: str | None = None) -> Arithmetic:
+    """Choose the arithmetic for inputs of ``dtype``.
+
+    Args:
+        dtype: float32, float16 or bfloat16.
+        dots: Overrides the choice: 'low', 'tf32', 'tf32x3' or 'ieee'.
+
+    Returns:
+        Products of three TF32 terms for fp32 (one term where the user allowed TF32); TF32 for fp16, whose range would
+        lose small keys as operands; bf16 operands for bf16, except in the interpreter, which multiplies their bits.
+    """
+    if dots is None:
+        if dtype == torch.float32:
+            dots = 'tf32' if tf32_allowed() else 'tf32x3'
+        else:
+            dots = 'low' if dtype == torch.bfloat16 and not interpreted() else 'tf32'
+    low = dots == 'low'
+    return Arithmetic(low, 'tf32' if low else dots, dtype == torch.float32)
+
+
+def padded_width(head_width: int) -> int:
+    """The head width rounded up to a power of two."""
+    return 1 << (head_width - 1).bit_length()
+
+
+def tokens_per_split(tokens: int) -> int:
+    """Tokens that one program of a summing kernel takes: a function of the image size alone.
+
+    Neither the batch nor the device enters, so an image's result is bitwise the same in any batch on any GPU. Longer
+    runs for larger images keep the traffic of the partial sums at about a twentieth of that of the inputs.
+    """
+    run = 256
+    while run < 1024 and tokens > 256 * run:
+        run *= 2
+    return run
+
+
+TILES_PER_LEPE_SPLIT = 8
+REDUCE_CHUNK, REDUCE_ROWS, REDUCE_WARPS = 128, 32, 4
+LEPE_CHANNELS = 32
+
+# kernel -> products -> padded head width -> Launch. Eight elements per thread and tensor, one 128-bit access in 16
+# bits, wherever registers decide how many programs run at a time.
+_STATE = {16: Launch(4, 16, 4, 2), 32: Launch(4, 16, 4, 2), 64: Launch(4, 8, 8)}
+_TILE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(4, 8, 8)}
+_KEY_VALUE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(4, 4, 8)}
+_QUERY = {16: Launch(4, 8, 4, 2), 32: Launch(4, 8, 4, 2), 64: Launch(2, 8, 8)}
+_EXACT_STATE = {16: Launch(4, 8, 4, 1, 168), 32: Launch(4, 8, 4, 1, 168), 64: Launch(4, 8, 8)}
+_EXACT_TILE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(2, 8, 4)}
+_EXACT_KEY_VALUE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(4, 4, 8)}
+_EXACT_QUERY = {16: Launch(4, 8, 4), 32: Launch(4, 8, 4), 64: Launch(2, 8, 8)}
+
+
+def _rows(fast: dict[int, Launch], exact: dict[int, Launch]) -> dict[str, dict[int, Launch]]:
+    return {'low': fast, 'tf32': fast, 'tf32x3': exact, 'ieee': exact}
+
+
+_TABLE: dict[str, dict[str, dict[int, Launch]]] = {
+    'state': _rows(_STATE, _EXACT_STATE),
+    'output': _rows(_TILE, _EXACT_TILE),
+    'gate_backward': _rows(_TILE, _EXACT_TILE),
+    'query_backward': _rows(_QUERY, _EXACT_QUERY),
+    'key_value_backward': _rows(_KEY_VALUE, _EXACT_KEY_VALUE),
+}
+
+
+def lepe_launch(dtype: torch.dtype) -> Launch:
+    """The settings of the kernel that sums the LePE gradients; its nine sums stay in registers."""
+    return Launch(8, 8, 8, registers=None if dtype == torch.float32 else 128)
+
+
+def launch(kernel: str, products: str, head_width: int) -> Launch:
+    """The settings of one kernel.
+
+    Args:
+        kernel: 'state', 'output', 'gate_backward', 'query_backward' or 'key_value_backward'.
+        products: :attr:`Arithmetic.name`.
+        head_width: Channels per head, one of ``HEAD_WIDTHS``.
+    """
+    return _TABLE[kernel][products][padded_width(head_width)]

@@ -1,0 +1,49 @@
+"""The shipped launches compile for GPUs that are not there: no spilled registers, 128-bit loads.
+
+In a process of its own, since one process either interprets or compiles Triton's kernels. The default selection is
+heads of 32 channels; ``benchmarks/compile_matrix.py`` without ``--quick`` compiles all there is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip('triton')
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {
+    f'{name}_kernel'
+    for name in (
+        'state', 'reduce', 'output', 'gate_backward', 'query_backward', 'key_value_backward', 'lepe_backward',
+        'lepe_reduce',
+    )
+}
+
+
+@pytest.fixture(scope='module')
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What ptxas says of every binary."""
+    out = tmp_path_factory.mktemp('compile') / 'matrix.json'
+    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    command = [sys.executable, str(ROOT / 'benchmarks' / 'compile_matrix.py'), '--quick', '--out', str(out)]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    sys.stdout.write(run.stdout)  # the table of registers, shown with -rP or where a test fails
+    if not out.exists():
+        pytest.fail(f'compile_matrix wrote no report:\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}')
+    return json.loads(out.read_text(encoding='utf-8'))['reports']
+
+
+@pytest.mark.parametrize('capability', [80, 90, 100])
+@pytest.mark.parametrize('mode', ['fp32', 'fp32-tf32', 'fp16', 'bf16'])
+def test_no_spills_and_wide_loads(reports: list[dict[str, Any]], mode: str, capability: int) -> None:
+    mine = [report for report in reports if report['mode'] == mode and report['capability'] == capability]
+    assert {report['kernel'] for report in mine} == KERNELS
+    bad = [report for report in mine if report['spill_bytes'] or report['narrow']]
+    assert not bad, '\n'.join(map(str, bad))
