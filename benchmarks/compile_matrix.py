@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -161,11 +161,11 @@ def record(
     return launches
 
 
-def launches(quick: bool) -> Iterator[Launch]:
+def launches(quick: bool, head_widths: Sequence[int]) -> Iterator[Launch]:
     """The distinct launches of the matrix: all that is shipped, or heads of 32 channels with LePE."""
     seen = set()
     for mode, dtype, dots in MODES:
-        for head_width in (32,) if quick else configs.HEAD_WIDTHS:
+        for head_width in (32,) if quick else head_widths:
             for heads in (2,) if quick else (2, 3):
                 for lepe in (True,) if quick else (True, False):
                     for gate in (True, False):
@@ -227,12 +227,14 @@ def main() -> int:
     """Compile, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true', help='only heads of 32 channels, an even number, with LePE')
+    parser.add_argument('--head-widths', type=int, nargs='+', default=configs.HEAD_WIDTHS)
     parser.add_argument('--only', default='', help='only kernels whose name contains this')
     parser.add_argument('--jobs', type=int, default=2)
     parser.add_argument('--out', type=Path, help='JSON file to write')
     args = parser.parse_args()
 
-    tasks = [(item, c) for item in launches(args.quick) for c in CAPABILITIES if args.only in item.kernel]
+    wanted = [item for item in launches(args.quick, args.head_widths) if args.only in item.kernel]
+    tasks = [(item, capability) for item in wanted for capability in CAPABILITIES]
     with multiprocessing.get_context('spawn').Pool(args.jobs) as pool:
         reports = pool.map(compile_one, tasks, chunksize=4)
     print(table(reports))

@@ -58,8 +58,8 @@ def save_curves(
     for key, name in metrics.items():
         points = [(entry['step'], entry[key]) for entry in validation if key in entry]
         if points:
-            right.plot(*zip(*points, strict=True), marker='o', markersize=4, linewidth=1.8, label=name)
-            right.annotate(f'{points[-1][1]:.3g}', points[-1], xytext=(5, 0), textcoords='offset points', fontsize=8)
+            label = f'{name}, at the end {points[-1][1]:.3g}'
+            right.plot(*zip(*points, strict=True), marker='o', markersize=4, linewidth=1.8, label=label)
     _dress(right, 'held-out images', 'lower right')
     figure.savefig(path)
 
