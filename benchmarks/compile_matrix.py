@@ -6,7 +6,7 @@ GPU would be given: settings, constants, argument types and what Triton speciali
     python benchmarks/compile_matrix.py --out benchmarks/results/compile_matrix.json           # everything
     python benchmarks/compile_matrix.py --quick                                                 # heads of 32 channels
 
-Exits with 1 where a kernel spills registers or, with heads of 32 channels, does not load 128 bits at a time.
+Exits with 1 where a kernel does not compile, spills registers or, with heads of 32 channels, does not load 128 bits at a time.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Report:
     shared_bytes: int
     wide_loads: int
     loads: int
+    error: str = ''
 
     @property
     def narrow(self) -> bool:
@@ -186,7 +187,11 @@ def compile_one(task: tuple[Launch, int]) -> Report:
         constexprs=dict(item.constants),
         attrs={(index,): [['tt.divisibility', 16]] for index in item.divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(item.options))
+    warps = dict(item.options)['num_warps']
+    try:
+        compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(item.options))
+    except (RuntimeError, triton.CompilationError) as error:  # reported with the others, and makes the run fail
+        return Report(item.kernel, item.case, item.mode, capability, warps, 0, 0, 0, 0, 0, str(error) or repr(error))
     tool = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(compiled.asm['cubin'])
@@ -202,7 +207,7 @@ def compile_one(task: tuple[Launch, int]) -> Report:
     loads = re.findall(r'(?:ld\.global|cp\.async\.c[ag])[^;]*;', ptx)
     wide = [x for x in loads if re.search(r'\.v4\.b32|\.v2\.b64|\.v8\.b32|, 0x10|, 16', x)]
     return Report(
-        item.kernel, item.case, item.mode, capability, dict(item.options)['num_warps'], field('REG'),
+        item.kernel, item.case, item.mode, capability, warps, field('REG'),
         field('STACK') + field('LOCAL'), compiled.metadata.shared, len(wide), len(loads),
     )
 
@@ -218,7 +223,7 @@ def table(reports: list[Report]) -> str:
         for capability in CAPABILITIES:
             report = by_target.get(capability)
             spill = '' if report is None or not report.spill_bytes else f'+{report.spill_bytes}B'
-            cells.append(f'{"-" if report is None else str(report.registers) + spill:>12}')
+            cells.append(f'{"-" if report is None else "FAILED" if report.error else str(report.registers) + spill:>12}')
         lines.append(f'{mode:10} {kernel.removesuffix("_kernel"):26} {case:30} ' + ' '.join(cells))
     return '\n'.join(lines)
 
@@ -242,7 +247,9 @@ def main() -> int:
     narrow = [report for report in reports if report.narrow]
     for report in narrow:
         print(f'only {report.wide_loads} of {report.loads} loads of 128 bits: {report}')
-    print(f'{len(reports)} binaries, {len(spilled)} with spills, {len(narrow)} without 128-bit loads')
+    failed = [report for report in reports if report.error]
+    print(f'{len(reports)} binaries, {len(failed)} that do not compile, {len(spilled)} with spills, '
+          f'{len(narrow)} without 128-bit loads')
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         document = {
@@ -252,7 +259,7 @@ def main() -> int:
             'reports': [{**asdict(report), 'narrow': report.narrow} for report in reports],
         }
         args.out.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
-    return 1 if spilled or narrow else 0
+    return 1 if failed or spilled or narrow else 0
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ _NOISE = (
     (UserWarning, r'faster_coco_eval is not installed'),
     (UserWarning, r'Default ``avg_non_ignore`` is False'),
     (UserWarning, r'The shape of value will convert from'),
+    (UserWarning, r'Warning: The (bbox|polygon) is out of bounds'),
     (UserWarning, r'`reduce_zero_label` will be deprecated'),
 )
 

@@ -51,22 +51,22 @@ class _Plan:
         """Uninitialised memory in the dtype of the activations."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def constants(self) -> dict[str, object]:
-        """Compile-time arguments of all kernels with matrix products."""
+    def constants(self, setting: configs.Launch) -> dict[str, object]:
+        """Compile-time arguments of a kernel with matrix products."""
         return {
             'WIDTH': self.head_width,
             'PADDED': configs.padded_width(self.head_width),
             'STRADDLES': self.heads % 2 == 1,
             'ACCURATE': self.arithmetic.accurate,
             'LOW': self.arithmetic.low,
-            'PRECISION': self.arithmetic.precision,
+            'PRECISION': setting.precision or self.arithmetic.precision,
         }
 
     def run(self, kernel: str) -> tuple[tuple[int], dict[str, object]]:
         """Grid and settings of a kernel that walks runs of tokens."""
         setting = configs.launch(kernel, self.arithmetic.name, self.head_width)
         options = {'BLOCK': setting.rows * setting.columns, 'STAGES': setting.stages, **setting.options()}
-        return (self.batch * self.splits * self.heads,), {**self.constants(), **options}
+        return (self.batch * self.splits * self.heads,), {**self.constants(setting), **options}
 
     def tile(self, kernel: str) -> tuple[tuple[int], tuple[int, int], dict[str, object]]:
         """Grid, (tiles per image, tiles across) and settings of a kernel with one tile per program."""
@@ -74,7 +74,7 @@ class _Plan:
         across = -(-self.width // setting.columns)
         tiles = across * -(-self.height // setting.rows)
         options = {'ROWS': setting.rows, 'COLUMNS': setting.columns, **setting.options()}
-        return (self.batch * tiles * self.heads,), (tiles, across), {**self.constants(), **options}
+        return (self.batch * tiles * self.heads,), (tiles, across), {**self.constants(setting), **options}
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Room for the sums of the splits: a (d, d) matrix and a (d,) vector for each split and head."""
