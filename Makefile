@@ -37,7 +37,8 @@ lint: $(READY)
 # Everything that a GPU has to show: correctness of the op, then its speed. Needs torch, triton, numpy and pytest only,
 # so it takes the interpreter as it is: make gpu-check PYTHON=python3
 gpu-check:
-	$(PYTHON) -m pytest -m gpu tests/ops
+	$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu-check needs a CUDA device")'
+	$(PYTHON) -m pytest -m gpu tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py
 	$(PYTHON) benchmarks/attention_op.py
 	$(PYTHON) benchmarks/backbone.py
 

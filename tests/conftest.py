@@ -1,6 +1,8 @@
 """Fixtures shared by all rooms."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,20 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker('gpu'):
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@pytest.fixture(autouse=True)
+def no_traces_in_mmengine() -> Iterator[None]:
+    """Forget mmengine's global instances (default scope, loggers, hubs, visualizers) that a test has left behind."""
+    yield
+    if 'mmengine.utils' in sys.modules:
+        from mmengine.utils import ManagerMixin
+
+        kinds = [ManagerMixin]
+        for kind in kinds:
+            kinds.extend(kind.__subclasses__())
+            if '_instance_dict' in vars(kind):
+                kind._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')

@@ -162,11 +162,12 @@ def check_pretrained(model: Any, key: str = 'model') -> None:
             check_pretrained(value, f'{key}.{index}')
 
 
-def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
+def check_work_dir(work_dir: str | os.PathLike[str], flag: str = '--work-dir') -> None:
     """Check that files can be written to a folder, or that it can be made; leave nothing behind.
 
     Args:
         work_dir: Folder, which may not exist yet.
+        flag: What named it, for the message.
 
     Raises:
         UserError: If it cannot be written.
@@ -174,14 +175,14 @@ def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
     path = Path(work_dir).absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir():
-        raise UserError(f'--work-dir {work_dir}: {existing} is a file, not a folder')
+        raise UserError(f'{flag} {work_dir}: {existing} is a file, not a folder')
     probe = existing / f'.mila_mm_probe_{os.getpid()}'
     try:
         # os.access() says yes to root on a read-only file system
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise UserError(f'--work-dir {work_dir}: cannot write to {existing}: {error.strerror}') from error
+        raise UserError(f'{flag} {work_dir}: cannot write to {existing}: {error.strerror}') from error
 
 
 def check_launcher(launcher: str) -> None:

@@ -1,6 +1,8 @@
 """Distributed start on machines without a GPU, which mmengine does not do."""
 
 import os
+import shutil
+import subprocess
 
 import torch
 from mmengine.config import Config
@@ -41,5 +43,14 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
             os.environ[name] = os.environ[source]
     # All tasks of a Slurm job agree on the port that tools/slurm_train.sh exports
     os.environ.setdefault('MASTER_PORT', '29500')
-    os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
+    os.environ.setdefault('MASTER_ADDR', _first_host())
     distributed.init_process_group('gloo')
+
+
+def _first_host() -> str:
+    """Host of rank 0: the first one of a Slurm job, else this machine."""
+    nodes = os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_NODELIST')
+    if nodes is None or shutil.which('scontrol') is None:
+        return '127.0.0.1'
+    command = ['scontrol', 'show', 'hostnames', nodes]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

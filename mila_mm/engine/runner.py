@@ -84,12 +84,12 @@ class Runner(MMEngineRunner):
         """
         if not self._started and fn_name in _FIRST_BATCH_HOOKS:
             self._started = True
-            super().dump_config()
+            self.dump_config()
         super().call_hook(fn_name, **kwargs)
 
     def dump_config(self) -> None:
-        """Wait with writing the config into the work folder until the run has started."""
-        if self._started:
+        """Write the config of a training into the work folder, once it has started; a test leaves it alone."""
+        if self._started and self._train_dataloader is not None:
             super().dump_config()
 
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:

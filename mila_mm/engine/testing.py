@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from mila_mm.engine.checkpoint import check_checkpoint_file
-from mila_mm.engine.checks import check_data
+from mila_mm.engine.checks import check_data, check_work_dir
 from mila_mm.engine.config import load_config, scope_of
 from mila_mm.engine.launch import prepare_launch
 from mila_mm.engine.runner import build_runner
@@ -94,8 +94,10 @@ def add_dump(cfg: Config, scope: str, out: str) -> None:
         if path.is_dir():
             raise UserError(f'--out {out} is a folder, expected a file to write')
         kind = 'DumpDetResults' if scope == 'mmdet' else 'DumpSegResults'
+        check_work_dir(path.parent, '--out')
         cfg.test_evaluator = [*metrics, dict(type=kind, out_file_path=str(path))]
     elif scope == 'mmseg' and not path.suffix and not path.is_file():
+        check_work_dir(path, '--out')
         for metric in metrics:
             metric['output_dir'] = str(path)
     else:
@@ -120,6 +122,8 @@ def add_drawing(cfg: Config, scope: str, show: bool, show_dir: str | None, wait_
         raise UserError('--show needs a display, and DISPLAY is not set; --show-dir DIR writes the pictures instead')
     if show_dir is not None and Path(show_dir).is_file():
         raise UserError(f'--show-dir {show_dir} is a file, expected a folder')
+    if show_dir is not None:
+        check_work_dir(show_dir, '--show-dir')
     configured = (cfg.get('default_hooks') or {}).get('visualization') or {}
     options = {'pred_score_thr': configured.get('score_thr', 0.3)} if scope == 'mmdet' else {}
     hook = dict(

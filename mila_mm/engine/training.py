@@ -1,6 +1,9 @@
 """Train a detector or segmentor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -63,15 +66,14 @@ def train(
     if tensorboard:
         add_tensorboard(cfg)
     check_data(cfg, ['train', 'val'] if cfg.get('val_cfg') else ['train'])
-    # The trained model is tested by another command
-    for name in ('test_dataloader', 'test_cfg', 'test_evaluator'):
-        cfg[name] = None
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
     add_resume_state(cfg)
-    runner = build_runner(cfg)
-    if (notice := starts_from_scratch(cfg)) is not None:
-        runner.logger.warning(notice)
+    runner = build_runner(without_testing(cfg))
+    runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
+    for notice in (nothing_to_resume(cfg), starts_from_scratch(cfg)):
+        if notice is not None:
+            runner.logger.warning(notice)
     runner.train()
     return runner
 
@@ -153,10 +155,15 @@ def use_pretrained(cfg: Config, weights: str) -> None:
         weights: ``mila://NAME`` or a file.
 
     Raises:
-        UserError: If the config has no backbone.
+        UserError: If the config has no backbone, or another one than MILA.
     """
     if not isinstance(cfg.get('model'), dict) or 'backbone' not in cfg.model:
         raise UserError('--pretrained: the config has no model.backbone for the weights')
+    if not _is_mila(cfg.model.backbone):
+        raise UserError(
+            f'--pretrained: expected a backbone of type mila_mm.MILA, got {cfg.model.backbone.get("type")}\n'
+            'Other backbones load their weights as their own init_cfg says.'
+        )
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=weights)
 
 
@@ -171,10 +178,44 @@ def starts_from_scratch(cfg: Config) -> str | None:
     """
     backbone = cfg.model.get('backbone') or {}
     arch = backbone.get('arch', 'tiny')
-    known = backbone.get('type') in ('MILA', 'mila_mm.MILA') and arch in ('tiny', 'small', 'base')
-    if not known or backbone.get('init_cfg') or cfg.get('load_from') or cfg.get('resume'):
+    known = _is_mila(backbone) and arch in ('tiny', 'small', 'base')
+    resumes = cfg.get('resume') and nothing_to_resume(cfg) is None
+    if not known or backbone.get('init_cfg') or cfg.get('load_from') or resumes:
         return None
     return (
         f'The backbone starts from random weights, while the published results start from ImageNet: '
         f'--pretrained mila://{arch}-in1k'
     )
+
+
+def nothing_to_resume(cfg: Config) -> str | None:
+    """Say so where a run was to be resumed and the work folder holds no checkpoint.
+
+    Args:
+        cfg: Config of the run, with ``work_dir``.
+
+    Returns:
+        One line for the log, or None where there is nothing to say.
+    """
+    if not cfg.get('resume') or cfg.get('load_from') or (Path(cfg.work_dir) / 'last_checkpoint').is_file():
+        return None
+    return f'--resume: {cfg.work_dir} holds no checkpoint (no file last_checkpoint): the run starts anew'
+
+
+def without_testing(cfg: Config) -> Config:
+    """Copy a config without its test part: the trained model is tested by another command.
+
+    Args:
+        cfg: Config, left as it is.
+
+    Returns:
+        The copy.
+    """
+    copy = deepcopy(cfg)
+    for name in ('test_dataloader', 'test_cfg', 'test_evaluator'):
+        copy[name] = None
+    return copy
+
+
+def _is_mila(backbone: Mapping[str, Any]) -> bool:
+    return backbone.get('type') in ('MILA', 'mila_mm.MILA')

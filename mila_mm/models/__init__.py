@@ -18,3 +18,7 @@ except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f'mila_mm.MILA: expected {_missing} to be installed, found none; '
                                       f"pip install 'mila-mm[onedl]', or use mila_mm.models.MILATrunk", name=_missing)
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+else:
+    from ..weights import register_loaders
+
+    register_loaders()  # from now on mmengine reads checkpoints without running code in them

@@ -13,6 +13,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..ops import mila_attention
+from ..ops.attention import autocast_dtype
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -29,7 +30,7 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def _full_precision(x: Tensor) -> bool:
     """True where a convolution of x would compute in fp32 or fp64."""
-    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype in (torch.float32, torch.float64) and autocast_dtype(x.device.type) is None
 
 
 def _add(branch: Tensor, shortcut: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class ConvLayer(nn.Module):
     """Convolution, optional norm, optional ReLU: (B, C_in, H, W) to (B, C_out, H', W').
 
     A BatchNorm that is in eval mode is folded into the weights of its convolution on the fly, differentiably: a pass
-    over the output less, and the state dict as it was.
+    over the output less, and the state dict as it was. Where someone has hooked the two modules, they are called.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1,
@@ -75,8 +76,10 @@ class ConvLayer(nn.Module):
 
     def _folds(self) -> bool:
         norm = self.norm
-        return (isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
-                and norm.running_var is not None and norm.weight is not None)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training:
+            return False
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.conv, norm))
+        return norm.running_var is not None and norm.weight is not None and not hooked
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""

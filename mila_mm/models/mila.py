@@ -8,6 +8,7 @@ from typing import Any
 
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
+from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
 from ..registry import MODELS
@@ -15,6 +16,8 @@ from ..weights.pretrained import init_pretrained
 from .trunk import MILATrunk
 
 
+# In mmengine's own registry as well: mmdet and mmseg fall back to it for a bare ``type='MILA'``.
+@ROOT_MODELS.register_module()
 @MODELS.register_module()
 class MILA(MILATrunk, BaseModule):
     """MILA (Mamba-Inspired Linear Attention, arXiv 2405.16605) as an OpenMMLab backbone.

@@ -140,6 +140,13 @@ def _check(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor 
         fail(f'gate of the dtype of v, {v.dtype}', gate.dtype)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype that autocast uses on a type of device, None where it is off or does not exist (meta)."""
+    if device == 'meta' or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
                    spatial_shape: tuple[int, int], num_heads: int, gate: Tensor | None = None, *,
                    eps: float = 1e-6, rope_base: float = 10000.0, backend: str = 'auto') -> Tensor:
@@ -166,17 +173,16 @@ def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias:
             'triton' raises where they cannot run; 'reference' is :func:`mila_attention_reference`.
 
     Returns:
-        (B, N, C) in v's dtype.
+        (B, N, C) in v's dtype; under autocast in autocast's.
 
     Raises:
         ValueError: Shapes, dtypes or options that do not fit; the message says expected and got.
         RuntimeError: ``backend='triton'`` where the Triton kernels cannot run.
     """
-    _check(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate, backend)
     device = v.device.type
-    if torch.is_autocast_enabled(device) and v.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(device)) is not None and v.dtype != torch.float64:
         qk, v, gate = qk.to(dtype), v.to(dtype), None if gate is None else gate.to(dtype)
+    _check(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate, backend)
     if backend == 'triton' and (reason := why_not_triton(qk, v, num_heads)) is not None:
         raise RuntimeError(f"mila_attention: backend='triton' cannot run here: {reason}; take backend='auto'")
     # A trace for ONNX or for counting operations must see plain operators, and other devices have no kernel.

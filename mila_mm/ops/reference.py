@@ -47,7 +47,8 @@ def mila_attention_reference(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, 
     plain = type(v) in (Tensor, torch.nn.Parameter) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     grid = (rope_grid if plain else build_rope_grid)(height, width, channels, rope_base, v.device, dtype)
 
-    with torch.autocast(v.device.type, enabled=False):
+    # No autocast on meta tensors, which only have shapes.
+    with torch.autocast('cpu' if v.is_meta else v.device.type, enabled=False):
         q, k = feature_map(qk.to(dtype)).chunk(2, dim=-1)
         values = v.to(dtype)
         q_rope, k_rope = _rotate(q, grid), _rotate(k, grid)

@@ -8,16 +8,12 @@ device, belong to no module and reach no state dict.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-_MAX_GRIDS = 32
-"""Grids kept: four stages of some eight input sizes; the least recently used one goes first."""
-
 _lines: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = {}
-_grids: OrderedDict[tuple[int, int, int, float, torch.device, torch.dtype], Tensor] = OrderedDict()
 
 
 def _angles(length: int, channels: int, base: float) -> Tensor:
@@ -63,6 +59,7 @@ def build_rope_grid(height: int, width: int, channels: int, base: float, device:
     return torch.stack((angles.cos(), angles.sin()), dim=-1).to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=32)  # four stages of some eight input sizes
 def rope_grid(height: int, width: int, channels: int, base: float, device: torch.device,
               dtype: torch.dtype = torch.float32) -> Tensor:
     """Cosine and sine of every channel pair of every token of a grid.
@@ -78,20 +75,11 @@ def rope_grid(height: int, width: int, channels: int, base: float, device: torch
     Returns:
         (H * W, C // 2, 2), [..., 0] the cosine and [..., 1] the sine; cached, not to be written to.
     """
-    key = (height, width, channels, float(base), torch.device(device), dtype)
-    grid = _grids.get(key)
-    if grid is None:
-        with torch.inference_mode(False), torch.no_grad():
-            grid = build_rope_grid(height, width, channels, base, device, dtype)
-        _grids[key] = grid
-        while len(_grids) > _MAX_GRIDS:
-            _grids.popitem(last=False)
-    else:
-        _grids.move_to_end(key)
-    return grid
+    with torch.inference_mode(False), torch.no_grad():
+        return build_rope_grid(height, width, channels, base, device, dtype)
 
 
 def clear_rope_cache() -> None:
     """Forget every cached table, as after a run on many sizes when memory matters."""
     _lines.clear()
-    _grids.clear()
+    rope_grid.cache_clear()

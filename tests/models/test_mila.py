@@ -1,6 +1,7 @@
 """The backbone as detectors and segmentors use it."""
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmengine.registry import MODELS
+from mmengine.registry import DefaultScope
 
 import mila_mm
 from mila_mm import MILA
@@ -51,19 +52,13 @@ def test_an_image_alone_equals_the_image_in_a_batch():
 
 
 @pytest.mark.parametrize('type_', ['mila_mm.MILA', 'MILA'])
-def test_builds_by_name_in_any_scope(type_):
+@pytest.mark.parametrize('library', ['mmengine', 'mmdet', 'mmseg', 'mila_mm'])
+def test_builds_by_name_in_any_registry_and_scope(library, type_):
     import mila_mm.models  # noqa: F401 - 'MILA' alone works once this is imported
-    for scope in ('mmengine', 'mmdet', 'mmseg'):
-        registry = MODELS
-        if scope == 'mmdet':
-            from mmdet.registry import MODELS as registry
-        if scope == 'mmseg':
-            from mmseg.registry import MODELS as registry
-        if type_ == 'MILA' and scope != 'mmengine':
-            continue  # a child registry of another library resolves bare names in its own scope and mmengine's
-        from mila_mm.registry import MODELS as ours
-        built = (ours if type_ == 'MILA' else registry).build(dict(type=type_, arch=MICRO))
-        assert isinstance(built, MILA)
+    registry = importlib.import_module(f'{library}.registry').MODELS
+    assert isinstance(registry.build(dict(type=type_, arch=MICRO)), MILA)
+    DefaultScope.get_instance('test', scope_name='mmdet' if library == 'mmseg' else 'mmseg')
+    assert isinstance(registry.build(dict(type=type_, arch=MICRO)), MILA)
 
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3,), (1, 2), (2, 0), (-1,)], ids=str)
@@ -135,6 +130,24 @@ def test_folding_a_batch_norm_equals_applying_it(trained):
     for a, b in zip(torch.autograd.grad((folded * weight).sum(), leaves),
                     torch.autograd.grad((plain * weight).sum(), leaves), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_hooks_on_a_folded_layer_fire():
+    from mila_mm.models.layers import ConvLayer
+    layer = ConvLayer(3, 4, 3, norm_layer=torch.nn.BatchNorm2d).eval()
+    seen = []
+    handle = layer.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    hooked = layer(image := torch.rand(1, 3, 8, 8))
+    handle.remove()
+    assert seen == [(1, 4, 8, 8)]
+    torch.testing.assert_close(layer(image), hooked)
+
+
+@pytest.mark.parametrize('backend', ['auto', 'reference'])
+def test_on_the_meta_device(backend):
+    with torch.device('meta'):
+        maps = MILA(MICRO, attn_backend=backend)(torch.rand(2, 3, 75, 101))
+    assert [tuple(m.shape) for m in maps] == expected_shapes(2, 75, 101)
 
 
 def test_with_cp_changes_neither_outputs_nor_gradients():

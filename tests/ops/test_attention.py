@@ -203,6 +203,13 @@ def test_autocast_casts_activations_only(backend):
     assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
 
 
+def test_autocast_takes_mixed_dtypes():
+    qk, v, _, _, gate = draw(1, 4, 5, 32, torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = mila_attention(qk.bfloat16(), v, None, None, (4, 5), 1, gate)
+    assert y.dtype == torch.bfloat16
+
+
 def test_saves_its_inputs_and_a_state_per_head_only():
     saved = []
     inputs = [t.requires_grad_() for t in draw(2, 16, 16, 64, torch.float32)]

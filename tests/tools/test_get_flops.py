@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from mila_mm.engine.complexity import DEFAULT_SHAPES
+
 TOOL = 'analysis_tools/get_flops.py'
 
 
@@ -34,6 +36,11 @@ def test_segmentor_as_published(command, root, workspace) -> None:
     part = count(command, root / 'configs/upernet_mila_b_160k.py', '--shape', 256)
     assert 16 * part['macs'] == pytest.approx(1183e9, rel=0.01)
     assert part['params'] == pytest.approx(128e6, rel=0.01)
+
+
+def test_sizes_of_the_paper_are_the_defaults() -> None:
+    """Height and width of the published costs: 1280 x 800 and 512 x 2048 as papers write them."""
+    assert DEFAULT_SHAPES == {'mmdet': (800, 1280), 'mmseg': (512, 2048)}
 
 
 def test_attention_is_counted(command, detector) -> None:

@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 
 from mila_mm import MILA
-from mila_mm.engine.training import starts_from_scratch, use_pretrained
+from mila_mm.engine.training import nothing_to_resume, starts_from_scratch, use_pretrained
 from mila_mm.errors import UserError
 
 
@@ -41,6 +41,18 @@ def test_random_weights_are_announced(cfg, says) -> None:
     notice = starts_from_scratch(cfg)
     assert (notice is None) == (says is None)
     assert says is None or says in notice
+
+
+def test_another_backbone_is_refused() -> None:
+    with pytest.raises(UserError, match=r'expected a backbone of type mila_mm\.MILA, got ResNet'):
+        use_pretrained(Config(dict(model=dict(backbone=dict(type='ResNet')))), 'mila://tiny-in1k')
+
+
+def test_resuming_nothing_is_announced(tmp_path) -> None:
+    cfg = Config(dict(model=dict(backbone=dict(type='mila_mm.MILA')), resume=True, work_dir=str(tmp_path)))
+    assert 'holds no checkpoint' in nothing_to_resume(cfg) and 'mila://tiny-in1k' in starts_from_scratch(cfg)
+    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    assert nothing_to_resume(cfg) is None and starts_from_scratch(cfg) is None
 
 
 def test_needs_a_backbone() -> None:
