@@ -22,7 +22,9 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='weights of that model')
     cli.add_run_arguments(parser)
     parser.add_argument(
-        '--out', metavar='PATH', help='write the predictions to PATH.pkl (a segmentor: or as PNG into the folder PATH)'
+        '--out',
+        metavar='PATH',
+        help='write the predictions to PATH, which ends with .pkl (a segmentor: or is a folder, for PNG)',
     )
     parser.add_argument('--show', action='store_true', help='open a window for each image')
     parser.add_argument('--show-dir', metavar='DIR', help='write a picture of the predictions on each image into DIR')

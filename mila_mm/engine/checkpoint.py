@@ -31,7 +31,7 @@ def check_checkpoint_file(path: str, flag: str) -> None:
     if file.is_dir():
         raise UserError(f'{flag}: {path} is a folder, expected a checkpoint file (.pth)')
     if not file.is_file():
-        raise UserError(f'{flag}: checkpoint {path} does not exist (looked in {Path.cwd()})')
+        raise UserError(f'{flag}: {path} does not exist (looked in {Path.cwd()})')
 
 
 def load_checkpoint_into(model: nn.Module, checkpoint: Mapping[str, Any], source: str, strict: bool) -> LoadReport:

@@ -136,7 +136,7 @@ def _how_to_get(needed: NeededPath) -> str:
         if name.startswith(prefix):
             layout = f'{str(root).rstrip("/")}/{source.layout}'
             get = f'Get {source.name} from {source.address}, lay it out as {layout}'
-            return f'{get}, or {option}; `make demo` needs none.'
+            return f'{get}, or {option}; `make demo` needs no data set.'
     return f'Put the data there, or {option}; `make demo` needs no data.'
 
 

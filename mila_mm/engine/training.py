@@ -12,6 +12,7 @@ from mila_mm.engine.checkpoint import check_checkpoint_file
 from mila_mm.engine.checks import check_data
 from mila_mm.engine.config import load_config, scope_of
 from mila_mm.engine.launch import prepare_launch
+from mila_mm.engine.notice import NoticeHook
 from mila_mm.engine.precision import check_precision, use_amp
 from mila_mm.engine.runner import build_runner
 from mila_mm.engine.setup import prepare, set_work_dir
@@ -71,9 +72,8 @@ def train(
     add_resume_state(cfg)
     runner = build_runner(without_testing(cfg))
     runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
-    for notice in (nothing_to_resume(cfg), starts_from_scratch(cfg)):
-        if notice is not None:
-            runner.logger.warning(notice)
+    notices = [line for line in (nothing_to_resume(cfg), starts_from_scratch(cfg)) if line is not None]
+    runner.register_hook(NoticeHook(notices))
     runner.train()
     return runner
 

@@ -97,4 +97,5 @@ def advice(report: LoadReport, tensors: Mapping[str, Any], own: Mapping[str, Any
         file_arch, model_arch = names.describe(tensors, theirs), names.describe(own, ours)
         if file_arch != model_arch:
             return f'The file is of {file_arch}, the model is {model_arch}.'
-    return 'If the difference is meant (another number of classes, say), load_strict=False takes what fits.'
+    return ('If the difference is meant (another number of classes, say), load_strict=False takes what fits '
+            '(--cfg-options load_strict=False).')

@@ -13,9 +13,12 @@ def test_backbone_starts_from_the_given_file(command, detector, workspace) -> No
     torch.manual_seed(5)
     given = MILA('nano').state_dict()
     torch.save({'model': given}, workspace / 'backbone.pth')
-    ended = command('train.py', detector, '--pretrained', workspace / 'backbone.pth', '--work-dir', workspace / 'run',
-                    '--cfg-options', 'optim_wrapper.optimizer.lr=0.0')
+    (workspace / 'run').mkdir()
+    ended = command('train.py', detector, '--resume', '--pretrained', workspace / 'backbone.pth', '--work-dir',
+                    workspace / 'run', '--cfg-options', 'optim_wrapper.optimizer.lr=0.0')
     assert ended.status == 0, ended.err
+    log = next((workspace / 'run').rglob('*.log')).read_text()
+    assert log.index('starts anew') > log.index('Checkpoints will be saved'), 'after the noise of the start'
     trained = torch.load(workspace / 'run' / 'epoch_1.pth', weights_only=False)['state_dict']
     parameters = [k for k, _ in MILA('nano').named_parameters()]
     assert all(torch.equal(trained[f'backbone.{k}'], given[k]) for k in parameters)
