@@ -32,17 +32,12 @@ DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
 
 
 def trunk(arch: str, backend: str) -> nn.Module:
-    """``MILATrunk``, also on a machine that has neither mmengine nor timm."""
-    if importlib.util.find_spec('mmengine') is None and 'mila_mm.models' not in sys.modules:
-        # The package's own __init__ imports what belongs to OpenMMLab; its modules are found without running it.
-        package = types.ModuleType('mila_mm.models')
-        package.__path__ = [str(ROOT / 'mila_mm' / 'models')]
-        sys.modules['mila_mm.models'] = package
+    """``MILATrunk``, also on a machine that has no timm."""
     if importlib.util.find_spec('timm') is None:
         layers = types.ModuleType('timm.layers')
         layers.DropPath = lambda rate=0.0: nn.Identity()  # all rates are 0 here
         sys.modules |= {'timm': types.ModuleType('timm'), 'timm.layers': layers}
-    from mila_mm.models.trunk import MILATrunk
+    from mila_mm.models import MILATrunk
 
     return MILATrunk(arch, attn_backend=backend)
 

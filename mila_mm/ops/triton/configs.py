@@ -41,7 +41,8 @@ class Launch:
         rows, columns: Tokens per step: a tile of the map, or a run of ``rows * columns``.
         warps: Warps per program.
         stages: Depth of the software pipeline of its loop; 1 for none.
-        registers: Limit per thread, for more programs at a time than ptxas would choose by itself. None for no limit.
+        registers: Limit per thread where ptxas by itself would take too many for more programs at a time, or spill to
+            save a few. None for no limit.
         precision: Takes the place of :attr:`Arithmetic.precision` in this kernel. None for no change.
     """
 
@@ -113,17 +114,17 @@ TILES_PER_LEPE_SPLIT = 8
 REDUCE_CHUNK, REDUCE_ROWS, REDUCE_WARPS = 128, 32, 4
 LEPE_CHANNELS = 32
 
-# kernel -> products -> padded head width -> Launch. Eight elements per thread and tensor, one 128-bit access in 16
-# bits, wherever registers decide how many programs run at a time.
+# kernel -> products -> head width, or else padded head width -> Launch. Eight elements per thread and tensor, one
+# 128-bit access in 16 bits, wherever registers decide how many programs run at a time.
 _STATE = {16: Launch(4, 16, 4, 2), 32: Launch(4, 16, 4, 2), 64: Launch(4, 8, 8)}
-_TILE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(4, 8, 8)}
+_TILE = {16: Launch(8, 8, 4), 24: Launch(8, 8, 8, 1, 128), 32: Launch(8, 8, 8), 64: Launch(4, 8, 8)}
 _KEY_VALUE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(4, 4, 8)}
 _QUERY = {16: Launch(4, 8, 4, 2), 32: Launch(4, 8, 4, 2), 64: Launch(2, 8, 8, 2)}
 _EXACT_STATE = {16: Launch(4, 8, 4, 1, 168), 32: Launch(4, 8, 4, 1, 168), 64: Launch(4, 8, 8)}
-_EXACT_TILE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(2, 8, 4)}
+_EXACT_TILE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(2, 8, 4, registers=248)}
 _EXACT_KEY_VALUE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(4, 4, 8)}
 # Three TF32 terms of a 64 x 64 operand do not fit the registers of sm_80; plain fp32 products do, and are as exact.
-_EXACT_QUERY = {16: Launch(4, 8, 4), 32: Launch(4, 8, 4), 64: Launch(2, 8, 8, precision='ieee')}
+_EXACT_QUERY = {16: Launch(4, 8, 4), 32: Launch(2, 8, 4), 64: Launch(2, 8, 8, 1, 128, 'ieee')}
 
 
 def _rows(fast: dict[int, Launch], exact: dict[int, Launch]) -> dict[str, dict[int, Launch]]:
@@ -140,9 +141,11 @@ _TABLE: dict[str, dict[str, dict[int, Launch]]] = {
 }
 
 
-def lepe_launch(dtype: torch.dtype) -> Launch:
+def lepe_launch(dtype: torch.dtype, channels: int) -> Launch:
     """The settings of the kernel that sums the LePE gradients; its nine sums stay in registers."""
-    return Launch(8, 8, 8, registers=None if dtype == torch.float32 else 128)
+    # In fp32, and where tokens are not aligned to 16 elements, addresses take more registers.
+    roomy = dtype == torch.float32 or channels % 16 != 0
+    return Launch(8, 8, 8, registers=None if roomy else 128)
 
 
 def launch(kernel: str, products: str, head_width: int) -> Launch:
@@ -153,4 +156,5 @@ def launch(kernel: str, products: str, head_width: int) -> Launch:
         products: :attr:`Arithmetic.name`.
         head_width: Channels per head, one of ``HEAD_WIDTHS``.
     """
-    return _TABLE[kernel][products][padded_width(head_width)]
+    by_width = _TABLE[kernel][products]
+    return by_width.get(head_width) or by_width[padded_width(head_width)]

@@ -261,7 +261,7 @@ def _lepe_backward(
     plan: _Plan, grad_out: Tensor, v: Tensor, lepe_weight: Tensor, lepe_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the LePE weight (C, 1, 3, 3) and bias (C,), in their dtypes, from sums in fp32."""
-    setting, run = configs.lepe_launch(v.dtype), configs.TILES_PER_LEPE_SPLIT
+    setting, run = configs.lepe_launch(v.dtype, plan.channels), configs.TILES_PER_LEPE_SPLIT
     across = -(-plan.width // setting.columns)
     tiles = across * -(-plan.height // setting.rows)
     splits = -(-tiles // run)
