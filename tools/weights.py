@@ -80,12 +80,13 @@ def inspect_file(args: argparse.Namespace) -> None:
     content = read_file(path)
     print(f'{path}: {path.stat().st_size:,} bytes, {sniff(path)}')
     if isinstance(content, dict):
-        print('entries: ' + ', '.join(f'{key} ({type(value).__name__})' for key, value in list(content.items())[:20]))
+        entries = list(content.items())[:20]
+        print('entries: ' + ', '.join(f'{_shown(key)} ({type(value).__name__})' for key, value in entries))
     state_dict, layout = names.unwrap(content, key=args.key, source=str(path))
     tensors, dropped = names.to_project(state_dict)
     prefix = names.backbone_prefix(tensors)
     kinds = Counter(str(value.dtype).removeprefix('torch.') for value in tensors.values())
-    print(f'weights: {len(tensors)} tensors under {layout or "the top level"}, '
+    print(f'weights: {len(tensors)} tensors under {_shown(layout or "the top level")}, '
           f'{sum(value.numel() for value in tensors.values()) / 1e6:.2f} M values, '
           + ', '.join(f'{count} {kind}' for kind, count in kinds.items()))
     print('model: ' + (f'{names.describe(tensors, prefix)}' if prefix is not None else 'no MILA in it')
@@ -94,10 +95,10 @@ def inspect_file(args: argparse.Namespace) -> None:
         print(f'left out when loading: {len(keys)} {reason}')
     odd = [name for name, value in tensors.items() if not is_finite(value)]
     if odd:
-        print(f'warning: NaN or infinity in {len(odd)} tensors: {", ".join(odd[:10])}')
+        print(f'warning: NaN or infinity in {len(odd)} tensors: {", ".join(map(_shown, odd[:10]))}')
     if args.keys:
         for name, value in tensors.items():
-            print(f'  {name} {tuple(value.shape)}')
+            print(f'  {_shown(name)} {tuple(value.shape)}')
 
 
 def export_file(args: argparse.Namespace) -> None:
@@ -107,6 +108,12 @@ def export_file(args: argparse.Namespace) -> None:
     count = export(args.source, args.out, naming=args.names, layout=args.layout, image_size=args.rope,
                    key=args.key, part=args.part)
     print(f'{args.out}: {count} tensors')
+
+
+def _shown(key: object) -> str:
+    """What stands in a file, without what would steer the terminal or cannot be encoded."""
+    text = str(key)
+    return text if text.isprintable() else ascii(text)
 
 
 def _required(names: Sequence[str], command: str) -> Sequence[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -194,7 +195,7 @@ def write_record(path: Path, record: Record) -> None:
         OSError: If the folder cannot be written.
     """
     place = record_path(path)
-    scratch = place.with_name(f'{place.name}.{os.getpid()}.tmp')
+    scratch = place.with_name(f'{place.name}.{os.getpid()}-{threading.get_ident()}.tmp')
     try:
         scratch.write_text(json.dumps(asdict(record), indent=1) + '\n', encoding='utf-8')
         os.replace(scratch, place)

@@ -34,6 +34,8 @@ _NOT_CHECKPOINTS = (
 )
 # A safetensors header of this size describes about a million tensors.
 _MAX_HEADER = 100 << 20
+# Of a zip record: encrypted, patched data, strongly encrypted.
+_FOREIGN_FLAGS = 0x1 | 0x20 | 0x40
 
 
 def sniff(path: Path) -> str:
@@ -128,6 +130,9 @@ def check_zip(path: Path) -> zipfile.ZipInfo:
         raise CheckpointError(f'{path}: a zip archive without a checkpoint in it (no data.pkl); '
                               'if it was packed by hand, unzip it first')
     for record in records:
+        if record.flag_bits & _FOREIGN_FLAGS:
+            raise CheckpointError(f'{path}: record {record.filename!r} is encrypted or patched, which torch.save never '
+                                  'does; expected a checkpoint as it was saved')
         if record.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f'{path}: record {record.filename!r} is compressed and declares {record.file_size:,} '
                                   'bytes; torch.save never compresses, so this is no checkpoint (or a zip bomb)')
@@ -156,7 +161,9 @@ def check_safetensors(path: Path) -> None:
                                   'truncated or damaged')
         try:
             header = json.loads(file.read(length))
-            ends = [int(entry['data_offsets'][1]) for name, entry in header.items() if name != '__metadata__']
+            ends = [entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__']
+            if any(type(end) is not int for end in ends):
+                raise ValueError('data_offsets that are not whole numbers')
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(f'{path}: its safetensors header is damaged ({error})') from error
     if max(ends, default=0) != size - 8 - length:

@@ -224,18 +224,19 @@ def download(source: str, path: Path, settings: Settings, *, label: str, progres
             return
         _check_address(source)
         transfer = _Transfer(source, path, settings, bar)
-        tries, before = 0, -1
+        # Only more than ever before counts as progress: a server that restarts the file gains again what was there.
+        tries, best = 0, transfer.have
         while True:
-            tries = 1 if transfer.have > before else tries + 1
-            before = transfer.have
+            tries += 1
             try:
                 _try_once(transfer)
             except _Retry as error:
-                gained = transfer.have > before
-                if tries >= settings.attempts and not gained:
+                if transfer.have > best:
+                    tries, best = 0, transfer.have
+                    continue
+                if tries >= settings.attempts:
                     raise SourceError(f'{error}, {tries} tries') from error
-                if not gained:
-                    time.sleep(min(settings.backoff * 2 ** (tries - 1), _MAX_PAUSE))
+                time.sleep(min(settings.backoff * 2 ** (tries - 1), _MAX_PAUSE))
             else:
                 return
 

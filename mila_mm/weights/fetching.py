@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
+from mila_mm.errors import UserError
 from mila_mm.weights import container
 from mila_mm.weights.cache import (
     ENV_HOME,
@@ -30,8 +31,10 @@ from mila_mm.weights.download import SourceError, discard, download, is_plain_ht
 from mila_mm.weights.errors import CheckpointError, DownloadError, MissingCheckpointError
 from mila_mm.weights.published import SCHEME, PublishedFile, find
 
-# torch.hub's convention: name-<first digits of the sha256>.pth
-_HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.[A-Za-z]+$')
+# torch.hub's convention: name-<first digits of the sha256>.pth. Decimal digits alone are a date, not a hash.
+_HASH_IN_NAME = re.compile(r'-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.[A-Za-z]+$')
+# Bytes; 255 is what file systems take, and locks, records and parts append to it
+_MAX_NAME = 180
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,13 @@ def wanted(source: str | PublishedFile) -> Wanted:
         What to fetch and where it goes.
 
     Raises:
-        UserError: If no published file has that name.
+        UserError: If no published file has that name, or the address cannot be one.
     """
     if isinstance(source, str) and source.startswith(('http://', 'https://')):
-        name = os.path.basename(unquote(urlsplit(source).path)) or 'download'
+        name = os.path.basename(unquote(_checked(source).path)) or 'download'
+        if not name.isprintable() or len(os.fsencode(name)) > _MAX_NAME:
+            raise UserError(f'{source[:200]!r}: ends in a name that no file can have; expected at most {_MAX_NAME} '
+                            'bytes, without control characters. Fetch it by hand and give the path')
         match = _HASH_IN_NAME.search(name)
         if not match:
             # Different files called model.pth must not be taken for one another.
@@ -78,6 +84,18 @@ def wanted(source: str | PublishedFile) -> Wanted:
         return Wanted(source, source, cache_dir() / name, sha256=match[1] if match else None)
     entry = find(source) if isinstance(source, str) else source
     return Wanted(entry.label, entry.url, cache_dir() / entry.filename, True, entry.size, entry.sha256)
+
+
+def _checked(address: str) -> SplitResult:
+    """Split an address, or say that it is none."""
+    try:
+        if not (address.isascii() and address.isprintable()):
+            raise ValueError('other characters than printable ASCII; write them as %XX')
+        parts = urlsplit(address)
+        _ = parts.port  # parsed only when asked for
+    except ValueError as error:
+        raise UserError(f'{address[:200]!r}: not an address ({error}); expected https://host/path/file.pth') from error
+    return parts
 
 
 def fetch(source: str | PublishedFile, *, progress: bool | None = None) -> Path:
@@ -144,8 +162,12 @@ def _sources(target: Wanted, mirrors: Sequence[str]) -> list[str]:
     """Mirrors in order, then the official address."""
     if not target.mirrored:
         return [target.url]
-    places = [m.format(file=target.path.name) if '{file}' in m else f'{m.rstrip("/")}/{target.path.name}'
+    # not str.format: other braces in an address are its own
+    places = [m.replace('{file}', target.path.name) if '{file}' in m else f'{m.rstrip("/")}/{target.path.name}'
               for m in mirrors]
+    for place in places:
+        if '://' in place:
+            _checked(place)
     return [*places, target.url]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections import OrderedDict
@@ -191,12 +192,18 @@ def _load(module: nn.Module, tensors: Mapping[str, Any], report: LoadReport, str
             report.mismatched.append(f'{name}: {problem}')
             del fitting[name]
     report.nonfinite = [name for name, value in fitting.items() if isinstance(value, Tensor) and not is_finite(value)]
+    explained = {name for keys in report.fresh.values() for name in keys}
+    # Modules rename keys of their older versions while they load, so only a load tells what is missing; where names
+    # alone leave a doubt, the model's own values are kept to put them back if the file is refused.
+    doubt = report.mismatched or any(name not in own for name in fitting) or any(
+        name not in fitting and name not in explained and not name.endswith(_COUNT) for name in own)
+    before = _snapshot(own) if doubt or (strict and _lacks_some_counts(own, fitting)) else None
     try:
-        # modules rename keys of their older versions in here, before keys are compared
         missing, unexpected = module.load_state_dict(fitting, strict=False)
     except RuntimeError as error:
+        if before is not None:
+            module.load_state_dict(before)
         raise MismatchError(f'{report.source}: does not fit the model: {error}', report) from error
-    explained = {name for keys in report.fresh.values() for name in keys}
     explained.update(entry.partition(': ')[0] for entry in report.mismatched)
     # BatchNorm itself fills in a count that a file lacks, and reports nothing
     counts = [name for name in own if name.endswith(_COUNT) and name not in tensors]
@@ -206,8 +213,24 @@ def _load(module: nn.Module, tensors: Mapping[str, Any], report: LoadReport, str
     report.missing = [name for name in dict.fromkeys([*missing, *counts]) if name not in explained]
     report.unexpected = list(unexpected)
     report.loaded = len(fitting) - len(unexpected)
+    if strict and not report.complete and before is not None:
+        module.load_state_dict(before)
     _tell(module, tensors, own, report, strict)
     return report
+
+
+def _lacks_some_counts(own: Mapping[str, Any], tensors: Mapping[str, Any]) -> bool:
+    """Tell whether a file counts batches for some BatchNorms and not for others, which is refused."""
+    have = [name in tensors for name in own if name.endswith(_COUNT)]
+    return any(have) and not all(have)
+
+
+def _snapshot(own: Mapping[str, Any]) -> OrderedDict:
+    """Copy a state dict, which shares its memory with the model."""
+    copied = OrderedDict((name, copy.deepcopy(value)) for name, value in own.items())
+    if hasattr(own, '_metadata'):
+        copied._metadata = own._metadata  # versions: without them modules would take the keys for older ones
+    return copied
 
 
 def _compare(value: Any, target: Any, name: str, report: LoadReport) -> str:

@@ -160,14 +160,18 @@ def rope_tables(state_dict: Mapping[str, Any], prefix: str, image_size: int) -> 
         One (H, W, C/2, 2) fp32 tensor of cosines and sines for each block.
 
     Raises:
-        UserError: If the image size is not a positive multiple of 32.
+        UserError: If the image size is not a positive multiple of 32, or a projection is not a matrix.
     """
     if image_size <= 0 or image_size % 32:
         raise UserError(f'image size for RoPE tables: expected a positive multiple of 32, got {image_size}')
     tables = {}
     pattern = re.compile(re.escape(prefix) + r'layers\.(\d+)\.blocks\.(\d+)\.attn\.qk\.weight')
     for match in filter(None, map(pattern.fullmatch, list(state_dict))):
-        side, quarter = image_size // 4 // 2 ** int(match[1]), state_dict[match[0]].shape[1] // 4
+        weight = state_dict[match[0]]
+        if weight.dim() != 2:
+            raise UserError(f'{match[0]}: shape {tuple(weight.shape)}, expected (out, in) of a linear layer; '
+                            'these are no weights of a MILA, so there are no RoPE tables for them')
+        side, quarter = image_size // 4 // 2 ** int(match[1]), weight.shape[1] // 4
         theta = 1 / (10000 ** (torch.arange(quarter) / quarter))
         turns = torch.arange(side)[:, None] * theta
         rows, columns = turns[:, None].expand(side, side, quarter), turns[None].expand(side, side, quarter)

@@ -34,12 +34,14 @@ _TORCH_NAMES = frozenset({
     'torch.storage.UntypedStorage', 'torch.storage.TypedStorage',
     '_codecs.encode', '__builtin__.set', 'builtins.set', 'builtins.complex',
 })
-_TORCH_PATTERN = re.compile(
-    r'torch(\.cuda)?\.[A-Z][A-Za-z0-9]*Storage|torch\.(float|bfloat|int|uint|complex|half|double|long|short|bool)\w*')
+_DTYPES = frozenset(f'torch.{name}' for name, value in vars(torch).items()
+                    if isinstance(value, torch.dtype) and not name.startswith(('q', 'bits')))
+_STORAGE = re.compile(r'torch(\.cuda)?\.[A-Z][A-Za-z0-9]*Storage')
 # pickles of protocol 2 spell Python 3's builtins so
 _OLD_MODULES = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}
-# torch's unpickler knows globals only as opcode c, module, newline, name, newline
-_GLOBAL_LIKE = re.compile(rb'c([^\n\x00-\x1f]{1,200})\n([^\n\x00-\x1f]{1,200})\n')
+# torch's unpickler knows globals only as opcode c, module, newline, name, newline. A lookahead, because matches
+# overlap: a string in the file may begin what looks like a global and swallow the start of a real one.
+_GLOBAL_LIKE = re.compile(rb'(?=c([^\n\x00-\x1f]{1,200})\n([^\n\x00-\x1f]{1,200})\n)')
 _SHOWN = 5
 # Bytes that tensors may claim beyond what is stored, where the file itself is not larger
 _EXPANSION = 16 << 20
@@ -117,7 +119,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _allowed(name: str) -> bool:
-    return name in _TORCH_NAMES or name in STAND_INS or _TORCH_PATTERN.fullmatch(name) is not None
+    return name in _TORCH_NAMES or name in STAND_INS or name in _DTYPES or _STORAGE.fullmatch(name) is not None
 
 
 def _modern(name: str) -> str:

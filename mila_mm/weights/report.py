@@ -21,7 +21,8 @@ def listed(keys: Iterable[str], shown: int = _SHOWN) -> str:
     Returns:
         'a, b, ... 3 more'.
     """
-    keys = list(keys)
+    # names come from files: none may steer the terminal
+    keys = [key if key.isprintable() else ascii(key) for key in keys]
     return ', '.join(keys[:shown]) + (f', ... {len(keys) - shown} more' if len(keys) > shown else '')
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 _MAX_DEPTH = 100
+_MAX_PATH = 4096
 _HISTORY_METHODS = frozenset({'min', 'max', 'mean', 'current'})
 _ARRAY_KINDS = re.compile(r'[biufcSU]\d+|\?')
 
@@ -98,7 +99,11 @@ class _Text:
 
     def __new__(cls, *args: Any) -> str:
         """Return the parts joined as a path joins them."""
-        return re.sub('/+', '/', '/'.join(str(arg) for arg in args))
+        # a path joined with itself again and again would double with each turn; one part alone cannot grow
+        if not all(isinstance(arg, str) for arg in args) or (
+                len(args) > 1 and sum(len(arg) + 1 for arg in args) > _MAX_PATH):
+            raise UnpicklingError(f'a path of more than {_MAX_PATH} characters, or not made of strings')
+        return re.sub('/+', '/', '/'.join(args))
 
 
 class Named:

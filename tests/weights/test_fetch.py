@@ -13,7 +13,7 @@ from urllib.request import Request
 import pytest
 
 from mila_mm.errors import UserError
-from mila_mm.weights.cache import configure, read_record, record_path, settings
+from mila_mm.weights.cache import Record, configure, read_record, record_path, settings, write_record
 from mila_mm.weights.download import SourceError, _Redirects
 from mila_mm.weights.errors import CheckpointError, DownloadError
 from mila_mm.weights.fetching import fetch, local_path, verify, wanted
@@ -97,6 +97,23 @@ def test_endless_cuts_end(server, home, published_bytes):
         fetch(entry(server))
     assert not (home / 'mila-micro.pth').exists()
     assert str(home / 'mila-micro.pth') in str(caught.value)
+
+
+def test_alternating_cuts_end(server, home, published_bytes):
+    """A server without ranges gives the same bytes again after a restart: no progress."""
+    behaviour = server.put(FILE, body=published_bytes, ranges='ignored', cut=[100_000, 50_000] * 10)
+    with pytest.raises(DownloadError, match='tries'):
+        fetch(entry(server))
+    assert len(behaviour.requests) == 1 + settings().attempts
+
+
+def test_threads_write_records_of_their_own(tmp_path):
+    path, record = tmp_path / 'a.pth', Record(1, 'ab', 2, 'by hand')
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(write_record, path, record) for _ in range(200)]:
+            done.result()
+    assert read_record(path) == record
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pth.json']
 
 
 def test_length_is_not_announced_and_the_file_is_cut(server, home, published_bytes):
@@ -311,9 +328,32 @@ def test_address_of_ones_own(server, home, published_bytes):
     assert one != two  # not taken for one another because both are called model.pth
     server.put(f'/net-{digest[:8]}.pth', body=published_bytes)
     assert local_path(f'{server.base}/net-{digest[:8]}.pth').name == f'net-{digest[:8]}.pth'
-    server.put('/net-00000000.pth', body=published_bytes)
-    with pytest.raises(DownloadError, match='expected 00000000'):
-        local_path(f'{server.base}/net-00000000.pth')
+    server.put('/net-0000000a.pth', body=published_bytes)
+    with pytest.raises(DownloadError, match='expected 0000000a'):
+        local_path(f'{server.base}/net-0000000a.pth')
+
+
+def test_date_in_a_name_is_not_a_hash(server, home, published_bytes):
+    server.put('/net-20240115.pth', body=published_bytes)
+    assert local_path(f'{server.base}/net-20240115.pth').read_bytes() == published_bytes
+
+
+@pytest.mark.parametrize('address', ['https://a.example/x%00.pth', f'https://a.example/{"x" * 300}.pth', 'http://[::1/x.pth',
+                                     'https://a.example:port/x.pth', 'https://a.example/\xe4.pth', 'https://a.example/\ud800'])
+def test_what_is_no_address_is_named(address, home):
+    with pytest.raises(UserError, match=r'not an address|no file can have'):
+        fetch(address)
+
+
+def test_braces_in_mirrors_are_their_own(server, home, published_bytes):
+    server.put('/{arch}/mila-micro.pth', body=published_bytes)
+    configure(mirrors=[server.base + '/{arch}/{file}'])
+    path = fetch(entry(server))
+    assert read_record(path).source == server.base + '/{arch}/mila-micro.pth'
+    path.unlink()
+    configure(mirrors=['http://[::1'])
+    with pytest.raises(UserError, match='not an address'):
+        fetch(entry(server))
 
 
 def test_missing_path_says_how_published_files_are_named(tmp_path):

@@ -184,6 +184,11 @@ def damaged_files():
     yield 'safetensors that declares more', safetensors_lie, 'need'
     yield 'pickle bytes flipped', flipped, ''
     yield 'memo slot of 2 G', memo_bomb, ''
+    for flag in (0x1, 0x20, 0x40):
+        yield f'zip record with flag {flag:#x}', lambda p, c, f=flag: flagged(p, f), 'encrypted or patched'
+    for end in ('Infinity', '1e999', '4.0', 'true', 'NaN'):
+        yield f'safetensors that end at {end}', lambda p, c, e=end: offsets(p, e), 'header is damaged'
+    yield 'path that doubles', path_bomb, 'path of more than 4096'
 
 
 def truncated(path, percent, **kwargs):
@@ -269,6 +274,26 @@ def flipped(path, canary):
     rewrite(path, lambda data: data[:40] + bytes(255 - b for b in data[40:60]) + data[60:])
 
 
+def flagged(path, flag):
+    save(weights(), path)
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b'PK\x01\x02')
+    raw[at + 8] |= flag
+    path.write_bytes(raw)
+
+
+def offsets(path, end):
+    header = ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,' + end + ']}}').encode()
+    path.write_bytes(struct.pack('<Q', len(header)) + header + b'\0' * 4)
+
+
+def path_bomb(path, canary):
+    # PosixPath(a, a) from memo slot 1, 40 times: a path of 2**40 letters
+    turns = b'h\x00h\x01h\x01\x86Rq\x01' * 40
+    start = b'\x80\x02cpathlib\nPosixPath\nq\x00U\x08aaaaaaaaq\x01'
+    zipped(path, {'x/data.pkl': start + turns + b'}.', 'x/version': b'3\n'})
+
+
 def memo_bomb(path, canary):
     save({'a': torch.arange(16.0)}, path, _use_new_zipfile_serialization=False)
     raw = path.read_bytes()
@@ -279,6 +304,17 @@ def memo_bomb(path, canary):
 
 HOSTILE, DAMAGED = list(hostile_files()), list(damaged_files())
 BAD = [pytest.param(write, words, id=name) for name, write, words in HOSTILE + DAMAGED]
+
+
+@pytest.mark.parametrize('cover', ['torch\nfloat', 'collections\nOrderedDict', 'torch\nX' + 'x' * 150])
+def test_string_cannot_hide_a_global(cover, tmp_path):
+    """bytearray is on torch's own list: only the screen stands between a number in the file and an allocation."""
+    text = b'c' + cover.encode()
+    body = b'\x80\x02}U' + bytes([len(text)]) + text + b'cbuiltins\nbytearray\nM\xe8\x03\x85Rs.'
+    zipped(tmp_path / 'a.pth', {'a/data.pkl': body, 'a/version': b'3\n'})
+    assert torch.load(tmp_path / 'a.pth', weights_only=True)[text.decode()] == bytearray(1000)
+    with pytest.raises(UnsafeCheckpointError, match=r'builtins\.bytearray'):
+        read_file(tmp_path / 'a.pth')
 
 
 @pytest.fixture

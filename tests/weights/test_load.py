@@ -149,13 +149,23 @@ def edited(classifier, **changes):
 ], ids=['missing', 'unexpected', 'shape', 'integers', 'complex', 'fractional count', 'one norm only', 'another block'])
 def test_what_differs_is_an_error_that_lists_it(file, classifier, model, changes, words):
     path = file(edited(classifier, **changes))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(MismatchError, match=re.escape(words)) as caught:
         load_backbone(model, path)
     assert str(path) in str(caught.value)
     assert not caught.value.report.complete
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # all or nothing
     report = load_backbone(model, path, strict=False)
     assert (report.missing, report.unexpected) == (caught.value.report.missing, caught.value.report.unexpected)
     assert report.loaded > 150
+
+
+def test_file_without_one_count_of_batches_changes_nothing(file, classifier, model):
+    path = file(edited(classifier, patch_embed__conv1__norm__num_batches_tracked=None))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MismatchError, match=r'1 missing: patch_embed\.conv1\.norm\.num_batches_tracked'):
+        load_backbone(model, path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_weights_of_another_arch_say_which(file, published, model):

@@ -96,6 +96,24 @@ def test_inspect_names_nan(tool, tmp_path):
     assert 'no MILA in it' in out
 
 
+def test_keys_cannot_steer_the_terminal(tool, tmp_path):
+    torch.save({'state_dict': {'a\x1b[2J': torch.tensor([float('nan')]), 'b\ud800': torch.ones(1)}, '\x1b]0;x\x07': 1},
+               tmp_path / 'a.pth')
+    status, out, err = tool('inspect', tmp_path / 'a.pth', '--keys')
+    assert status == 0, err
+    assert '\x1b' not in out
+    assert r'a\x1b[2J' in out
+    assert r'b\ud800' in out
+
+
+def test_export_with_rope_of_what_is_no_mila(tool, tmp_path):
+    torch.save({'model': {'patch_embed.conv1.conv.weight': torch.ones(4, 3, 3, 3),
+                          'layers.0.blocks.0.attn.qk.weight': torch.tensor(1.0)}}, tmp_path / 'a.pth')
+    status, _, err = tool('export', tmp_path / 'a.pth', tmp_path / 'b.pth', '--rope', '64')
+    assert status == 2
+    assert 'layers.0.blocks.0.attn.qk.weight: shape ()' in err
+
+
 def test_export_and_back(tool, filled, tmp_path, classifier):
     status, out, _ = tool('export', 'mila://tiny-in1k', tmp_path / 'a.safetensors', '--rope', '64')
     assert (status, out.strip()) == (0, f'{tmp_path / "a.safetensors"}: {len(classifier)} tensors')
