@@ -50,11 +50,13 @@ def _normaliser(q: Tensor, key_mean: Tensor, eps: float) -> Tensor:
     return (q.flatten(2) @ blocks).add_(eps).reciprocal_().unsqueeze(-1)
 
 
-def _lepe(v: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    """Depthwise 3x3 over the grid, (B, N, C)."""
+def _lepe(v: Tensor, weight: Tensor | None, bias: Tensor | None, height: int, width: int) -> Tensor:
+    """Depthwise 3x3 over the grid, or zeros without a weight: (B, N, C), contiguous, in memory of its own."""
+    if weight is None:
+        return torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     image = v.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     out = F.conv2d(image, weight.to(v.dtype), bias.to(v.dtype), padding=1, groups=v.shape[-1])
-    return out.permute(0, 2, 3, 1).flatten(1, 2)
+    return out.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 def attention_forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
@@ -62,7 +64,7 @@ def attention_forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bi
                       rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y (B, N, C) in v's dtype, and in fp32 (fp64 for fp64 inputs) S (B, heads, d, d) and m (B, heads, d)."""
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    batch, tokens, channels = v.shape
+    tokens, channels = v.shape[1:]
     features = _feature_map(qk, dtype).unflatten(-1, (2, channels))
     values = v.to(dtype)
     key_mean = features[:, :, 1].mean(dim=1).unflatten(-1, (num_heads, -1))
@@ -70,11 +72,10 @@ def attention_forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bi
     _rotate_(features, rope_grid(height, width, channels, rope_base, v.device, dtype))
     state = _heads(features[:, :, 1], num_heads).transpose(-2, -1) @ _heads(values, num_heads)
     state /= tokens
-    out = torch.empty(batch, tokens, num_heads, channels // num_heads, dtype=dtype, device=v.device)
-    torch.mul((_heads(features[:, :, 0], num_heads) @ state).transpose(1, 2), z, out=out)
-    out = out.flatten(2)
-    if lepe_weight is not None:
-        out += _lepe(values, lepe_weight, lepe_bias, height, width)
+    out = _lepe(values, lepe_weight, lepe_bias, height, width)
+    # Onto what is there: the product of the heads lies in another order, and a copy of its own would cost a pass.
+    attended = (_heads(features[:, :, 0], num_heads) @ state).transpose(1, 2)
+    out.unflatten(-1, (num_heads, -1)).addcmul_(attended, z)
     if gate is not None:
         out *= F.silu(gate.to(dtype))
     return out.to(v.dtype), state, key_mean
@@ -99,10 +100,9 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
 
     grad_gate, grad_out = None, grad_y.to(dtype)
     if gate is not None:
-        out = (scaled.transpose(1, 2) @ state).transpose(1, 2).flatten(2)
-        if lepe_weight is not None:
-            out = out + _lepe(values, lepe_weight, lepe_bias, height, width)
-        grad_gate = torch.ops.aten.silu_backward(grad_out * out, gate.to(dtype)).to(gate.dtype)
+        out = _lepe(values, lepe_weight, lepe_bias, height, width)
+        out.unflatten(-1, (num_heads, -1)).add_((scaled.transpose(1, 2) @ state).transpose(1, 2))
+        grad_gate = torch.ops.aten.silu_backward(out.mul_(grad_out), gate.to(dtype)).to(gate.dtype)
         grad_out = grad_out * F.silu(gate.to(dtype))
     grad_out = grad_out.contiguous()
 
@@ -110,7 +110,7 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
     r = (grad_heads @ state.transpose(-2, -1)).transpose(1, 2)  # (B, N, heads, d)
     e = (scaled * r).sum(dim=-1, keepdim=True).mul_(z).neg_()
     grad_state = scaled.permute(0, 2, 3, 1) @ grad_heads / tokens
-    grad_mean = (q * e).mean(dim=1)  # (B, heads, d)
+    grad_mean = (e.permute(0, 2, 3, 1) @ q.transpose(1, 2)).squeeze(2) / tokens  # (B, heads, d)
 
     grad_qk = torch.empty_like(features)
     torch.mul(r, z, out=grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)))
@@ -121,7 +121,7 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
     grad_qk[:, :, 1] += grad_mean.flatten(1)[:, None]
     grad_qk = grad_qk.flatten(2).mul_(slopes).to(qk.dtype)
 
-    grad_v = (_heads(features[:, :, 1], num_heads) @ grad_state).transpose(1, 2).flatten(2)
+    grad_v = (_heads(features[:, :, 1], num_heads) @ grad_state).transpose(1, 2)
     grad_weight = grad_bias = None
     if lepe_weight is not None:
         def image(x: Tensor) -> Tensor:
@@ -130,6 +130,6 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
         grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             image(grad_out), image(values), lepe_weight.to(dtype), [channels], [1, 1], [1, 1], [1, 1], False, [0, 0],
             channels, [True, True, True])
-        grad_v = grad_v + grad_image.permute(0, 2, 3, 1).flatten(1, 2)
+        grad_v = grad_image.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (num_heads, -1)).add_(grad_v)
         grad_weight, grad_bias = grad_weight.to(lepe_weight.dtype), grad_bias.to(lepe_bias.dtype)
-    return grad_qk, grad_v.to(v.dtype), grad_weight, grad_bias, grad_gate
+    return grad_qk, grad_v.flatten(2).to(v.dtype), grad_weight, grad_bias, grad_gate
