@@ -29,11 +29,10 @@ def _feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(max=0).to(dtype).exp_().add_(x.clamp(min=0))
 
 
-def _rotate_(x: Tensor, grid: Tensor, inverse: bool = False) -> Tensor:
+def _rotate_(x: Tensor, grid: Tensor) -> Tensor:
     """Turn the pairs of x (B, N, halves, C) in place, in one pass: a pair times (cos + i sin) as a complex product."""
-    turns = torch.view_as_complex(grid)
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    pairs.mul_(turns.conj().resolve_conj()[:, None] if inverse else turns[:, None])
+    pairs.mul_(torch.view_as_complex(grid)[:, None])
     return x
 
 
@@ -88,14 +87,14 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
     """Compute the gradients of qk (one buffer, (B, N, 2C)), v, lepe_weight, lepe_bias and gate, each in its dtype."""
     dtype = state.dtype
     tokens, channels = v.shape[1:]
-    grid = rope_grid(height, width, channels, rope_base, v.device, dtype)
+    sizes = height, width, channels, rope_base, v.device, dtype
     values = v.to(dtype)
     features = _feature_map(qk, dtype)
     slopes = features.clamp(max=1)
     features = features.unflatten(-1, (2, channels))
     q = features[:, :, 0].contiguous().unflatten(-1, (num_heads, -1))
     z = _normaliser(q, key_mean, eps)
-    _rotate_(features, grid)
+    _rotate_(features, rope_grid(*sizes))
     scaled = features[:, :, 0].unflatten(-1, (num_heads, -1)) * z  # P, (B, N, heads, d)
 
     grad_gate, grad_out = None, grad_y.to(dtype)
@@ -116,7 +115,7 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
     torch.mul(r, z, out=grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)))
     grad_qk[:, :, 1].unflatten(-1, (num_heads, -1)).copy_(
         (_heads(values, num_heads) @ grad_state.transpose(-2, -1)).transpose(1, 2))
-    _rotate_(grad_qk, grid, inverse=True)
+    _rotate_(grad_qk, rope_grid(*sizes, inverse=True))
     grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)).addcmul_(e, key_mean[:, None])
     grad_qk[:, :, 1] += grad_mean.flatten(1)[:, None]
     grad_qk = grad_qk.flatten(2).mul_(slopes).to(qk.dtype)

@@ -59,9 +59,9 @@ def build_rope_grid(height: int, width: int, channels: int, base: float, device:
     return torch.stack((angles.cos(), angles.sin()), dim=-1).to(device=device, dtype=dtype)
 
 
-@lru_cache(maxsize=32)  # four stages of some eight input sizes
+@lru_cache(maxsize=64)  # four stages of some eight input sizes, both ways
 def rope_grid(height: int, width: int, channels: int, base: float, device: torch.device,
-              dtype: torch.dtype = torch.float32) -> Tensor:
+              dtype: torch.dtype = torch.float32, inverse: bool = False) -> Tensor:
     """Cosine and sine of every channel pair of every token of a grid.
 
     Args:
@@ -71,12 +71,14 @@ def rope_grid(height: int, width: int, channels: int, base: float, device: torch
         base: Base of the geometric progression of frequencies.
         device: Where the table lives.
         dtype: torch.float32, or torch.float64 for the same fp32 values cast up.
+        inverse: Turn back instead: sines with the other sign.
 
     Returns:
         (H * W, C // 2, 2), [..., 0] the cosine and [..., 1] the sine; cached, not to be written to.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return build_rope_grid(height, width, channels, base, device, dtype)
+        grid = build_rope_grid(height, width, channels, base, device, dtype)
+        return grid * grid.new_tensor([1, -1]) if inverse else grid
 
 
 def clear_rope_cache() -> None:

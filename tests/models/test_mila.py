@@ -199,6 +199,9 @@ def test_rope_is_in_no_state_dict_and_computed_once_per_size(monkeypatch):
     for _ in range(2):
         model(torch.rand(1, 3, 36, 52))
     assert built == [(9, 13, 16), (5, 7, 32)]
+    for _ in range(2):
+        sum(m.sum() for m in model(torch.rand(1, 3, 36, 52))).backward()
+    assert len(built) == 4, 'the backward turns back by tables of its own, built once as well'
 
 
 def test_a_table_built_in_inference_mode_serves_training():
