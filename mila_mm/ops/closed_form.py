@@ -24,9 +24,10 @@ from torch import Tensor
 from .rope import rope_grid
 
 
-def _feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """elu + 1 as exp(min(x, 0)) + max(x, 0), in a new buffer of its own."""
-    return x.clamp(max=0).to(dtype).exp_().add_(x.clamp(min=0))
+def _feature_map(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """elu + 1 as exp(min(x, 0)) + max(x, 0), and its slope, the first of the two; in new buffers of their own."""
+    slope = x.clamp(max=0).to(dtype).exp_()
+    return x.clamp(min=0).to(dtype).add_(slope), slope
 
 
 def _rotate_(x: Tensor, grid: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def attention_forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bi
     """Compute y (B, N, C) in v's dtype, and in fp32 (fp64 for fp64 inputs) S (B, heads, d, d) and m (B, heads, d)."""
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     tokens, channels = v.shape[1:]
-    features = _feature_map(qk, dtype).unflatten(-1, (2, channels))
+    features = _feature_map(qk, dtype)[0].unflatten(-1, (2, channels))
     values = v.to(dtype)
     key_mean = features[:, :, 1].mean(dim=1).unflatten(-1, (num_heads, -1))
     z = _normaliser(features[:, :, 0].unflatten(-1, (num_heads, -1)), key_mean, eps)
@@ -89,8 +90,7 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
     tokens, channels = v.shape[1:]
     sizes = height, width, channels, rope_base, v.device, dtype
     values = v.to(dtype)
-    features = _feature_map(qk, dtype)
-    slopes = features.clamp(max=1)
+    features, slopes = _feature_map(qk, dtype)
     features = features.unflatten(-1, (2, channels))
     q = features[:, :, 0].contiguous().unflatten(-1, (num_heads, -1))
     z = _normaliser(q, key_mean, eps)
