@@ -42,12 +42,19 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def _members(num_heads: int, like: Tensor) -> Tensor:
+    """(heads, C) of ones where a channel belongs to a head: x @ it repeats, x @ its transpose sums, over a head.
+
+    Both are one product instead of an elementwise walk in steps of d channels, which PyTorch does not vectorise well.
+    """
+    width = like.shape[-1] // num_heads
+    return torch.eye(num_heads, dtype=like.dtype, device=like.device).repeat_interleave(width, dim=1)
+
+
 def _normaliser(q: Tensor, key_mean: Tensor, eps: float) -> Tensor:
-    """z = 1 / (q^ . m + eps), (B, N, heads, 1), from q (B, N, heads, d) and m (B, heads, d)."""
-    # One product with a block-diagonal matrix reads q in place; a batched one would walk it head by head.
-    heads, d = key_mean.shape[1:]
-    blocks = torch.diag_embed(key_mean.transpose(1, 2)).permute(0, 2, 1, 3).reshape(-1, heads * d, heads)
-    return (q.flatten(2) @ blocks).add_(eps).reciprocal_().unsqueeze(-1)
+    """z = 1 / (q^ . m + eps), (B, N, heads), from q (B, N, C) and m (B, heads, d)."""
+    members = _members(key_mean.shape[1], q)
+    return (q @ (members * key_mean.flatten(1)[:, None]).transpose(1, 2)).add_(eps).reciprocal_()
 
 
 def _lepe(v: Tensor, weight: Tensor | None, bias: Tensor | None, height: int, width: int) -> Tensor:
@@ -68,14 +75,14 @@ def attention_forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bi
     features = _feature_map(qk, dtype)[0].unflatten(-1, (2, channels))
     values = v.to(dtype)
     key_mean = features[:, :, 1].mean(dim=1).unflatten(-1, (num_heads, -1))
-    z = _normaliser(features[:, :, 0].unflatten(-1, (num_heads, -1)), key_mean, eps)
+    z = _normaliser(features[:, :, 0], key_mean, eps)
     _rotate_(features, rope_grid(height, width, channels, rope_base, v.device, dtype))
     state = _heads(features[:, :, 1], num_heads).transpose(-2, -1) @ _heads(values, num_heads)
     state /= tokens
     out = _lepe(values, lepe_weight, lepe_bias, height, width)
     # Onto what is there: the product of the heads lies in another order, and a copy of its own would cost a pass.
     attended = (_heads(features[:, :, 0], num_heads) @ state).transpose(1, 2)
-    out.unflatten(-1, (num_heads, -1)).addcmul_(attended, z)
+    out.unflatten(-1, (num_heads, -1)).addcmul_(attended, (z @ _members(num_heads, values)).view(attended.shape))
     if gate is not None:
         out *= F.silu(gate.to(dtype))
     return out.to(v.dtype), state, key_mean
@@ -92,10 +99,12 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
     values = v.to(dtype)
     features, slopes = _feature_map(qk, dtype)
     features = features.unflatten(-1, (2, channels))
-    q = features[:, :, 0].contiguous().unflatten(-1, (num_heads, -1))
+    q = features[:, :, 0].contiguous()
     z = _normaliser(q, key_mean, eps)
+    members = _members(num_heads, values)
+    repeated_z = z @ members  # (B, N, C)
     _rotate_(features, rope_grid(*sizes))
-    scaled = features[:, :, 0].unflatten(-1, (num_heads, -1)) * z  # P, (B, N, heads, d)
+    scaled = (features[:, :, 0] * repeated_z).unflatten(-1, (num_heads, -1))  # P, (B, N, heads, d)
 
     grad_gate, grad_out = None, grad_y.to(dtype)
     if gate is not None:
@@ -107,16 +116,17 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
 
     grad_heads = _heads(grad_out, num_heads)
     r = (grad_heads @ state.transpose(-2, -1)).transpose(1, 2)  # (B, N, heads, d)
-    e = (scaled * r).sum(dim=-1, keepdim=True).mul_(z).neg_()
+    products = torch.mul(scaled, r, out=torch.empty_like(scaled)).flatten(2)
+    e = (products @ members.t()).mul_(z).neg_()  # (B, N, heads)
     grad_state = scaled.permute(0, 2, 3, 1) @ grad_heads / tokens
-    grad_mean = (e.permute(0, 2, 3, 1) @ q.transpose(1, 2)).squeeze(2) / tokens  # (B, heads, d)
+    grad_mean = (e.transpose(1, 2).unsqueeze(2) @ _heads(q, num_heads)).squeeze(2) / tokens  # (B, heads, d)
 
     grad_qk = torch.empty_like(features)
-    torch.mul(r, z, out=grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)))
+    torch.mul(r, repeated_z.view(r.shape), out=grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)))
     grad_qk[:, :, 1].unflatten(-1, (num_heads, -1)).copy_(
         (_heads(values, num_heads) @ grad_state.transpose(-2, -1)).transpose(1, 2))
     _rotate_(grad_qk, rope_grid(*sizes, inverse=True))
-    grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)).addcmul_(e, key_mean[:, None])
+    grad_qk[:, :, 0].addcmul_(e @ members, key_mean.flatten(1)[:, None])
     grad_qk[:, :, 1] += grad_mean.flatten(1)[:, None]
     grad_qk = grad_qk.flatten(2).mul_(slopes).to(qk.dtype)
 
