@@ -73,6 +73,21 @@ def test_published_size(arch):
     assert_equal(model(released_image((1, 3, 96, 160))), f'{arch}_96x160', every)
 
 
+@torch.no_grad()
+def test_classifier_logits():
+    """The classifier is the backbone with its own last norm, a mean over the tokens and a linear head."""
+    keys = DATA.parents[1] / 'weights' / 'data' / 'micro_classifier_keys.json'
+    shapes = json.loads(keys.read_text())
+    weights = released_weights({k: v for k, v in shapes.items() if not k.endswith('rope.rotations')})
+    model = MILA(MICRO, out_indices=(3,)).eval()
+    model.load_state_dict({k.replace('norm.', 'norm3.') if k.startswith('norm.') else k: v
+                           for k, v in weights.items() if not k.startswith('head.')})
+    pooled = model(released_image((2, 3, 64, 64)))[0].mean(dim=(2, 3))
+    logits = torch.nn.functional.linear(pooled, weights['head.weight'], weights['head.bias']).numpy()
+    expected = OUTPUTS['micro_cls_64x64_logits']
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(('arch', 'millions'), [('tiny', 23.880), ('small', 42.503), ('base', 95.216)])
 def test_parameter_count(arch, millions):
     with torch.device('meta'):
