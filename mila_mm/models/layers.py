@@ -33,10 +33,16 @@ def _full_precision(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and autocast_dtype(x.device.type) is None
 
 
+def _may_overwrite() -> bool:
+    """True where no backward will ask for an intermediate result; False in a trace, which is one for both."""
+    return not (torch.is_grad_enabled() or torch.jit.is_tracing())
+
+
 def _add(branch: Tensor, shortcut: Tensor) -> Tensor:
-    """shortcut + branch, into the branch's memory where the sum has its dtype; the branch is used up."""
-    # No backward needs the output of a Linear or of a drop path. Autocast keeps the shortcut in fp32.
-    return branch.add_(shortcut) if branch.dtype == shortcut.dtype else shortcut + branch
+    """shortcut + branch; without gradients into the memory of the branch, which is used up, where the dtype fits."""
+    # Autocast keeps the shortcut in fp32. With gradients, writing into a view costs the backward two copies.
+    inside = _may_overwrite() and branch.dtype == shortcut.dtype
+    return branch.add_(shortcut) if inside else shortcut + branch
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -195,9 +201,7 @@ class Block(nn.Module):
         """Map tokens (B, H * W, C) to the same shape."""
         x = self.cpe1(x, height, width, residual=True)
         y = self.norm1(x)
-        # The SiLU may overwrite the convolution's output where no backward will ask for it; a trace is one for both.
-        overwrite = not (torch.is_grad_enabled() or torch.jit.is_tracing())
-        u = F.silu(self.dwc(self.in_proj(y), height, width), inplace=overwrite)
+        u = F.silu(self.dwc(self.in_proj(y), height, width), inplace=_may_overwrite())
         y = self.attn(u, height, width, gate=self.act_proj(y))
         x = _add(self.drop_path(self.out_proj(y)), x)
         x = self.cpe2(x, height, width, residual=True)

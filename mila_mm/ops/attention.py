@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import closed_form
 from .reference import mila_attention_reference
@@ -38,17 +42,25 @@ def why_not_triton(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
     return triton.why_not(qk, v, num_heads)
 
 
+def _as_written(v: Tensor) -> AbstractContextManager:
+    """Keep autocast out of a kernel: inside of an op it would still turn the products of the fp32 island to 16 bits."""
+    device = v.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, gate: Tensor | None,
              height: int, width: int, num_heads: int, eps: float, rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(qk, v, num_heads).attention_forward(
-        qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base)
+    with _as_written(v):
+        return _kernels(qk, v, num_heads).attention_forward(
+            qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base)
 
 
 def _backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
               gate: Tensor | None, state: Tensor, key_mean: Tensor, height: int, width: int, num_heads: int,
               eps: float, rope_base: float) -> tuple[Tensor, ...]:
-    grads = _kernels(qk, v, num_heads).attention_backward(
-        grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base)
+    with _as_written(v):
+        grads = _kernels(qk, v, num_heads).attention_backward(
+            grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base)
     # An op returns tensors only: an empty one stands for the gradient of an input that was not given.
     return tuple(v.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -95,7 +107,7 @@ def _differentiate(ctx, grad_y, *_):
 
 
 def _differentiate_twice(ctx, *_):
-    raise RuntimeError("mila_attention: expected one differentiation, got a second; take backend='reference' for it")
+    raise RuntimeError(closed_form.NO_SECOND_ORDER)
 
 
 torch.library.register_autograd('mila_mm::attention_forward', _differentiate, setup_context=_setup_context,
@@ -138,6 +150,13 @@ def _check(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor 
         fail(f'gate of the shape of v, {tuple(v.shape)}', tuple(gate.shape))
     if gate is not None and gate.dtype != v.dtype:
         fail(f'gate of the dtype of v, {v.dtype}', gate.dtype)
+
+
+def _eager_on_cpu(v: Tensor) -> bool:
+    """True where nothing has to see one op: plain tensors, and neither a compiler nor a mode that watches."""
+    plain = v.device.type == 'cpu' and type(v) is Tensor and v.dtype in (torch.float32, torch.float64)
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _are_functorch_transforms_active()
+    return plain and torch.is_grad_enabled() and not watched
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -190,4 +209,6 @@ def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias:
         return mila_attention_reference(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate,
                                         eps=eps, rope_base=rope_base)
     args = (qk, v, lepe_weight, lepe_bias, gate, *spatial_shape, num_heads, eps, rope_base)
+    if _eager_on_cpu(v):
+        return closed_form.ClosedFormAttention.apply(*args)
     return torch.ops.mila_mm.attention_forward(*args)[0]

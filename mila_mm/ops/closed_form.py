@@ -6,35 +6,41 @@ the caller holds anyway (qk, v, gate) and, per head, a d x d state and a mean ke
 Notation, per batch and head, f = elu + 1, R_n the rotation at token n, N tokens::
 
     k^ = f(k), k~ = R k^, q^ = f(q), q~ = R q^        S = (1/N) sum_n k~_n^T v_n,   m = (1/N) sum_n k^_n
-    z_n = 1 / (q^_n . m + eps),   P_n = z_n q~_n      o_n = P_n S + lepe(v)_n,      y_n = o_n silu(g_n)
+    z_n = 1 / (q^_n . m + eps)                        o_n = z_n q~_n S + lepe(v)_n, y_n = o_n silu(g_n)
 
-and, from dy, with do = dy silu(g), r_n = do_n S^T and e_n = -z_n <P_n, r_n>::
+and, from dy, with do = dy silu(g), r_n = z_n do_n S^T and e_n = -z_n <q~_n, r_n>::
 
-    dq_n = (R_n^T z_n r_n + e_n m) f'(q_n)            dS = (1/N) sum_n P_n^T do_n,  dm = (1/N) sum_n e_n q^_n
+    dq_n = (R_n^T r_n + e_n m) f'(q_n)                dS = (1/N) sum_n q~_n^T z_n do_n,  dm = (1/N) sum_n e_n q^_n
     dk_n = (R_n^T (v_n dS^T) + dm) f'(k_n)            dv_n = k~_n dS + lepe^T(do)_n
     dg_n = dy_n o_n silu'(g_n)                        f'(x) = min(f(x), 1)
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from .rope import rope_grid
 
-
-def _feature_map(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """elu + 1 as exp(min(x, 0)) + max(x, 0), and its slope, the first of the two; in new buffers of their own."""
-    slope = x.clamp(max=0).to(dtype).exp_()
-    return x.clamp(min=0).to(dtype).add_(slope), slope
+NO_SECOND_ORDER = "mila_attention: expected one differentiation, got a second; take backend='reference' for it"
+Options = tuple[int, int, int, float, float]  # height, width, num_heads, eps, rope_base
 
 
-def _rotate_(x: Tensor, grid: Tensor) -> Tensor:
-    """Turn the pairs of x (B, N, halves, C) in place, in one pass: a pair times (cos + i sin) as a complex product."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    pairs.mul_(torch.view_as_complex(grid)[:, None])
-    return x
+def _feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """elu + 1 as exp(min(x, 0)) + max(x, 0), in a new buffer."""
+    return x.clamp(max=0).to(dtype).exp_().add_(x.clamp(min=0))
+
+
+def _rotate(x: Tensor, grid: Tensor, out: Tensor | None = None) -> Tensor:
+    """Turn the pairs of x (B, N, halves, C), in one pass: a pair times (cos + i sin) as a complex product."""
+    out = torch.empty_like(x) if out is None else out
+    pairs, turned = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (x, out))
+    torch.mul(pairs, torch.view_as_complex(grid)[:, None], out=turned)
+    return out
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -42,47 +48,127 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def _members(num_heads: int, like: Tensor) -> Tensor:
-    """(heads, C) of ones where a channel belongs to a head: x @ it repeats, x @ its transpose sums, over a head.
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a @ b for each head, or out += a @ b; (B, heads, ..) each, strided as they come."""
+    # Image by image: batch and heads of such a view are not one axis, and a matmul of the four would copy both.
+    for x, y, z in zip(a, b, out, strict=True):
+        z.baddbmm_(x, y, beta=int(add))
 
-    Both are one product instead of an elementwise walk in steps of d channels, which PyTorch does not vectorise well.
+
+@lru_cache(maxsize=64)
+def _members(num_heads: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(heads, C) of ones where a channel belongs to a head: x @ its transpose sums x over each head.
+
+    One product instead of an elementwise walk in steps of d channels, which PyTorch does not vectorise well.
     """
-    width = like.shape[-1] // num_heads
-    return torch.eye(num_heads, dtype=like.dtype, device=like.device).repeat_interleave(width, dim=1)
+    with torch.inference_mode(False):
+        return torch.eye(num_heads, dtype=dtype, device=device).repeat_interleave(channels // num_heads, dim=1)
+
+
+def _spread(key_mean: Tensor) -> Tensor:
+    """m (B, heads, d) as (B, heads, C), zero where a channel belongs to another head."""
+    batch, num_heads, d = key_mean.shape
+    return _members(num_heads, num_heads * d, key_mean.dtype, key_mean.device) * key_mean.view(batch, 1, num_heads * d)
 
 
 def _normaliser(q: Tensor, key_mean: Tensor, eps: float) -> Tensor:
-    """z = 1 / (q^ . m + eps), (B, N, heads), from q (B, N, C) and m (B, heads, d)."""
-    members = _members(key_mean.shape[1], q)
-    return (q @ (members * key_mean.flatten(1)[:, None]).transpose(1, 2)).add_(eps).reciprocal_()
+    """z = 1 / (q^ . m + eps), (B, N, heads), from q^ (B, N, C) and m (B, heads, d)."""
+    return (q @ _spread(key_mean).transpose(1, 2)).add_(eps).reciprocal_()
+
+
+def _over_heads(z: Tensor) -> Tensor:
+    """(B, N, heads) -> (B, heads, N, 1), a view."""
+    return z.transpose(1, 2).unsqueeze(-1)
+
+
+def _image(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, N, C) -> (B, C, H, W), a view."""
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def _lepe(v: Tensor, weight: Tensor | None, bias: Tensor | None, height: int, width: int) -> Tensor:
     """Depthwise 3x3 over the grid, or zeros without a weight: (B, N, C), contiguous, in memory of its own."""
     if weight is None:
         return torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    image = v.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    out = F.conv2d(image, weight.to(v.dtype), bias.to(v.dtype), padding=1, groups=v.shape[-1])
+    out = F.conv2d(_image(v, height, width), weight.to(v.dtype), bias.to(v.dtype), padding=1, groups=v.shape[-1])
     return out.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def _attend(features: Tensor, values: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, options: Options,
+            keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute o (B, N, C) before its gate, S, m and z from f(qk) (B, N, 2, C), which is left alone only if ``keep``."""
+    height, width, num_heads, eps, rope_base = options
+    tokens, channels = values.shape[1:]
+    key_mean = features[:, :, 1].mean(dim=1).unflatten(-1, (num_heads, -1))
+    z = _normaliser(features[:, :, 0], key_mean, eps)
+    grid = rope_grid(height, width, channels, rope_base, values.device, values.dtype)
+    rotated = _rotate(features, grid, out=None if keep else features)
+    rotated_q, rotated_k = (_heads(rotated[:, :, i], num_heads) for i in (0, 1))
+    state = rotated_k.transpose(-2, -1) @ _heads(values, num_heads)
+    state /= tokens
+    out = _lepe(values, lepe_weight, lepe_bias, height, width)
+    _multiply(rotated_q.mul_(_over_heads(z)), state, _heads(out, num_heads), add=True)
+    return out, state, key_mean, z
+
+
+def _differentiate(grad_y: Tensor, features: Tensor, values: Tensor, lepe_weight: Tensor | None,
+                   lepe_bias: Tensor | None, gate: Tensor | None, out: Tensor | None, state: Tensor, key_mean: Tensor,
+                   z: Tensor, options: Options) -> tuple[Tensor | None, ...]:
+    """Compute all gradients in the dtype of ``values``; ``out`` is o, or None to compute it again where needed."""
+    height, width, num_heads, _, rope_base = options
+    tokens, channels = values.shape[1:]
+    table = height, width, channels, rope_base, values.device, values.dtype
+    members = _members(num_heads, channels, values.dtype, values.device)
+    rotated = _rotate(features, rope_grid(*table))
+    rotated_q, rotated_k = (_heads(rotated[:, :, i], num_heads) for i in (0, 1))
+
+    grad_gate, grad_out = None, grad_y
+    if gate is not None:
+        if out is None:
+            out = _lepe(values, lepe_weight, lepe_bias, height, width)
+            _multiply(rotated_q * _over_heads(z), state, _heads(out, num_heads), add=True)
+        grad_gate = torch.ops.aten.silu_backward(out * grad_y, gate)
+        grad_out = F.silu(gate).mul_(grad_y)
+    grad_out = grad_out.contiguous()
+
+    scaled = _heads(grad_out, num_heads) * _over_heads(z)  # z do
+    grad_qk = torch.empty_like(features)
+    grad_q, grad_k = (_heads(grad_qk[:, :, i], num_heads) for i in (0, 1))
+    _multiply(scaled, state.transpose(-2, -1), grad_q)  # r
+    e = ((rotated[:, :, 0] * grad_qk[:, :, 0]) @ members.t()).mul_(z).neg_()  # (B, N, heads)
+    grad_state = rotated_q.transpose(-2, -1) @ scaled / tokens
+    _multiply(_heads(values, num_heads), grad_state.transpose(-2, -1), grad_k)
+    _rotate(grad_qk, rope_grid(*table, inverse=True), out=grad_qk)
+    grad_mean = (e.transpose(1, 2).unsqueeze(2) @ _heads(features[:, :, 0], num_heads)).flatten(1) / tokens  # (B, C)
+    grad_qk[:, :, 0].baddbmm_(e, _spread(key_mean))
+    grad_qk[:, :, 1] += grad_mean[:, None]
+
+    grad_weight = grad_bias = None
+    if lepe_weight is None:
+        grad_v = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    else:
+        grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            _image(grad_out, height, width), _image(values, height, width), lepe_weight.to(values.dtype), [channels],
+            [1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True])
+        grad_v = grad_image.permute(0, 2, 3, 1).flatten(1, 2)
+    _multiply(rotated_k, grad_state, _heads(grad_v, num_heads), add=True)
+    # f'(x) = min(f(x), 1), into the memory of what is used up.
+    grad_qk.mul_(torch.clamp(features, max=1, out=rotated))
+    return grad_qk.flatten(2), grad_v, grad_weight, grad_bias, grad_gate
+
+
+def _compute_dtype(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
 def attention_forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
                       gate: Tensor | None, height: int, width: int, num_heads: int, eps: float,
                       rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y (B, N, C) in v's dtype, and in fp32 (fp64 for fp64 inputs) S (B, heads, d, d) and m (B, heads, d)."""
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    tokens, channels = v.shape[1:]
-    features = _feature_map(qk, dtype)[0].unflatten(-1, (2, channels))
-    values = v.to(dtype)
-    key_mean = features[:, :, 1].mean(dim=1).unflatten(-1, (num_heads, -1))
-    z = _normaliser(features[:, :, 0], key_mean, eps)
-    _rotate_(features, rope_grid(height, width, channels, rope_base, v.device, dtype))
-    state = _heads(features[:, :, 1], num_heads).transpose(-2, -1) @ _heads(values, num_heads)
-    state /= tokens
-    out = _lepe(values, lepe_weight, lepe_bias, height, width)
-    # Onto what is there: the product of the heads lies in another order, and a copy of its own would cost a pass.
-    attended = (_heads(features[:, :, 0], num_heads) @ state).transpose(1, 2)
-    out.unflatten(-1, (num_heads, -1)).addcmul_(attended, (z @ _members(num_heads, values)).view(attended.shape))
+    dtype = _compute_dtype(v)
+    features = _feature_map(qk, dtype).unflatten(-1, (2, v.shape[-1]))
+    out, state, key_mean, _ = _attend(features, v.to(dtype), lepe_weight, lepe_bias,
+                                   (height, width, num_heads, eps, rope_base), keep=False)
     if gate is not None:
         out *= F.silu(gate.to(dtype))
     return out.to(v.dtype), state, key_mean
@@ -94,51 +180,52 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
                                                               Tensor | None]:
     """Compute the gradients of qk (one buffer, (B, N, 2C)), v, lepe_weight, lepe_bias and gate, each in its dtype."""
     dtype = state.dtype
-    tokens, channels = v.shape[1:]
-    sizes = height, width, channels, rope_base, v.device, dtype
-    values = v.to(dtype)
-    features, slopes = _feature_map(qk, dtype)
-    features = features.unflatten(-1, (2, channels))
-    q = features[:, :, 0].contiguous()
-    z = _normaliser(q, key_mean, eps)
-    members = _members(num_heads, values)
-    repeated_z = z @ members  # (B, N, C)
-    _rotate_(features, rope_grid(*sizes))
-    scaled = (features[:, :, 0] * repeated_z).unflatten(-1, (num_heads, -1))  # P, (B, N, heads, d)
+    features = _feature_map(qk, dtype).unflatten(-1, (2, v.shape[-1]))
+    inputs = qk, v, lepe_weight, lepe_bias, gate
+    grads = _differentiate(grad_y.to(dtype), features, v.to(dtype), lepe_weight, lepe_bias,
+                           None if gate is None else gate.to(dtype), None, state, key_mean,
+                           _normaliser(features[:, :, 0], key_mean, eps), (height, width, num_heads, eps, rope_base))
+    return tuple(None if x is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
 
-    grad_gate, grad_out = None, grad_y.to(dtype)
-    if gate is not None:
-        out = _lepe(values, lepe_weight, lepe_bias, height, width)
-        out.unflatten(-1, (num_heads, -1)).add_((scaled.transpose(1, 2) @ state).transpose(1, 2))
-        grad_gate = torch.ops.aten.silu_backward(out.mul_(grad_out), gate.to(dtype)).to(gate.dtype)
-        grad_out = grad_out * F.silu(gate.to(dtype))
-    grad_out = grad_out.contiguous()
 
-    grad_heads = _heads(grad_out, num_heads)
-    r = (grad_heads @ state.transpose(-2, -1)).transpose(1, 2)  # (B, N, heads, d)
-    products = torch.mul(scaled, r, out=torch.empty_like(scaled)).flatten(2)
-    e = (products @ members.t()).mul_(z).neg_()  # (B, N, heads)
-    grad_state = scaled.permute(0, 2, 3, 1) @ grad_heads / tokens
-    grad_mean = (e.transpose(1, 2).unsqueeze(2) @ _heads(q, num_heads)).squeeze(2) / tokens  # (B, heads, d)
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity, which cannot be differentiated."""
 
-    grad_qk = torch.empty_like(features)
-    torch.mul(r, repeated_z.view(r.shape), out=grad_qk[:, :, 0].unflatten(-1, (num_heads, -1)))
-    grad_qk[:, :, 1].unflatten(-1, (num_heads, -1)).copy_(
-        (_heads(values, num_heads) @ grad_state.transpose(-2, -1)).transpose(1, 2))
-    _rotate_(grad_qk, rope_grid(*sizes, inverse=True))
-    grad_qk[:, :, 0].addcmul_(e @ members, key_mean.flatten(1)[:, None])
-    grad_qk[:, :, 1] += grad_mean.flatten(1)[:, None]
-    grad_qk = grad_qk.flatten(2).mul_(slopes).to(qk.dtype)
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
 
-    grad_v = (_heads(features[:, :, 1], num_heads) @ grad_state).transpose(1, 2)
-    grad_weight = grad_bias = None
-    if lepe_weight is not None:
-        def image(x: Tensor) -> Tensor:
-            return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
+        raise RuntimeError(NO_SECOND_ORDER)
 
-        grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            image(grad_out), image(values), lepe_weight.to(dtype), [channels], [1, 1], [1, 1], [1, 1], False, [0, 0],
-            channels, [True, True, True])
-        grad_v = grad_image.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (num_heads, -1)).add_(grad_v)
-        grad_weight, grad_bias = grad_weight.to(lepe_weight.dtype), grad_bias.to(lepe_bias.dtype)
-    return grad_qk, grad_v.flatten(2).to(v.dtype), grad_weight, grad_bias, grad_gate
+
+class ClosedFormAttention(torch.autograd.Function):
+    """The same for eager training in fp32 or fp64, where memory is cheaper than time: on a CPU.
+
+    It keeps f(qk) in place of qk, and o and z, so that the backward computes none of them again, for one more
+    activation of the size of v.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
+                gate: Tensor | None, *options: int | float) -> Tensor:
+        """Compute y (B, N, C)."""
+        features = _feature_map(qk, qk.dtype).unflatten(-1, (2, v.shape[-1]))
+        out, *rest = _attend(features, v, lepe_weight, lepe_bias, options, keep=True)
+        ctx.options = options
+        ctx.save_for_backward(features, v, lepe_weight, lepe_bias, gate, None if gate is None else out, *rest)
+        return out if gate is None else F.silu(gate).mul_(out)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of the five tensors."""
+        saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
+        with torch.no_grad():
+            *grads, grad_weight, grad_bias, grad_gate = _differentiate(grad_y, *saved, ctx.options)
+            if (weight := saved[2]) is not None:
+                grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(saved[3].dtype)
+        grads += grad_weight, grad_bias, grad_gate
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = [None if grad is None else _FirstOrderOnly.apply(grad.requires_grad_()) for grad in grads]
+        return *grads, *(None,) * len(ctx.options)

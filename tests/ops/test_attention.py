@@ -210,14 +210,38 @@ def test_autocast_takes_mixed_dtypes():
     assert y.dtype == torch.bfloat16
 
 
-def test_saves_its_inputs_and_a_state_per_head_only():
+def saved_elements(function):
+    """Count what a call of the function on (2, 16 * 16, 64) keeps for its backward besides its inputs."""
     saved = []
     inputs = [t.requires_grad_() for t in draw(2, 16, 16, 64, torch.float32)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        mila_attention(*inputs[:4], (16, 16), 2, inputs[4])
+        function(*inputs)
     own = {t.data_ptr() for t in inputs}
-    extra = sum(t.numel() for t in saved if t.data_ptr() not in own)
-    assert extra == 2 * 2 * (32 * 32 + 32)
+    return sum(t.numel() for t in saved if t.data_ptr() not in own)
+
+
+def test_op_saves_its_inputs_and_a_state_per_head_only():
+    options = (16, 16, 2, 1e-6, 10000.0)
+    assert saved_elements(lambda *inputs: torch.ops.mila_mm.attention_forward(*inputs, *options)) == 4 * (32 * 32 + 32)
+
+
+def test_eager_cpu_saves_the_features_in_place_of_qk_and_one_activation_more():
+    qk, activation, per_head = 2 * 256 * 128, 2 * 256 * 64, 4 * (32 * 32 + 32) + 2 * 256 * 2
+    kept = saved_elements(lambda *inputs: mila_attention(*inputs[:4], (16, 16), 2, inputs[4]))
+    assert kept == qk + activation + per_head
+
+
+def test_eager_cpu_and_the_op_agree():
+    inputs = [t.requires_grad_() for t in draw(2, 7, 5, 64, torch.float32)]
+    grad = torch.randn(2, 35, 64, generator=torch.Generator().manual_seed(4))
+    options = (7, 5, 2, 1e-6, 10000.0)
+    results = []
+    for function in (lambda: mila_attention(*inputs[:4], (7, 5), 2, inputs[4]),
+                     lambda: torch.ops.mila_mm.attention_forward(*inputs, *options)[0]):
+        y = function()
+        results.append((y, *torch.autograd.grad(y, inputs, grad)))
+    for eager, op in zip(*results, strict=True):
+        torch.testing.assert_close(eager, op, rtol=0, atol=2e-6 * op.abs().max().item())
 
 
 @pytest.mark.parametrize('shape', [(2, 3, 5, 32, 2), (0, 3, 4, 32, 2)], ids=['two', 'empty_batch'])
