@@ -8,20 +8,25 @@ turns' ratios. Each op is checked before it is timed: results that differ end th
 
 import argparse
 import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import torch
-import torchvision
 from torch import Tensor
 
-import mila_mm  # noqa: F401 - supplies mmcv._ext where mmcv is not compiled
-from mila_mm.mmcv_ext import is_stand_in
-from mila_mm.mmcv_ext.table import populate
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import measure  # noqa: E402
+from backbone_cpu import machine as cpu_machine  # noqa: E402
+
+import mila_mm  # noqa: E402, F401 - supplies mmcv._ext where mmcv is not compiled
+from mila_mm.mmcv_ext import is_stand_in  # noqa: E402
+from mila_mm.mmcv_ext.table import populate  # noqa: E402
 
 Run = Callable[[], Tensor]
 
@@ -190,12 +195,10 @@ def main() -> None:
             pair = attention_cases(queries, backward, ours, args.device)
             rows.append(compare(f'ms_deform_attn {queries} {way}', 'plain PyTorch', *pair, args))
     if args.out:
-        machine = {'cpu': platform.processor() or platform.machine(), 'threads': args.threads, 'device': args.device}
-        if args.device == 'cuda':
-            machine['gpu'] = torch.cuda.get_device_name()
-        versions = {'torch': torch.__version__, 'torchvision': torchvision.__version__}
+        where = measure.machine() if args.device == 'cuda' else cpu_machine()
+        versions = {name: version(name) for name in ('torch', 'torchvision')}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({'machine': machine, 'versions': versions, 'rows': rows}, indent=2) + '\n')
+        args.out.write_text(json.dumps({'machine': where, 'versions': versions, 'rows': rows}, indent=2) + '\n')
 
 
 if __name__ == '__main__':

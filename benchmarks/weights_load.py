@@ -8,19 +8,21 @@ that a busy machine slows all alike:
 - read: ``read_checkpoint('mila://tiny-in1k')``, the cached file looked up, screened, read and renamed
 - load: the same into a model, with matching, NaN check and report, against bare + ``load_state_dict``
 
-    python benchmarks/weights_load.py --out weights_load.json
+    python benchmarks/weights_load.py --out benchmarks/results/weights_load.json
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 LIMIT = 1.3
 
 
@@ -72,6 +74,7 @@ def measure(repeats: int) -> dict[str, object]:
         Medians in milliseconds, and quartiles of the ratio within each round.
     """
     import torch
+    from backbone_cpu import machine
 
     from mila_mm.models import MILA
     from mila_mm.weights import load_backbone, read_checkpoint
@@ -97,8 +100,7 @@ def measure(repeats: int) -> dict[str, object]:
                 if turn >= 2:
                     times[label].append(elapsed)
         size = path.stat().st_size
-    result: dict[str, object] = {'file_bytes': size, 'rounds': repeats, 'threads': torch.get_num_threads(),
-                                 'torch': torch.__version__, 'machine': platform.platform()}
+    result: dict[str, object] = {'machine': machine(), 'file_bytes': size, 'rounds': repeats}
     result['median_ms'] = {label: round(statistics.median(values) * 1e3, 2) for label, values in times.items()}
     for label, base in (('read', 'bare'), ('load', 'bare_into_model')):
         ratios = [ours / theirs for ours, theirs in zip(times[label], times[base], strict=True)]

@@ -70,23 +70,28 @@ def verify_files(args: argparse.Namespace) -> None:
 
 def inspect_file(args: argparse.Namespace) -> None:
     """Say what is in a checkpoint, without running any of it."""
+    from torch import Tensor
+
     from mila_mm.weights import names
     from mila_mm.weights.container import sniff
+    from mila_mm.weights.errors import printable
     from mila_mm.weights.fetching import local_path
     from mila_mm.weights.load import is_finite
     from mila_mm.weights.reader import read_file
+    from mila_mm.weights.report import listed
 
     path = local_path(args.source)
     content = read_file(path)
     print(f'{path}: {path.stat().st_size:,} bytes, {sniff(path)}')
     if isinstance(content, dict):
         entries = list(content.items())[:20]
-        print('entries: ' + ', '.join(f'{_shown(key)} ({type(value).__name__})' for key, value in entries))
+        print('entries: ' + ', '.join(f'{printable(str(key))} ({type(value).__name__})' for key, value in entries))
     state_dict, layout = names.unwrap(content, key=args.key, source=str(path))
     tensors, dropped = names.to_project(state_dict)
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}  # without _extra_state
     prefix = names.backbone_prefix(tensors)
     kinds = Counter(str(value.dtype).removeprefix('torch.') for value in tensors.values())
-    print(f'weights: {len(tensors)} tensors under {_shown(layout or "the top level")}, '
+    print(f'weights: {len(tensors)} tensors under {printable(layout or "the top level")}, '
           f'{sum(value.numel() for value in tensors.values()) / 1e6:.2f} M values, '
           + ', '.join(f'{count} {kind}' for kind, count in kinds.items()))
     print('model: ' + (f'{names.describe(tensors, prefix)}' if prefix is not None else 'no MILA in it')
@@ -95,10 +100,10 @@ def inspect_file(args: argparse.Namespace) -> None:
         print(f'left out when loading: {len(keys)} {reason}')
     odd = [name for name, value in tensors.items() if not is_finite(value)]
     if odd:
-        print(f'warning: NaN or infinity in {len(odd)} tensors: {", ".join(map(_shown, odd[:10]))}')
+        print(f'warning: NaN or infinity in {len(odd)} tensors: {listed(odd, 10)}')
     if args.keys:
         for name, value in tensors.items():
-            print(f'  {_shown(name)} {tuple(value.shape)}')
+            print(f'  {printable(name)} {tuple(value.shape)}')
 
 
 def export_file(args: argparse.Namespace) -> None:
@@ -108,12 +113,6 @@ def export_file(args: argparse.Namespace) -> None:
     count = export(args.source, args.out, naming=args.names, layout=args.layout, image_size=args.rope,
                    key=args.key, part=args.part)
     print(f'{args.out}: {count} tensors')
-
-
-def _shown(key: object) -> str:
-    """What stands in a file, without what would steer the terminal or cannot be encoded."""
-    text = str(key)
-    return text if text.isprintable() else ascii(text)
 
 
 def _required(names: Sequence[str], command: str) -> Sequence[str]:

@@ -10,9 +10,9 @@ from mila_mm.engine.config import one_line
 from mila_mm.errors import UserError
 from mila_mm.weights.errors import MismatchError
 from mila_mm.weights.load import load_model
-from mila_mm.weights.report import LoadReport
+from mila_mm.weights.report import LoadReport, listed
 
-_SHOWN_KEYS = 3
+_SHOWN_KEYS = 10
 
 
 def check_checkpoint_file(path: str, flag: str) -> None:
@@ -58,9 +58,5 @@ def load_checkpoint_into(model: nn.Module, checkpoint: Mapping[str, Any], source
 
 def _summary(report: LoadReport) -> str:
     kinds = (('missing', report.missing), ('unexpected', report.unexpected), ('of another shape', report.mismatched))
-    parts = [
-        f'{len(keys)} {what} ({", ".join(keys[:_SHOWN_KEYS])}{", ..." if len(keys) > _SHOWN_KEYS else ""})'
-        for what, keys in kinds
-        if keys
-    ]
-    return one_line(ValueError('; '.join(parts)), limit=1000)
+    parts = [f'{len(keys)} {what} ({listed(keys, _SHOWN_KEYS)})' for what, keys in kinds if keys]
+    return one_line(ValueError('; '.join(parts)), limit=3000)

@@ -179,6 +179,8 @@ def read_record(path: Path) -> Record | None:
                       mtime_ns=int(raw['mtime_ns']), source=str(raw['source']))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f'{place}: the record of a cached file cannot be read ({error.strerror})') from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{place}: not a record of a cached file ({error}); delete it to record the file '
                         'anew') from error

@@ -6,18 +6,14 @@ the standard library: the answer is needed in processes that never import torch.
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
-import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-from mila_mm.weights.errors import CheckpointError, MissingCheckpointError
+from mila_mm.weights.errors import CheckpointError, MissingCheckpointError, printable
 
 ZIP, LEGACY, SAFETENSORS = 'zip', 'legacy', 'safetensors'
 _HEAD = 512
@@ -122,22 +118,26 @@ def check_zip(path: Path) -> zipfile.ZipInfo:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, UnicodeDecodeError) as error:
         raise CheckpointError(f'{path}: truncated or damaged ({error}, {size:,} bytes); '
                               'fetch or copy it again') from error
-    names = [record.filename for record in records]
+    # torch looks records up without regard to case, and from the start of the file
+    names = [record.filename.lower() for record in records]
+    if min((record.header_offset for record in records), default=0):
+        raise CheckpointError(f'{path}: a zip archive behind other data, which torch.save never writes; damaged?')
     if any(name.endswith('/constants.pkl') for name in names):
         raise CheckpointError(f'{path}: a TorchScript archive, which is a program; expected a checkpoint of weights')
-    pickles = [record for record in records if re.fullmatch(r'[^/]+/data\.pkl', record.filename)]
+    pickles = [record for record in records if re.fullmatch(r'[^/]+/data\.pkl', record.filename.lower())]
     if len(pickles) != 1:
         raise CheckpointError(f'{path}: a zip archive without a checkpoint in it (no data.pkl); '
                               'if it was packed by hand, unzip it first')
     for record in records:
+        name = printable(record.filename)
         if record.flag_bits & _FOREIGN_FLAGS:
-            raise CheckpointError(f'{path}: record {record.filename!r} is encrypted or patched, which torch.save never '
-                                  'does; expected a checkpoint as it was saved')
+            raise CheckpointError(f'{path}: record {name} is encrypted or patched, which torch.save never does; '
+                                  'expected a checkpoint as it was saved')
         if record.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f'{path}: record {record.filename!r} is compressed and declares {record.file_size:,} '
-                                  'bytes; torch.save never compresses, so this is no checkpoint (or a zip bomb)')
+            raise CheckpointError(f'{path}: record {name} is compressed and declares {record.file_size:,} bytes; torch'
+                                  '.save never compresses, so this is no checkpoint (or a zip bomb)')
         if record.file_size != record.compress_size or record.header_offset + record.file_size > size:
-            raise CheckpointError(f'{path}: record {record.filename!r} declares {record.file_size:,} bytes, '
+            raise CheckpointError(f'{path}: record {name} declares {record.file_size:,} bytes, '
                                   f'more than the file holds ({size:,}); damaged, or a zip bomb')
     if sum(record.file_size for record in records) > size or len(set(names)) != len(names):
         raise CheckpointError(f'{path}: its records overlap or repeat; damaged, or a zip bomb')
@@ -171,66 +171,8 @@ def check_safetensors(path: Path) -> None:
                               f'the file has {size - 8 - length:,}; truncated or damaged')
 
 
-class BoundedReader:
-    """A file whose reads never ask for more than is left, so that a declared length allocates nothing."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-
-    def read(self, size: int = -1) -> bytes:
-        """Read at most ``size`` bytes, or all that is left.
-
-        Args:
-            size: Bytes; negative for all.
-
-        Returns:
-            The bytes, fewer at the end of the file.
-        """
-        left = self._size - self._file.tell()
-        return self._file.read(left if size < 0 else min(size, left))
-
-    def readline(self) -> bytes:
-        """Read to the end of the line; names in pickles are short.
-
-        Returns:
-            At most 4096 bytes.
-        """
-        return self._file.readline(4096)
-
-    def tell(self) -> int:
-        """Return the position.
-
-        Returns:
-            Bytes from the start.
-        """
-        return self._file.tell()
-
-
-def pickle_globals(stream: BoundedReader | BinaryIO) -> Iterator[tuple[str, int | None]]:
-    """Walk one pickle without running it.
-
-    Args:
-        stream: Positioned at its start; left behind its end.
-
-    Yields:
-        ``(name, None)`` for each global that it names, and ``('', index)`` for each memo slot that it fills.
-
-    Raises:
-        ValueError: If the pickle is damaged or uses an opcode that torch never writes.
-    """
-    for opcode, arg, _ in pickletools.genops(stream):
-        if opcode.name in ('GLOBAL', 'INST'):
-            yield str(arg).replace(' ', '.', 1), None
-        elif opcode.name in ('STACK_GLOBAL', 'EXT1', 'EXT2', 'EXT4'):
-            raise ValueError(f'opcode {opcode.name} of a pickle protocol that torch.save does not use')
-        elif opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT'):
-            yield '', int(arg)
-
-
 PICKLE_ERRORS = (
     # What damaged or hostile pickles make an unpickler raise.
-    pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError,
-    AssertionError, struct.error, MemoryError, OverflowError, RecursionError, ImportError, NotImplementedError,
+    pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError,
+    struct.error, MemoryError, OverflowError, ImportError, OSError,
 )

@@ -16,20 +16,22 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, field
+from email.message import Message
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from mila_mm.version import __version__
 from mila_mm.weights.cache import Settings
-from mila_mm.weights.errors import DownloadError
+from mila_mm.weights.errors import DownloadError, printable
 
 _CHUNK = 1 << 18
 _MAX_PAUSE = 8.0
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO})
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_COUNT = '[0-9]{1,18}'
 _LOOPBACK = frozenset({'localhost', '127.0.0.1', '::1'})
 
 
@@ -72,7 +74,7 @@ class _Transfer:
             kept = _Part(**json.loads(self.note.read_text(encoding='utf-8')))
         except (FileNotFoundError, ValueError, TypeError):
             kept = _Part()  # without a readable note nobody knows whose bytes these are: start again
-        if kept.source == self.source and self.path.exists():
+        if kept.source == self.source and isinstance(kept.validator, str) and self.path.exists():
             self.part = kept
         else:
             self.restart()
@@ -141,20 +143,38 @@ def _extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:
     """Return the first byte that a response brings and the size of the whole file, if announced."""
     length = response.headers.get('Content-Length')
     if response.status != http.client.PARTIAL_CONTENT:
-        return 0, int(length) if length and length.isdigit() else None
-    match = re.fullmatch(r'bytes (\d+)-\d+/(\d+|\*)', response.headers.get('Content-Range', '').strip())
+        return 0, int(length) if length and re.fullmatch(_COUNT, length) else None
+    match = re.fullmatch(rf'bytes ({_COUNT})-{_COUNT}/({_COUNT}|\*)', response.headers.get('Content-Range', '').strip())
     if not match:
         raise SourceError(f'answered 206 with Content-Range {response.headers.get("Content-Range")!r}')
     return int(match[1]), None if match[2] == '*' else int(match[2])
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects, but never from https to something that anyone on the way can change."""
+    """Follow redirects over the web, but never from https to something that anyone on the way can change."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        """Refuse a downgrade; otherwise as urllib does (which keeps the Range header)."""
-        if req.full_url.startswith('https:') and not newurl.startswith('https:'):
-            raise SourceError(f'redirects from https to {newurl}, which is refused')
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str
+    ) -> urllib.request.Request | None:
+        """Refuse a downgrade; otherwise as urllib does (which keeps the Range header).
+
+        Args:
+            req: The request that was answered.
+            fp: The answer.
+            code: Its status.
+            msg: Its reason.
+            headers: Its headers.
+            newurl: Where it points.
+
+        Returns:
+            The next request.
+
+        Raises:
+            SourceError: If it points from https to anything else, or away from the web.
+        """
+        scheme, old = urlsplit(newurl).scheme, urlsplit(req.full_url).scheme
+        if scheme != 'https' and (scheme != 'http' or old == 'https'):
+            raise SourceError(f'redirects from {old} to {printable(newurl, 200)}, which is refused')
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -191,7 +211,7 @@ def _try_once(transfer: _Transfer) -> None:
             transfer.restart()
             raise _Retry('the server refused to continue the file') from error
         kind = _Retry if error.code in _RETRY_STATUS else SourceError
-        raise kind(f'HTTP {error.code} {error.reason}') from error
+        raise kind(f'HTTP {error.code} {printable(str(error.reason))}') from error
     except urllib.error.URLError as error:
         raise _Retry(f'no connection ({error.reason})') from error
     except TimeoutError as error:
@@ -200,7 +220,9 @@ def _try_once(transfer: _Transfer) -> None:
         if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
             raise DownloadError(f'{transfer.path}: cannot write ({error.strerror}); make room, or set MILA_HOME '
                                 'to a folder that you may write') from error
-        raise _Retry(f'connection lost ({error or type(error).__name__})') from error
+        raise _Retry(f'connection lost ({printable(str(error)) or type(error).__name__})') from error
+    except ValueError as error:  # addresses that only the attempt shows to be none, here or in a redirect
+        raise SourceError(f'not an address that can be opened ({printable(str(error))})') from error
 
 
 def download(source: str, path: Path, settings: Settings, *, label: str, progress: bool | None = None) -> None:

@@ -60,6 +60,7 @@ def export(
         tensors = next(iter(content.values()))
     else:
         content = {layout or 'state_dict': tensors}
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}  # no _extra_state
     # storages of their own: views would carry the whole of what they were cut from
     tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
     content = dict.fromkeys(content, tensors)

@@ -130,7 +130,9 @@ def fetch(source: str | PublishedFile, *, progress: bool | None = None) -> Path:
             if not target.path.exists():
                 _fetch_locked(target, options, progress)
                 return target.path
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
         raise DownloadError(f'{target.path.parent}: the cache cannot be written ({error.strerror}); set {ENV_HOME} to '
                             'a folder that you may write') from error
     verify(target)
@@ -188,10 +190,10 @@ def _fetch_locked(target: Wanted, options: Settings, progress: bool | None) -> N
             if isinstance(error, CheckpointError):
                 discard(part)  # whole but wrong: nothing to continue
             continue
+        write_record(target.path, record)  # first: whoever sees the file finds its record, too
         os.replace(part, target.path)
         discard(part)
         _sync_folder(target.path.parent)
-        write_record(target.path, record)
         return
     raise DownloadError(f'cannot fetch {target.label}: ' + '; '.join(failures) + f'\n{_by_hand(target)}')
 

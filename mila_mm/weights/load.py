@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ _HEADS = 'the parts of the model around the backbone'
 
 
 def read_checkpoint(
-    source: str | Path, map_location: Any = 'cpu', *, key: str | None = None, mmap: bool = False
+    source: str | Path, map_location: Any = 'cpu', *, key: str | None = None, mmap: bool | None = None
 ) -> dict[str, Any]:
     """Read weights by name, address or path, under the names of this package.
 
@@ -37,7 +38,8 @@ def read_checkpoint(
         map_location: As for :func:`torch.load`. Defaults to the CPU.
         key: The entry that holds the state dict. Defaults to the first of ``state_dict``, ``model`` and
             ``state_dict_ema`` that there is.
-        mmap: See :func:`mila_mm.weights.read_file`.
+        mmap: Map the file instead of copying it, see :func:`mila_mm.weights.read_file`. Defaults to None: where it is
+            named, as files in the cache are replaced and never written to.
 
     Returns:
         The file's other entries, ``state_dict`` with our names, ``dropped`` (reason -> keys left out) and ``meta``.
@@ -48,6 +50,7 @@ def read_checkpoint(
         CheckpointError: If it is no checkpoint, damaged, unsafe, or holds no weights.
         DownloadError: If it cannot be fetched.
     """
+    mmap = str(source).startswith(SCHEME) if mmap is None else mmap
     content = disarm(read_file(local_path(str(source)), map_location, mmap=mmap))
     state_dict, layout = names.unwrap(content, key=key, source=str(source))
     tensors, dropped = names.to_project(state_dict)
@@ -160,8 +163,7 @@ def load_model(
 
 def _read(source: str | Path | Mapping[str, Any], key: str | None, label: str | None) -> tuple[Mapping[str, Any], str]:
     if not isinstance(source, Mapping):
-        # files in the cache are replaced, never written to, and the tensors live until they are copied into the model
-        return read_checkpoint(source, key=key, mmap=str(source).startswith(SCHEME)), label or str(source)
+        return read_checkpoint(source, key=key), label or str(source)
     label = label or 'checkpoint'
     state_dict, _ = names.unwrap(source, key=key, source=label)
     tensors, dropped = names.to_project(state_dict)
@@ -170,6 +172,8 @@ def _read(source: str | Path | Mapping[str, Any], key: str | None, label: str | 
 
 
 def _inner(model: nn.Module) -> nn.Module:
+    if 'mmengine' not in sys.modules:  # then nothing has wrapped the model: a classifier in plain timm
+        return model
     from mmengine.model import BaseTTAModel, is_model_wrapper
 
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
@@ -255,6 +259,8 @@ def is_finite(value: Tensor) -> bool:
     Returns:
         True for tensors of integers.
     """
+    if value.is_floating_point() and value.element_size() == 1:
+        value = value.float()  # torch does not add in 8 bits
     if not (value.is_floating_point() or value.is_complex()) or value.is_meta:
         return True
     return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
@@ -306,13 +312,20 @@ def _adapt_stem(value: Tensor, target: Tensor, name: str, report: LoadReport) ->
 def _tell(module: nn.Module, tensors: Mapping[str, Any], own: Mapping[str, Any], report: LoadReport, strict: bool
           ) -> None:
     """Log the report; raise where strict and something is unexplained."""
-    from mmengine.logging import print_log
-
     if not report.complete and strict:
         raise MismatchError(f'{report.source}: does not fit the model.\n' + '\n'.join(report.problems())
                             + f'\n{advice(report, tensors, own)}', report)
-    level = logging.INFO if report.complete else logging.WARNING
-    print_log(f'{report.source}: {report}', logger='current', level=level)
+    _log(f'{report.source}: {report}', logging.INFO if report.complete else logging.WARNING)
     if report.nonfinite:
-        print_log(f'{report.source}: {len(report.nonfinite)} tensors hold NaN or infinity: '
-                  f'{listed(report.nonfinite)}; outputs will be NaN', logger='current', level=logging.WARNING)
+        _log(f'{report.source}: {len(report.nonfinite)} tensors hold NaN or infinity: {listed(report.nonfinite)}; '
+             'outputs will be NaN', logging.WARNING)
+
+
+def _log(message: str, level: int) -> None:
+    """Write to mmengine's current log, or to Python's where mmengine has no part in the program."""
+    if 'mmengine' not in sys.modules:
+        logging.getLogger('mila_mm').log(level, message)
+        return
+    from mmengine.logging import print_log
+
+    print_log(message, logger='current', level=level)

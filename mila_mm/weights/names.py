@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mila_mm.errors import UserError
-from mila_mm.weights.errors import CheckpointError
+from mila_mm.weights.errors import CheckpointError, printable
 
 STEM = 'patch_embed.conv1.conv.weight'
 LAYOUTS = ('state_dict', 'model', 'state_dict_ema')
@@ -50,7 +50,7 @@ def unwrap(content: Any, *, key: str | None = None, source: str = 'checkpoint') 
                 return _tensors_only(content[name], source), name
         if key is None and content and all(isinstance(value, Tensor) for value in content.values()):
             return _tensors_only(content, source), ''
-        found = ', '.join(map(str, list(content)[:6])) or 'nothing'
+        found = ', '.join(printable(str(name)) for name in list(content)[:6]) or 'nothing'
     else:
         found = f'a {type(content).__name__}'
     raise CheckpointError(f'{source}: holds no weights; expected a dict with '
@@ -61,8 +61,8 @@ def _tensors_only(state_dict: Mapping[Any, Any], source: str) -> Mapping[str, An
     odd = [name for name, value in state_dict.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     odd = [name for name in odd if not (isinstance(name, str) and name.endswith('_extra_state'))]
     if odd:
-        raise CheckpointError(f'{source}: its state dict holds entries that are no tensors: '
-                              f'{", ".join(map(repr, odd[:3]))}{", ..." if len(odd) > 3 else ""}')
+        shown = ', '.join(printable(repr(name)) for name in odd[:3]) + (', ...' if len(odd) > 3 else '')
+        raise CheckpointError(f'{source}: its state dict holds entries that are no tensors: {shown}')
     return state_dict
 
 

@@ -8,8 +8,7 @@ time of the call. Nothing here ever sets ``weights_only=False``.
 
 from __future__ import annotations
 
-import io
-import pickle
+import mmap as memory_map
 import re
 import threading
 import warnings
@@ -22,7 +21,8 @@ from typing import Any
 import torch
 
 from mila_mm.weights import container
-from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError
+from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError, printable
+from mila_mm.weights.scan import Scan
 from mila_mm.weights.standins import REGISTRATIONS, STAND_INS, plain
 
 # What torch's own list would let pass and no checkpoint of weights needs (subclasses, constructors
@@ -39,14 +39,9 @@ _DTYPES = frozenset(f'torch.{name}' for name, value in vars(torch).items()
 _STORAGE = re.compile(r'torch(\.cuda)?\.[A-Z][A-Za-z0-9]*Storage')
 # pickles of protocol 2 spell Python 3's builtins so
 _OLD_MODULES = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}
-# torch's unpickler knows globals only as opcode c, module, newline, name, newline. A lookahead, because matches
-# overlap: a string in the file may begin what looks like a global and swallow the start of a real one.
-_GLOBAL_LIKE = re.compile(rb'(?=c([^\n\x00-\x1f]{1,200})\n([^\n\x00-\x1f]{1,200})\n)')
 _SHOWN = 5
-# Bytes that tensors may claim beyond what is stored, where the file itself is not larger
-_EXPANSION = 16 << 20
-_ITEM_SIZES = {'Double': 8, 'Float': 4, 'Half': 2, 'BFloat16': 2, 'Long': 8, 'Int': 4, 'Short': 2, 'Char': 1, 'Byte': 1,
-               'Bool': 1, 'ComplexDouble': 16, 'ComplexFloat': 8}
+# Tensors may share memory: bytes that they may claim in any file, and for each byte of it
+_EXPANSION, _SHARING = 16 << 20, 8
 _lock = threading.RLock()
 
 
@@ -128,30 +123,21 @@ def _modern(name: str) -> str:
 
 
 def _refuse(path: Path, names: set[str]) -> None:
-    listed = ', '.join(sorted(names)[:_SHOWN]) + (f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else '')
-    raise UnsafeCheckpointError(f'{path}: names {listed}, which no file of weights needs\n'
+    listed = ', '.join(printable(name) for name in sorted(names)[:_SHOWN])
+    more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+    raise UnsafeCheckpointError(f'{path}: names {listed}{more}, which no file of weights needs\n'
                                 'Unpickling such names can run any code: nothing of the file was run or read.')
 
 
 def _screen_zip(path: Path) -> None:
-    """Refuse a file by the globals in its pickle, all of them at once, before torch opens it."""
+    """Refuse a file by what its pickle would do, before torch opens it."""
     record = container.check_zip(path)
     try:
         with zipfile.ZipFile(path) as archive:
             data = archive.read(record)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise CheckpointError(f'{path}: truncated or damaged ({error})') from error
-    # A superset found by looking at bytes (strings may look like globals); the exact walk only where it matters.
-    seen = {_modern(f'{m.decode("latin-1")}.{n.decode("latin-1")}') for m, n in _GLOBAL_LIKE.findall(data)}
-    if all(_allowed(name) for name in seen):
-        return
-    try:
-        named = {_modern(name) for name, slot in container.pickle_globals(io.BytesIO(data)) if slot is None}
-    except container.PICKLE_ERRORS as error:
-        raise CheckpointError(f'{path}: its pickle is damaged ({error})') from error
-    bad = {name for name in named if not _allowed(name)}
-    if bad:
-        _refuse(path, bad)
+    _screen(path, [Scan(data)])
 
 
 def _screen_legacy(path: Path) -> None:
@@ -159,82 +145,36 @@ def _screen_legacy(path: Path) -> None:
 
     There the pickle alone says how large each storage is, and torch allocates before it reads.
     """
-    size = path.stat().st_size
-    try:
-        with path.open('rb') as file:
-            stream = container.BoundedReader(file)
-            spans, names, slots = [], set(), 0
-            for _ in range(5):  # magic number, version, system, the object, the keys of its storages
-                start = stream.tell()
-                for name, slot in container.pickle_globals(stream):
-                    names |= {_modern(name)} if slot is None else set()
-                    slots = max(slots, slot or 0)
-                spans.append((start, stream.tell()))
-            bad = {name for name in names if not _allowed(name)}
-            if bad:
-                _refuse(path, bad)
-            if slots > size:
-                raise ValueError(f'memo slot {slots} in a file of {size} bytes')
-            file.seek(spans[3][0])
-            dry = _DryRun(io.BytesIO(file.read(spans[3][1] - spans[3][0])))
-            dry.load()
-    except container.PICKLE_ERRORS as error:
-        raise CheckpointError(
-            f'{path}: its pickle is truncated or damaged ({type(error).__name__}: {str(error)[:200]})') from error
-    declared = sum(dry.storages.values())
-    if declared > size - spans[4][1]:
-        raise CheckpointError(f'{path}: declares {declared:,} bytes of tensors, holds {size - spans[4][1]:,}; '
+    with path.open('rb') as file, memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ) as data:
+        # magic number, version, system, the object, the keys of its storages
+        scans = _screen(path, [Scan(data) for _ in range(5)])
+        declared, held = sum(scans[3].storages.values()), len(data) - scans[4].position
+    if declared > held:
+        raise CheckpointError(f'{path}: declares {declared:,} bytes of tensors, holds {held:,}; '
                               'truncated, damaged, or made to exhaust memory')
 
 
-class _Nothing:
-    """What every global becomes in the dry run: accepts anything, does nothing."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any) -> _Nothing:
-        return _Nothing()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        """Accept an item."""
-
-    def extend(self, items: Any) -> None:
-        """Accept items."""
-
-
-class _StorageType(_Nothing):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.item_size = _ITEM_SIZES.get(name.removesuffix('Storage'), 16)
-
-
-class _DryRun(pickle.Unpickler):
-    """Unpickles to nothing, adding up the storages that are declared on the way."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, encoding='latin-1')
-        self.storages: dict[Any, int] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Import nothing: every name is :class:`_Nothing`."""
-        return _StorageType(name) if name.endswith('Storage') else _Nothing
-
-    def persistent_load(self, pid: Any) -> Any:
-        """Note the size of a storage."""
-        if not (isinstance(pid, tuple) and len(pid) == 6 and pid[0] in ('storage', b'storage')):
-            raise pickle.UnpicklingError(f'a persistent id {str(pid)[:80]!r}')
-        _, kind, key, _, count, _ = pid
-        if not isinstance(kind, _StorageType) or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError(f'a storage of {str(count)[:40]} elements')
-        self.storages[key] = count * kind.item_size
-        return _Nothing()
+def _screen(path: Path, scans: list[Scan]) -> list[Scan]:
+    """Walk pickles that follow one another; all names that are not allowed are told at once."""
+    names: set[str] = set()
+    problem: BaseException | None = None
+    start = 0
+    for scan in scans:
+        scan.start = scan.position = start
+        try:
+            start = scan.run().position
+        except container.PICKLE_ERRORS as error:
+            problem = error
+        names |= scan.names
+        if problem is not None:
+            break
+    bad = {name for name in map(_modern, names) if not _allowed(name)}
+    if bad:
+        _refuse(path, bad)
+    if problem is not None:
+        raise CheckpointError(f'{path}: its pickle is truncated, damaged, or not of weights '
+                              f'({type(problem).__name__}: {printable(str(problem))})') from problem
+    return scans
 
 
 def _read_safetensors(path: Path, location: Any) -> dict[str, Any]:
@@ -253,18 +193,18 @@ def _read_safetensors(path: Path, location: Any) -> dict[str, Any]:
 
 
 def _check_tensors(path: Path, content: Any) -> None:
-    """Refuse tensors that claim far more elements than were stored (stride 0): harmless here, a bomb when copied."""
-    stack, seen, left = [content], set(), max(path.stat().st_size, _EXPANSION)
+    """Refuse tensors that claim far more than is stored (stride 0, many views of one): bombs when they are copied."""
+    stack, seen, size = [content], set(), path.stat().st_size
+    left = _EXPANSION + _SHARING * size
     while stack:
         value = stack.pop()
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.device.type == 'meta':
                 raise CheckpointError(f'{path}: holds a tensor without stored values ({value.layout}, {value.device})')
-            surplus = value.numel() * value.element_size() - value.untyped_storage().nbytes()
-            left -= max(surplus, 0)
+            left -= value.numel() * value.element_size()
             if left < 0:
-                raise CheckpointError(f'{path}: holds a tensor of shape {tuple(value.shape)} with only '
-                                      f'{value.untyped_storage().nbytes():,} bytes stored; made to exhaust memory?')
+                raise CheckpointError(f'{path}: its tensors, one of shape {tuple(value.shape)}, claim more than '
+                                      f'{_SHARING} x the {size:,} bytes of the file; made to exhaust memory?')
         elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
             seen.add(id(value))
             stack.extend(value.values() if isinstance(value, dict) else value)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mila_mm.weights import names
+from mila_mm.weights.errors import printable
 
 _SHOWN = 6
 
@@ -21,9 +22,9 @@ def listed(keys: Iterable[str], shown: int = _SHOWN) -> str:
     Returns:
         'a, b, ... 3 more'.
     """
-    # names come from files: none may steer the terminal
-    keys = [key if key.isprintable() else ascii(key) for key in keys]
-    return ', '.join(keys[:shown]) + (f', ... {len(keys) - shown} more' if len(keys) > shown else '')
+    keys = list(keys)
+    more = f', ... {len(keys) - shown} more' if len(keys) > shown else ''
+    return ', '.join(printable(key) for key in keys[:shown]) + more
 
 
 @dataclass

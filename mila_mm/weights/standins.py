@@ -18,6 +18,8 @@ import torch
 
 _MAX_DEPTH = 100
 _MAX_PATH = 4096
+_MAX_DIMS = 32  # of numpy
+_SHOWN = 80
 _HISTORY_METHODS = frozenset({'min', 'max', 'mean', 'current'})
 _ARRAY_KINDS = re.compile(r'[biufcSU]\d+|\?')
 
@@ -170,8 +172,8 @@ class Array(_Holder):
             raise UnpicklingError('a numpy array without contents')
         _, shape, dtype, fortran, raw = self.state
         values = _from_bytes(dtype, raw)
-        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-            raise UnpicklingError(f'a numpy array of shape {shape!r}')
+        if not isinstance(shape, tuple) or len(shape) > _MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
+            raise UnpicklingError(f'a numpy array of shape {str(shape)[:_SHOWN]}')
         count = 1
         for n in shape:
             count *= n
@@ -260,14 +262,29 @@ def plain(value: Any) -> Any:
 
 
 class _Plain:
+    """One conversion, which remembers what it has done."""
+
     def __init__(self) -> None:
         self.done: dict[int, Any] = {}
         self.open: set[int] = set()
         self.kept: list[Any] = []  # ids stay valid while their objects live
 
     def convert(self, value: Any) -> Any:
-        if isinstance(value, (str, int, float, bytes, complex, torch.Tensor, type(None), Named)):
+        """Convert one value and all that it holds.
+
+        Args:
+            value: Anything that an unpickler made.
+
+        Returns:
+            The same without stand-ins.
+
+        Raises:
+            UnpicklingError: If it is nested too deeply, or contains itself.
+        """
+        if isinstance(value, (str, int, float, bytes, complex, type(None), Named)) or type(value) is torch.Tensor:
             return value
+        if isinstance(value, torch.Tensor):
+            return torch.Tensor.detach(value)  # of a parameter, whose attributes the file may have replaced
         key = id(value)
         if key in self.done:
             return self.done[key]
@@ -289,7 +306,9 @@ class _Plain:
             # of the attributes that a file may set only this one means something: versions of torch's modules
             metadata = value.__dict__.get('_metadata')
             if isinstance(metadata, dict):
-                result._metadata = self.convert(metadata)
+                result._metadata = OrderedDict(
+                    (name, {'version': entry['version']}) for name, entry in metadata.items()
+                    if isinstance(name, str) and isinstance(entry, dict) and type(entry.get('version')) is int)
             return result
         if kind in (dict, Counter):
             return kind({self.convert(k): self.convert(v) for k, v in value.items()})

@@ -25,12 +25,13 @@ class Behaviour:
     Attributes:
         body: The file.
         status: Answer with this instead of the file.
+        reason: Words beside that status, for the standard ones.
         redirect: Answer with 302 to this path.
         etag: Sent if set.
         content_type: Sent always.
         cut: Bytes after which the connection is closed, one entry for each request; None sends all.
         ranges: 'ok', 'ignored' (whole file, 200), 'refused' (416) or 'shifted' (another part than asked for).
-        announce: Content-Length to claim instead of the true one; 0 for none at all.
+        announce: Content-Length to claim instead of the true one, any text; 0 for none at all.
         pause: Seconds between blocks.
         block: Bytes of a block.
         stall: Seconds of silence before the body.
@@ -39,12 +40,13 @@ class Behaviour:
 
     body: bytes = b''
     status: int = 200
+    reason: str = ''
     redirect: str = ''
     etag: str = ''
     content_type: str = 'application/octet-stream'
     cut: list = field(default_factory=list)
     ranges: str = 'ok'
-    announce: int | None = None
+    announce: int | str | None = None
     pause: float = 0.0
     block: int = 1 << 16
     stall: float = 0.0
@@ -70,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         if behaviour.status != 200:
-            self.send_error(behaviour.status)
+            self.send_error(behaviour.status, behaviour.reason or None)
             return
         self._send(behaviour)
 

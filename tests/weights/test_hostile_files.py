@@ -188,7 +188,7 @@ def damaged_files():
         yield f'zip record with flag {flag:#x}', lambda p, c, f=flag: flagged(p, f), 'encrypted or patched'
     for end in ('Infinity', '1e999', '4.0', 'true', 'NaN'):
         yield f'safetensors that end at {end}', lambda p, c, e=end: offsets(p, e), 'header is damaged'
-    yield 'path that doubles', path_bomb, 'path of more than 4096'
+    yield 'path that doubles', path_bomb, 'multiplies its contents'
 
 
 def truncated(path, percent, **kwargs):
