@@ -1,4 +1,4 @@
-"""Compile the attention kernels for GPUs that need not be there, and report registers and spills.
+"""Compile the kernels of attention and block for GPUs that need not be there, and report registers and spills.
 
 The launchers run on small CPU tensors with every kernel replaced by a recorder, so what is compiled is exactly what a
 GPU would be given: settings, constants, argument types and what Triton specialises on. ptxas comes with Triton.
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +38,15 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from mila_mm.ops.triton import backward_kernels, configs, forward_kernels, launch, lepe_kernels  # noqa: E402
+from mila_mm.ops.triton import (  # noqa: E402
+    backward_kernels,
+    configs,
+    forward_kernels,
+    launch,
+    lepe_kernels,
+    stencil_kernels,
+    stencil_launch,
+)
 
 CAPABILITIES = (80, 90, 100)
 # Name, dtype of the activations, matrix products.
@@ -57,7 +66,13 @@ KERNELS = (
     (backward_kernels, 'key_value_backward_kernel'),
     (lepe_kernels, 'lepe_backward_kernel'),
     (lepe_kernels, 'lepe_reduce_kernel'),
+    (stencil_kernels, 'cpe_norm_kernel'),
+    (stencil_kernels, 'norm_backward_kernel'),
+    (stencil_kernels, 'dwc_silu_kernel'),
+    (stencil_kernels, 'silu_backward_kernel'),
+    (stencil_kernels, 'stencil_backward_kernel'),
 )
+STENCIL_CHANNELS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,9 @@ class Report:
         What may be narrower are vectors of a few numbers per program (the key mean, the bias) and, with the small
         steps that three TF32 terms leave registers for, the rotation tables.
         """
+        if 'channels' in self.case:
+            # With four elements a thread, activations of 16 bits move 64 bits at a time; what is wide are the weights.
+            return self.wide_loads < 0.4 * self.loads
         least = 0.4 if self.mode == 'fp32' else 2 / 3
         return 'd32 even heads lepe' in self.case and self.wide_loads < least * self.loads
 
@@ -136,17 +154,10 @@ def describe(module: str, kernel: triton.JITFunction, case: str, mode: str, args
     )
 
 
-def record(
-    mode: str, dtype: torch.dtype, dots: str, head_width: int, heads: int, lepe: bool, gate: bool
-) -> list[Launch]:
-    """All launches of one forward and one backward pass, with more than one split so that every kernel is there."""
+@contextmanager
+def recording(case: str, mode: str) -> Iterator[list[Launch]]:
+    """Replace all kernels by recorders; what they were asked to launch is in the list."""
     launches: list[Launch] = []
-    case = f'd{head_width} {"odd" if heads % 2 else "even"} heads{" lepe" * lepe}{" gate" * gate}'
-    height, width = 20, 20
-    channels = heads * head_width
-    x = torch.zeros(1, height * width, channels, dtype=dtype)
-    weight, bias = (torch.zeros(channels, 1, 3, 3), torch.zeros(channels)) if lepe else (None, None)
-    u = x if gate else None
 
     def note(module: str, kernel: triton.JITFunction, *args: object, **options: object) -> None:
         launches.append(describe(module, kernel, case, mode, args, options))
@@ -155,29 +166,66 @@ def record(
     try:
         for module, name, kernel in originals:
             setattr(module, name, Recorder(module.__name__, kernel, note))
+        yield launches
+    finally:
+        for module, name, kernel in originals:
+            setattr(module, name, kernel)
+
+
+def record(
+    mode: str, dtype: torch.dtype, dots: str, head_width: int, heads: int, lepe: bool, gate: bool
+) -> list[Launch]:
+    """All launches of one forward and one backward pass, with more than one split so that every kernel is there."""
+    case = f'd{head_width} {"odd" if heads % 2 else "even"} heads{" lepe" * lepe}{" gate" * gate}'
+    height, width = 20, 20
+    channels = heads * head_width
+    x = torch.zeros(1, height * width, channels, dtype=dtype)
+    weight, bias = (torch.zeros(channels, 1, 3, 3), torch.zeros(channels)) if lepe else (None, None)
+    u = x if gate else None
+    with recording(case, mode) as launches:
         qk = torch.cat((x, x), -1)
         rest = (height, width, heads, 1e-6, 1e4)
         _, state, mean = launch.attention_forward(qk, x, weight, bias, u, *rest, dots=dots)
         launch.attention_backward(x, qk, x, weight, bias, u, state, mean, *rest, dots=dots)
-    finally:
-        for module, name, kernel in originals:
-            setattr(module, name, kernel)
+    return launches
+
+
+def record_stencils(mode: str, dtype: torch.dtype, channels: int) -> list[Launch]:
+    """All launches of the block's stencils on tokens of one width, forward and backward."""
+    size = (20, 20)
+    x = torch.zeros(1, 400, channels, dtype=dtype)
+    vector = torch.zeros(channels)
+    weights = (torch.zeros(channels, 1, 3, 3), vector)
+    with recording(f'{channels} channels', mode) as launches:
+        norm = (*weights, vector, vector)
+        out, _, mean, rstd = stencil_launch.cpe_norm_forward(x, *norm, *size, 1e-5, dtype)
+        stencil_launch.cpe_norm_backward(x, x, x, *norm, out, mean, rstd, *size)
+        stencil_launch.dwc_silu_forward(x, *weights, *size)
+        stencil_launch.dwc_silu_backward(x, x, *weights, *size)
     return launches
 
 
 def launches(quick: bool, head_widths: Sequence[int]) -> Iterator[Launch]:
     """The distinct launches of the matrix: all that is shipped, or heads of 32 channels with LePE."""
     seen = set()
+    for item in every_launch(quick, head_widths):
+        key = dataclasses.replace(item, case='')
+        if key not in seen:
+            seen.add(key)
+            yield item
+
+
+def every_launch(quick: bool, head_widths: Sequence[int]) -> Iterator[Launch]:
+    """The launches of the matrix, some more than once."""
     for mode, dtype, dots in MODES:
         for head_width in (32,) if quick else head_widths:
             for heads in (2,) if quick else (2, 3):
                 for lepe in (True,) if quick else (True, False):
                     for gate in (True, False):
-                        for item in record(mode, dtype, dots, head_width, heads, lepe, gate):
-                            key = dataclasses.replace(item, case='')
-                            if key not in seen:
-                                seen.add(key)
-                                yield item
+                        yield from record(mode, dtype, dots, head_width, heads, lepe, gate)
+        if mode != 'fp32-tf32':  # the stencils have no matrix products
+            for channels in (64, 512) if quick else STENCIL_CHANNELS:
+                yield from record_stencils(mode, dtype, channels)
 
 
 def compile_one(task: tuple[Launch, int]) -> Report:
@@ -237,7 +285,8 @@ def table(reports: list[Report]) -> str:
 def main() -> int:
     """Compile, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='only heads of 32 channels, an even number, with LePE')
+    parser.add_argument('--quick', action='store_true',
+                        help='only heads of 32 channels, an even number, with LePE, and stencils of two widths')
     parser.add_argument('--head-widths', type=int, nargs='+', default=configs.HEAD_WIDTHS)
     parser.add_argument('--only', default='', help='only kernels whose name contains this')
     parser.add_argument('--jobs', type=int, default=2)

@@ -142,3 +142,14 @@ def save(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
     print(f'wrote {path}')
+
+
+def write_docs(text: str, name: str, path: Path = ROOT / 'docs' / 'scale.md') -> None:
+    """Replace what stands between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` in a page."""
+    first, last = f'<!-- {name} -->', f'<!-- end of {name} -->'
+    before, start, rest = path.read_text(encoding='utf-8').partition(first)
+    _, end, after = rest.partition(last)
+    if not start or not end:
+        sys.exit(f'{path}: expected the marks {first} and {last}')
+    path.write_text(f'{before}{first}\n{text}\n{last}{after}', encoding='utf-8')
+    print(f'wrote {path}')

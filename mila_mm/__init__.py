@@ -1,8 +1,8 @@
 """MILA backbones (Demystify Mamba in Vision: A Linear Attention Perspective) for MMDetection and MMSegmentation.
 
-Importing the package is quick and imports neither torch nor mmengine. It does two things: it
-stands in for ``mmcv._ext`` where mmcv has no compiled ops, and it lets ``mmseg::`` configs resolve
-whichever distribution of mmseg is installed.
+Importing the package is quick and imports neither torch nor mmengine. It does three things: it
+stands in for ``mmcv._ext`` where mmcv has no compiled ops, it lets ``mmseg::`` and ``mmpretrain::``
+configs resolve whichever distribution is installed, and it tells timm the names of the classifiers.
 """
 
 from importlib import import_module
@@ -11,18 +11,20 @@ from typing import Any
 from mila_mm.mmcv_ext import finder, lineage
 from mila_mm.version import __version__
 
-__all__ = ['MILA', '__version__', 'models', 'ops']
+__all__ = ['MILA', 'LinearAttentionTransformer', 'MILAClassifier', '__version__', 'models', 'ops', 'swap_backbone']
 
 finder.install()
 lineage.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``MILA``, ``models`` and ``ops`` on first use (PEP 562)."""
+    """Import the models, ``models``, ``ops`` and ``swap_backbone`` on first use (PEP 562)."""
     if name in ('models', 'ops'):
         return import_module(f'mila_mm.{name}')
-    if name == 'MILA':
-        return import_module('mila_mm.models').MILA
+    if name in ('MILA', 'MILAClassifier', 'LinearAttentionTransformer'):
+        return getattr(import_module('mila_mm.models'), name)
+    if name == 'swap_backbone':
+        return import_module('mila_mm.swap').swap_backbone
     raise AttributeError(f"module 'mila_mm' has no attribute {name!r}")
 
 

@@ -4,37 +4,47 @@ mmengine looks up ``mmseg::`` under the distribution name 'mmsegmentation'. Unde
 onedl-mmsegmentation that name is not installed: a ``_base_`` then fails, and
 ``mmengine.hub.get_config`` runs pip, which overwrites onedl's files with upstream's. Here mmengine's
 table is corrected as soon as mmengine is imported, and its runtime ``pip install`` becomes an error.
+So it is with ``mmpretrain::``.
+
+The same mechanism makes MILA's classifiers known to timm as soon as timm is imported.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
 from mila_mm.errors import UserError
 
-MMSEG_DISTRIBUTIONS = ('mmsegmentation', 'onedl-mmsegmentation')
+DISTRIBUTIONS = {
+    'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
+    'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
+}
 
 
-def name_installed_mmseg(module: ModuleType) -> None:
-    """Let ``mmengine.config.utils.MODULE2PACKAGE['mmseg']`` name what is installed.
+def name_what_is_installed(module: ModuleType) -> None:
+    """Let ``mmengine.config.utils.MODULE2PACKAGE`` name the distributions that are installed.
 
-    A checkout of mmseg that is only on the path is named by its module; where there is no mmseg
-    at all, the table stays as it is.
+    A checkout that is only on the path is named by its module; for a package that is not there
+    at all, or of which mmengine has not heard, the table stays as it is.
     """
     from importlib.metadata import PackageNotFoundError, distribution
     from importlib.util import find_spec
 
-    for name in MMSEG_DISTRIBUTIONS:
-        try:
-            distribution(name)
-        except PackageNotFoundError:
-            continue
-        module.MODULE2PACKAGE['mmseg'] = name
-        return
-    if find_spec('mmseg') is not None:
-        module.MODULE2PACKAGE['mmseg'] = 'mmseg'
+    table: dict[str, str] = module.MODULE2PACKAGE
+    for package in table.keys() & DISTRIBUTIONS.keys():
+        for name in DISTRIBUTIONS[package]:
+            try:
+                distribution(name)
+            except PackageNotFoundError:
+                continue
+            table[package] = name
+            break
+        else:
+            if find_spec(package) is not None:
+                table[package] = package
 
 
 def refuse_installs(module: ModuleType) -> None:
@@ -50,9 +60,15 @@ def refuse_installs(module: ModuleType) -> None:
     module.call_command = call_command
 
 
+def register_classifiers(_: ModuleType) -> None:
+    """Let timm know ``mila_tiny`` and its like."""
+    import_module('mila_mm.classifier')
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
-    'mmengine.config.utils': name_installed_mmseg,
+    'mmengine.config.utils': name_what_is_installed,
     'mmengine.utils.package_utils': refuse_installs,
+    'timm.models': register_classifiers,
 }
 
 

@@ -5,17 +5,19 @@ Between convolutions tokens lie as (B, N, C), which is channels_last for the con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..ops import mila_attention
+from ..ops import cpe_norm, dwc_silu, mila_attention
 from ..ops.attention import autocast_dtype
 
 NormLayer = Callable[[int], nn.Module]
+FUSIONS = ('cpe_norm', 'dwc_silu', 'projections')
 
 
 def to_image(x: Tensor, height: int, width: int) -> Tensor:
@@ -38,7 +40,7 @@ def _may_overwrite() -> bool:
     return not (torch.is_grad_enabled() or torch.jit.is_tracing())
 
 
-def _add(branch: Tensor, shortcut: Tensor) -> Tensor:
+def add_branch(branch: Tensor, shortcut: Tensor) -> Tensor:
     """shortcut + branch; without gradients into the memory of the branch, which is used up, where the dtype fits."""
     # Autocast keeps the shortcut in fp32. With gradients, writing into a view costs the backward two copies.
     inside = _may_overwrite() and branch.dtype == shortcut.dtype
@@ -46,10 +48,10 @@ def _add(branch: Tensor, shortcut: Tensor) -> Tensor:
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise 3x3 with bias on tokens."""
+    """Depthwise convolution with bias on tokens, 3x3 unless said otherwise."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
+    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor, height: int, width: int, residual: bool = False) -> Tensor:
         """Return conv(x), or x + conv(x) if ``residual``; x and the result (B, H * W, C)."""
@@ -58,10 +60,10 @@ class DepthwiseConv(nn.Conv2d):
         # where the sum would round the small weight away.
         inside = residual and _full_precision(x) and weight.dtype == x.dtype
         if inside:
-            middle = torch.zeros(3, 3, dtype=weight.dtype, device=weight.device)
-            middle[1, 1] = 1
+            middle = torch.zeros(self.kernel_size, dtype=weight.dtype, device=weight.device)
+            middle[self.padding] = 1
             weight = weight + middle
-        y = to_tokens(F.conv2d(to_image(x, height, width), weight, self.bias, padding=1, groups=self.groups))
+        y = to_tokens(F.conv2d(to_image(x, height, width), weight, self.bias, padding=self.padding, groups=self.groups))
         return x + y if residual and not inside else y
 
 
@@ -116,9 +118,9 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Return the tokens and their grid (H, W)."""
-        x = _pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
+        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
         x = self.conv1(x)
-        x = self.conv3(_add(self.conv2(x), x))
+        x = self.conv3(add_branch(self.conv2(x), x))
         return to_tokens(x), x.shape[2], x.shape[3]
 
 
@@ -132,15 +134,17 @@ class Downsample(nn.Module):
                                   ConvLayer(hidden, hidden, 3, 2, groups=hidden, bias=True),
                                   ConvLayer(hidden, 2 * dim, 1, bias=True, norm_layer=norm_layer, act=False))
 
-    def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
-        """Return the tokens and their grid (H', W')."""
+    def forward(self, x: Tensor, height: int, width: int, recompute: bool = False) -> tuple[Tensor, int, int]:
+        """Return the tokens and their grid (H', W'); ``recompute`` stores nothing of the wide part for the backward."""
         # The padding comes before the 1x1 convolution, whose bias and ReLU make it non-zero: the published weights
         # were trained so.
-        x = self.conv(_pad_to_multiple(to_image(x, height, width), 2))
+        x = pad_to_multiple(to_image(x, height, width), 2)
+        # Without the last layer: its BatchNorm would count the batch twice.
+        x = self.conv[2](checkpoint(self.conv[:2], x, use_reentrant=False)) if recompute else self.conv(x)
         return to_tokens(x), x.shape[2], x.shape[3]
 
 
-def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) with zeros on the right and at the bottom."""
     # Written so, a compiler sees that the padded sides are multiples, and all later sizes stay short expressions.
     bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[2:])
@@ -180,38 +184,79 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One MILA block (arXiv 2405.16605, figure 3): Mamba's block with linear attention in place of the scan, an MLP."""
+    """Mamba's block around an attention, and an MLP: the block of MILA (arXiv 2405.16605, figure 3) unless told other.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0,
-                 attn_backend: str = 'auto') -> None:
+    Args:
+        dim: Width C of the tokens.
+        make_attn: Makes the attention from the width of u, called as attn(u, height, width, gate) with u and the gate
+            before its SiLU (B, N, inner_dim); it returns the attention times silu(gate).
+        mlp_ratio: Hidden width of the MLP over C; 0 for none.
+        drop_path: Rate of stochastic depth.
+        inner_dim: Width of u. Defaults to C.
+        cpe: Whether depthwise convolutions go before attention and MLP.
+        kernel_size: Of the depthwise convolution before the attention.
+        fused: Which of ``FUSIONS`` to compute as one: cpe, its sum and the norm after it, :func:`mila_mm.ops.cpe_norm`;
+            dwc, if it is a 3x3, and SiLU, :func:`mila_mm.ops.dwc_silu`; in_proj and act_proj as one product. The
+            modules then only hold the parameters: their own forward, and hooks on it, are not called.
+    """
+
+    def __init__(self, dim: int, make_attn: Callable[[int], nn.Module], mlp_ratio: float = 4.0, drop_path: float = 0.0,
+                 inner_dim: int | None = None, cpe: bool = True, kernel_size: int = 3,
+                 fused: Collection[str] = ()) -> None:
         super().__init__()
-        self.cpe1 = DepthwiseConv(dim)
+        self.fused = frozenset(fused)
+        inner_dim = dim if inner_dim is None else inner_dim
+        self.cpe1 = DepthwiseConv(dim) if cpe else None
         self.norm1 = nn.LayerNorm(dim)
-        self.in_proj = nn.Linear(dim, dim)
-        self.act_proj = nn.Linear(dim, dim)
-        self.dwc = DepthwiseConv(dim)
-        self.attn = LinearAttention(dim, num_heads, attn_backend)
-        self.out_proj = nn.Linear(dim, dim)
+        self.in_proj = nn.Linear(dim, inner_dim)
+        self.act_proj = nn.Linear(dim, inner_dim)
+        self.dwc = DepthwiseConv(inner_dim, kernel_size)
+        self.attn = make_attn(inner_dim)
+        self.out_proj = nn.Linear(inner_dim, dim)
         self.drop_path = DropPath(drop_path)
-        self.cpe2 = DepthwiseConv(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = None
+        if mlp_ratio > 0:
+            self.cpe2 = DepthwiseConv(dim) if cpe else None
+            self.norm2 = nn.LayerNorm(dim)
+            self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Map tokens (B, H * W, C) to the same shape."""
-        x = self.cpe1(x, height, width, residual=True)
-        y = self.norm1(x)
-        u = F.silu(self.dwc(self.in_proj(y), height, width), inplace=_may_overwrite())
-        y = self.attn(u, height, width, gate=self.act_proj(y))
-        x = _add(self.drop_path(self.out_proj(y)), x)
-        x = self.cpe2(x, height, width, residual=True)
-        return _add(self.drop_path(self.mlp(self.norm2(x))), x)
+        x, y = self._position_and_norm(self.cpe1, self.norm1, x, height, width)
+        if 'projections' in self.fused:
+            u, gate = self._project(y)
+        else:
+            u, gate = self.in_proj(y), None
+        if 'dwc_silu' in self.fused and self.dwc.kernel_size == (3, 3):
+            u = dwc_silu(u, self.dwc.weight, self.dwc.bias, (height, width))
+        else:
+            u = F.silu(self.dwc(u, height, width), inplace=_may_overwrite())
+        y = self.attn(u, height, width, gate=self.act_proj(y) if gate is None else gate)
+        x = add_branch(self.drop_path(self.out_proj(y)), x)
+        if self.mlp is None:
+            return x
+        x, y = self._position_and_norm(self.cpe2, self.norm2, x, height, width)
+        return add_branch(self.drop_path(self.mlp(y)), x)
+
+    def _position_and_norm(self, cpe: DepthwiseConv | None, norm: nn.LayerNorm, x: Tensor, height: int,
+                           width: int) -> tuple[Tensor, Tensor]:
+        """x + cpe(x), and the norm of that."""
+        if 'cpe_norm' in self.fused and cpe is not None:
+            return cpe_norm(x, cpe.weight, cpe.bias, norm.weight, norm.bias, (height, width), eps=norm.eps)
+        x = x if cpe is None else cpe(x, height, width, residual=True)
+        return x, norm(x)
+
+    def _project(self, y: Tensor) -> tuple[Tensor, ...]:
+        """in_proj(y) and act_proj(y) as halves of one (B, N, 2 * inner_dim), each read in place by what follows."""
+        parts = self.in_proj, self.act_proj
+        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        return F.linear(y, weight, bias).chunk(2, dim=-1)
 
 
 class Stage(nn.Module):
     """The blocks of one resolution, and the downsampling to the next one, if any."""
 
-    def __init__(self, blocks: list[Block], downsample: Downsample | None) -> None:
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample

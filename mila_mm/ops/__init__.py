@@ -1,10 +1,15 @@
-"""The attention op of MILA: ``mila_attention``, its specification, and the kernels behind it.
+"""The attention ops: ``mila_attention`` of MILA and ``gated_linear_attention`` with Mamba's gates, and their kernels;
+``cpe_norm`` and ``dwc_silu``, what a block does around them.
 
 Needs torch alone; Triton is imported when a CUDA tensor comes.
 """
 
 from .attention import mila_attention, why_not_triton
+from .gated import gated_linear_attention, gated_linear_attention_reference
 from .reference import mila_attention_reference
 from .rope import clear_rope_cache, rope_tables
+from .stencil import cpe_norm, cpe_norm_reference, dwc_silu, dwc_silu_reference, why_not_triton_stencil
 
-__all__ = ['clear_rope_cache', 'mila_attention', 'mila_attention_reference', 'rope_tables', 'why_not_triton']
+__all__ = ['clear_rope_cache', 'cpe_norm', 'cpe_norm_reference', 'dwc_silu', 'dwc_silu_reference',
+           'gated_linear_attention', 'gated_linear_attention_reference', 'mila_attention', 'mila_attention_reference',
+           'rope_tables', 'why_not_triton', 'why_not_triton_stencil']

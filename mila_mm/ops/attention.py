@@ -42,15 +42,15 @@ def why_not_triton(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
     return triton.why_not(qk, v, num_heads)
 
 
-def _as_written(v: Tensor) -> AbstractContextManager:
+def as_written(v: Tensor) -> AbstractContextManager:
     """Keep autocast out of a kernel: inside of an op it would still turn the products of the fp32 island to 16 bits."""
     device = v.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def _forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, gate: Tensor | None,
              height: int, width: int, num_heads: int, eps: float, rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
-    with _as_written(v):
+    with as_written(v):
         return _kernels(qk, v, num_heads).attention_forward(
             qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base)
 
@@ -58,7 +58,7 @@ def _forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tenso
 def _backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
               gate: Tensor | None, state: Tensor, key_mean: Tensor, height: int, width: int, num_heads: int,
               eps: float, rope_base: float) -> tuple[Tensor, ...]:
-    with _as_written(v):
+    with as_written(v):
         grads = _kernels(qk, v, num_heads).attention_backward(
             grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base)
     # An op returns tensors only: an empty one stands for the gradient of an input that was not given.

@@ -221,7 +221,7 @@ class ClosedFormAttention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of the five tensors."""
         saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast('cpu', enabled=False):
             *grads, grad_weight, grad_bias, grad_gate = _differentiate(grad_y, *saved, ctx.options)
             if (weight := saved[2]) is not None:
                 grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(saved[3].dtype)

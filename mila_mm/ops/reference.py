@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rope import build_rope_grid, rope_grid
+from .rope import grid_for
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """Return elu(x) + 1 as exp(x) for x <= 0 and x + 1 above.
+    """Return elu(x) + 1 as exp(min(x, 0)) + max(x, 0): exp(x) for x <= 0 and x + 1 above.
 
     ``F.elu(x) + 1`` would round exp(x) to a multiple of the epsilon at 1: in bf16 every x below -6 becomes 0.
     """
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return x.clamp(max=0).exp() + F.relu(x)
 
 
-def _rotate(x: Tensor, grid: Tensor) -> Tensor:
+def rotate(x: Tensor, grid: Tensor) -> Tensor:
     """Turn the pairs (2j, 2j + 1) of x (B, N, C) by a grid (N, C // 2, 2): (a cos - b sin, b cos + a sin)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = grid.unbind(-1)
@@ -42,16 +42,13 @@ def mila_attention_reference(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, 
     height, width = spatial_shape
     batch, tokens, channels = v.shape
     dtype = torch.float64 if torch.float64 in (qk.dtype, v.dtype) else torch.float32
-    # A tensor subclass (a fake tensor in an export, say) must neither enter the cache nor meet what is in it, and a
-    # trace that takes a table as a constant would serve one size only.
-    plain = type(v) in (Tensor, torch.nn.Parameter) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    grid = (rope_grid if plain else build_rope_grid)(height, width, channels, rope_base, v.device, dtype)
+    grid = grid_for(v, height, width, channels, rope_base, dtype)
 
     # No autocast on meta tensors, which only have shapes.
     with torch.autocast('cpu' if v.is_meta else v.device.type, enabled=False):
         q, k = feature_map(qk.to(dtype)).chunk(2, dim=-1)
         values = v.to(dtype)
-        q_rope, k_rope = _rotate(q, grid), _rotate(k, grid)
+        q_rope, k_rope = rotate(q, grid), rotate(k, grid)
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -81,6 +81,14 @@ def rope_grid(height: int, width: int, channels: int, base: float, device: torch
         return grid * grid.new_tensor([1, -1]) if inverse else grid
 
 
+def grid_for(x: Tensor, height: int, width: int, channels: int, base: float, dtype: torch.dtype) -> Tensor:
+    """:func:`rope_grid` on the device of x, built anew where a table from the cache must not meet x."""
+    # A tensor subclass (a fake tensor in an export, say) must neither enter the cache nor meet what is in it, and a
+    # trace that takes a table as a constant would serve one size only.
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return (rope_grid if plain else build_rope_grid)(height, width, channels, base, x.device, dtype)
+
+
 def clear_rope_cache() -> None:
     """Forget every cached table, as after a run on many sizes when memory matters."""
     _lines.clear()

@@ -111,8 +111,16 @@ def test_the_installed_distribution_is_named(
     monkeypatch.setattr(importlib.metadata, 'distribution', only(*installed))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object() if importable else None)
     module = SimpleNamespace(MODULE2PACKAGE={'mmseg': 'mmsegmentation', 'mmdet': 'mmdet'})
-    lineage.name_installed_mmseg(module)
+    lineage.name_what_is_installed(module)
     assert sorted(module.MODULE2PACKAGE.items()) == sorted({'mmseg': expected, 'mmdet': 'mmdet'}.items())
+
+
+@pytest.mark.parametrize('installed', ['mmpretrain', 'onedl-mmpretrain'])
+def test_mmpretrain_is_named_too(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, 'distribution', only(installed))
+    module = SimpleNamespace(MODULE2PACKAGE={'mmpretrain': 'mmpretrain'})
+    lineage.name_what_is_installed(module)
+    assert module.MODULE2PACKAGE['mmpretrain'] == installed
 
 
 def test_other_modules_are_left_to_the_other_finders() -> None:

@@ -1,21 +1,11 @@
-"""Every Triton kernel against an independent fp64 reference, in Triton's interpreter, without a GPU.
-
-Triton decides when it decorates a kernel whether to interpret or to compile, so one process does one of the two. Run
-normally, this file starts pytest once more on itself with ``TRITON_INTERPRET=1``, for exactly the tests selected, and
-each test reports what its namesake did there.
-"""
+"""Every kernel of the attention against an independent fp64 reference, in Triton's interpreter, without a GPU."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -24,59 +14,10 @@ from torch import Tensor
 
 pytest.importorskip('triton')
 
+pytestmark = pytest.mark.usefixtures('poisoned_memory')
+interpreted = pytest.mark.interpreted  # see conftest.py
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-ROOT = Path(__file__).resolve().parents[2]
 EPS, BASE = 1e-6, 10000.0
-
-
-@pytest.fixture(scope='module')
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    """Test name to None for a pass, else to the report of the interpreting process."""
-    assert not INTERPRETED, 'a process that interprets starts no other'
-    names = [item.name for item in request.session.items if item.path == Path(__file__)]
-    report = tmp_path_factory.mktemp('interpreter') / 'report.xml'
-    env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}']
-    run = subprocess.run(
-        [*command, *(f'{__file__}::{name}' for name in names)],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
-    )
-    if not report.exists():
-        pytest.fail(f'the interpreting process wrote no report:\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}')
-    result: dict[str, str | None] = {}
-    for case in ElementTree.parse(report).getroot().iter('testcase'):
-        bad = [child for child in case if child.tag in {'failure', 'error', 'skipped'}]
-        reports = [child.text or child.get('message', '') for child in bad]
-        result[case.get('name', '')] = '\n'.join(reports) if bad else None
-    return result
-
-
-def interpreted(test: Callable[..., None]) -> Callable[..., None]:
-    """Run the test where kernels are interpreted; elsewhere report its outcome there."""
-    if INTERPRETED:
-        return test
-
-    @functools.wraps(test)
-    def report(request: pytest.FixtureRequest, outcomes: dict[str, str | None], **_: object) -> None:
-        name = request.node.name
-        if name not in outcomes:
-            pytest.fail(f'the interpreting process did not run {name}')
-        if outcomes[name] is not None:
-            pytest.fail(f'in the interpreting process:\n{outcomes[name]}', pytrace=False)
-
-    own = inspect.signature(test).parameters
-    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ('request', 'outcomes')]
-    report.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in own.values()] + extra)
-    return report
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty returns NaN, so that an element which no kernel writes fails its test."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def reference(
@@ -384,14 +325,18 @@ def test_memory_is_poisoned() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason='speaks of the process that starts the interpreting one')
-def test_a_failure_there_is_a_failure_here() -> None:
-    @interpreted
-    def test_something() -> None:
-        pass
-
-    request = SimpleNamespace(node=SimpleNamespace(name='test_something'))
-    test_something(request=request, outcomes={'test_something': None})
+def test_a_failure_there_is_a_failure_here(request: pytest.FixtureRequest) -> None:
+    conftest = next(plugin for plugin in request.config.pluginmanager.get_plugins()
+                    if getattr(plugin, '__file__', None) == str(Path(__file__).with_name('conftest.py')))
+    outcomes: dict[tuple[str, str], str | None] = {}
+    session = SimpleNamespace(stash={conftest._outcomes: outcomes})
+    item = SimpleNamespace(session=session, path=Path('test_some.py'), name='test_thing', get_closest_marker=bool)
+    with pytest.raises(pytest.fail.Exception, match='did not run test_thing'):
+        conftest.pytest_pyfunc_call(item)
+    outcomes['test_some', 'test_thing'] = 'the assertion'
     with pytest.raises(pytest.fail.Exception, match='the assertion'):
-        test_something(request=request, outcomes={'test_something': 'the assertion'})
-    with pytest.raises(pytest.fail.Exception, match='did not run'):
-        test_something(request=request, outcomes={})
+        conftest.pytest_pyfunc_call(item)
+    outcomes['test_some', 'test_thing'] = None
+    assert conftest.pytest_pyfunc_call(item)
+    item.get_closest_marker = lambda name: None
+    assert conftest.pytest_pyfunc_call(item) is None, 'a test without the mark runs as it is'

@@ -1,4 +1,4 @@
-"""The attention op on CUDA GPUs, in Triton.
+"""The attention op on CUDA GPUs, in Triton; :mod:`.stencil_kernels` holds what a block does around it.
 
 Notation of all modules here, for one image and one head of d channels; f = elu + 1, R_n the rotation at token n::
 
@@ -34,7 +34,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from .configs import DTYPES, HEAD_WIDTHS, interpreted
+from .configs import DTYPES, HEAD_WIDTHS, MAX_STENCIL_CHANNELS, interpreted
 
 MINIMUM_TRITON = (3, 5)
 """The first whose loops can keep invariant code inside, which saves registers in the query kernel."""
@@ -89,6 +89,17 @@ def why_not(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
     return None
 
 
+def why_not_stencil(x: Tensor) -> str | None:
+    """Say why the kernels of :mod:`.stencil_kernels` cannot take tokens x (B, N, C); None where they can."""
+    if (reason := _why_no_triton() or _why_not_device(x.device)) is not None:
+        return reason
+    if x.dtype not in DTYPES:
+        return f'expected float32, float16 or bfloat16, got {x.dtype}'
+    if x.shape[-1] > MAX_STENCIL_CHANNELS:
+        return f'expected at most {MAX_STENCIL_CHANNELS} channels, got {x.shape[-1]}'
+    return None
+
+
 def attention_forward(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mila_mm.ops.triton.launch.attention_forward`; Triton is imported by the first call."""
     from . import launch
@@ -103,4 +114,4 @@ def attention_backward(*args: object, **kwargs: object) -> tuple[Tensor | None, 
     return launch.attention_backward(*args, **kwargs)
 
 
-__all__ = ['attention_backward', 'attention_forward', 'why_not']
+__all__ = ['attention_backward', 'attention_forward', 'why_not', 'why_not_stencil']

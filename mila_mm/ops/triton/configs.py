@@ -158,3 +158,29 @@ def launch(kernel: str, products: str, head_width: int) -> Launch:
     """
     by_width = _TABLE[kernel][products]
     return by_width.get(head_width) or by_width[padded_width(head_width)]
+
+
+MAX_STENCIL_CHANNELS = 1024
+"""Widest tokens of the block's stencils: a LayerNorm holds all channels of a token in one program."""
+STENCIL_CHANNELS = 32
+"""Channels of one program of the stencils that need no sum over channels."""
+TILES_PER_STENCIL_SPLIT = 4
+_ROW_ELEMENTS = 4096
+
+
+def norm_launch(channels: int) -> Launch:
+    """The settings of the kernels that hold all channels of a token: 16 elements a thread, at most 64 tokens."""
+    tokens = max(1, min(64, _ROW_ELEMENTS // padded_width(channels)))
+    columns = 1 << (tokens.bit_length() // 2)
+    return Launch(tokens // columns, columns, 8, registers=128)
+
+
+def norm_tokens_per_split(channels: int) -> int:
+    """Tokens that one program of the norm's backward takes: as many as four steps hold, whatever the map."""
+    setting = norm_launch(channels)
+    return 4 * setting.rows * setting.columns
+
+
+STENCIL = Launch(8, 8, 8)
+# Ten sums and, at a time, up to nine weights and neighbours: four elements a thread.
+STENCIL_BACKWARD = Launch(8, 8, 16)

@@ -9,17 +9,17 @@ from ..rope import rope_tables
 from . import backward_kernels, configs, forward_kernels, lepe_kernels
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[object]:
+def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the one that holds ``x``."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _dense_channels(x: Tensor) -> Tensor:
+def dense_channels(x: Tensor) -> Tensor:
     """``x`` as it is where its channels are adjacent in memory, else a contiguous copy (expanded gradients, say)."""
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
-def _taps(lepe_weight: Tensor | None, like: Tensor) -> Tensor:
+def depthwise_taps(lepe_weight: Tensor | None, like: Tensor) -> Tensor:
     """The (C, 1, 3, 3) weight as (9, C) fp32: one tap of adjacent channels is then a wide load."""
     if lepe_weight is None:
         return like
@@ -127,9 +127,9 @@ def attention_forward(
     if plan.batch == 0 or plan.tokens == 0:
         empty = (plan.batch, num_heads, d)
         return y, torch.zeros((*empty, d), device=v.device), torch.zeros(empty, device=v.device)
-    qk, v = _dense_channels(qk), _dense_channels(v)
-    gate = None if gate is None else _dense_channels(gate)
-    with _on_device(v):
+    qk, v = dense_channels(qk), dense_channels(v)
+    gate = None if gate is None else dense_channels(gate)
+    with on_device(v):
         grid, options = plan.run('state')
         parts = plan.parts()
         forward_kernels.state_kernel[grid](
@@ -142,7 +142,7 @@ def attention_forward(
         grid, tiles, options = plan.tile('output')
         gated = v if gate is None else gate  # an argument that no kernel reads still needs an address
         forward_kernels.output_kernel[grid](
-            qk, v, _taps(lepe_weight, v), v if lepe_bias is None else lepe_bias, gated,
+            qk, v, depthwise_taps(lepe_weight, v), v if lepe_bias is None else lepe_bias, gated,
             plan.cos, plan.sin, state, mean, y,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), gated.stride(0), gated.stride(1), plan.table_stride,
             height, width, num_heads, *tiles, eps,
@@ -184,16 +184,16 @@ def attention_backward(
     if plan.batch == 0 or plan.tokens == 0:
         gone = [None if x is None else torch.zeros_like(x) for x in (lepe_weight, lepe_bias, gate)]
         return grad_qk, grad_v, *gone
-    qk, v, grad_y = _dense_channels(qk), _dense_channels(v), _dense_channels(grad_y)
+    qk, v, grad_y = dense_channels(qk), dense_channels(v), dense_channels(grad_y)
     state, key_mean = state.contiguous(), key_mean.contiguous()
     taps, grad_weight, grad_bias, grad_gate = v, None, None, None
-    with _on_device(v):
+    with on_device(v):
         if lepe_weight is not None:
-            taps = _taps(lepe_weight, v)
+            taps = depthwise_taps(lepe_weight, v)
         grad_out = grad_y
         if gate is not None:
             grad_out, grad_gate = _gate_backward(
-                plan, grad_y, qk, v, taps, lepe_bias, _dense_channels(gate), state, key_mean, eps
+                plan, grad_y, qk, v, taps, lepe_bias, dense_channels(gate), state, key_mean, eps
             )
         _query_key_value_backward(plan, grad_out, qk, v, taps, state, key_mean, eps, lepe_weight, grad_qk, grad_v)
         if lepe_weight is not None:

@@ -1,0 +1,208 @@
+"""Time and memory of the block's fusions on a GPU, each against its modules one after the other, eager and compiled.
+
+    python benchmarks/block_fusions.py                        # everything, to benchmarks/results/block_fusions.json
+    python benchmarks/block_fusions.py --fusions cpe_norm --sizes 800x1280x2 --stages 1
+    python benchmarks/report.py benchmarks/results/block_fusions.json --dtype bf16
+
+16 bits are those of autocast with fp32 weights, on tokens of 16 bits, as in training. Before any timing outputs and
+gradients are held to fp64. ``fused=`` of the models stays off unless a fusion wins here: the last lines say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import measure  # noqa: E402
+from attention_op import CHANNELS, DTYPES, SIZES, percent_of_copy, size  # noqa: E402
+
+from mila_mm.ops import cpe_norm, dwc_silu, why_not_triton_stencil  # noqa: E402
+
+# Passes over a (B, N, C) tensor. cpe_norm: x, x', y, and backward x', dy, dx', g; g, x, dx. dwc_silu: x, u, and
+# backward x, du, g; g, x, dx. The projections, as if products were free: y and both results, and their gradients.
+PASSES = {'cpe_norm': (3, 7), 'dwc_silu': (2, 6), 'projections': (3, 3)}
+LIMITS = {'bf16': (8e-3, 2e-2), 'fp16': (1e-3, 3e-3), 'fp32': (1e-5, 1e-4)}
+Op = Callable[..., tuple[Tensor, ...]]
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """A depthwise 3x3 as a module computes it, on tokens that lie as channels_last."""
+    image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return F.conv2d(image, weight, bias, padding=1, groups=x.shape[-1]).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def modules(fusion: str) -> Op:
+    """The unfused form, (inputs, height, width) to outputs."""
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, *hw: int) -> tuple[Tensor, ...]:
+        x = x + depthwise(x, weight, bias, *hw)
+        return x, F.layer_norm(x, x.shape[-1:], gamma, beta)
+
+    def silu(x: Tensor, weight: Tensor, bias: Tensor, *hw: int) -> tuple[Tensor, ...]:
+        return (F.silu(depthwise(x, weight, bias, *hw)),)
+
+    def projections(x: Tensor, w_in: Tensor, b_in: Tensor, w_act: Tensor, b_act: Tensor, *_: int) -> tuple[Tensor, ...]:
+        return F.linear(x, w_in, b_in), F.linear(x, w_act, b_act)
+
+    return {'cpe_norm': norm, 'dwc_silu': silu, 'projections': projections}[fusion]
+
+
+def fused(fusion: str) -> Op:
+    """Our form, by Triton or not at all."""
+    def norm(*args: Any) -> tuple[Tensor, ...]:
+        return cpe_norm(*args[:5], args[5:], backend='triton')
+
+    def silu(*args: Any) -> tuple[Tensor, ...]:
+        return (dwc_silu(*args[:3], args[3:], backend='triton'),)
+
+    def projections(x: Tensor, w_in: Tensor, b_in: Tensor, w_act: Tensor, b_act: Tensor, *_: int) -> tuple[Tensor, ...]:
+        return F.linear(x, torch.cat((w_in, w_act)), torch.cat((b_in, b_act))).chunk(2, dim=-1)
+
+    return {'cpe_norm': norm, 'dwc_silu': silu, 'projections': projections}[fusion]
+
+
+def draw(fusion: str, batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> list[Tensor]:
+    """Random leaves: tokens of ``dtype``, parameters in fp32."""
+    kernel, vector, matrix = (channels, 1, 3, 3), (channels,), (channels, channels)
+    shapes = {'cpe_norm': [kernel, *[vector] * 3], 'dwc_silu': [kernel, vector],
+              'projections': [matrix, vector, matrix, vector]}[fusion]
+    x = torch.randn(batch, height * width, channels, device='cuda').to(dtype)
+    parameters = [torch.randn(shape, device='cuda') / math.sqrt(max(1, math.prod(shape[1:]))) for shape in shapes]
+    return [t.requires_grad_() for t in (x, *parameters)]
+
+
+def with_gradients(op: Op, inputs: list[Tensor], grads: list[Tensor], hw: tuple[int, int],
+                   dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Outputs, and gradients of the inputs."""
+    with torch.autocast('cuda', dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+        outputs = op(*inputs, *hw)
+    return outputs, torch.autograd.grad(outputs, inputs, [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)])
+
+
+def worst_errors(fusion: str, op: Op, dtype: torch.dtype, channels: int) -> tuple[float, float]:
+    """Root mean square error of the outputs, and of the gradients, against fp64 on a map of 40 x 56."""
+    hw = (40, 56)
+    inputs = draw(fusion, 2, *hw, channels, dtype)
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    grads = [torch.randn_like(y).to(dtype) for y in modules(fusion)(*doubles, *hw)]
+    want = with_gradients(modules(fusion), doubles, [g.double() for g in grads], hw, torch.float64)
+    got = with_gradients(op, inputs, grads, hw, dtype)
+
+    def worst(ours: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, exact, strict=True)]
+        return max(math.inf if math.isnan(error) else error for error in errors)
+
+    return worst(got[0], want[0]), worst(got[1], want[1])
+
+
+def measure_one(op: Op, inputs: list[Tensor], hw: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """Times and peak memory of forward, and of forward and backward, eager and replayed from a CUDA graph."""
+    cast = dtype != torch.float32
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad(), torch.autocast('cuda', dtype, enabled=cast):
+            return op(*inputs, *hw)
+
+    grads = [torch.randn_like(y) for y in forward()]
+
+    def both() -> None:
+        with_gradients(op, inputs, grads, hw, dtype)
+
+    return {
+        'forward': measure.timed(forward), 'both': measure.timed(both),
+        'forward_graph': measure.timed_graph(forward), 'both_graph': measure.timed_graph(both),
+        'forward_peak_bytes': measure.peak_bytes(forward), 'both_peak_bytes': measure.peak_bytes(both),
+    }
+
+
+def measure_sizes(args: argparse.Namespace, fusion: str, name: str, dtype_name: str, stage: int,
+                  bandwidth: float) -> list[dict[str, Any]]:
+    """The rows of one implementation on the maps of one stage."""
+    dtype, channels = DTYPES[dtype_name], CHANNELS[stage - 1]
+    op = fused(fusion) if name == 'ours' else modules(fusion)
+    op = torch.compile(op, dynamic=False) if name == 'compiled' else op
+    errors = worst_errors(fusion, op, dtype, channels)
+    slack = 1 if name == 'ours' else 5  # PyTorch sums the gradients of a convolution's weights in 16 bits
+    correct = all(error <= slack * limit for error, limit in zip(errors, LIMITS[dtype_name], strict=True))
+    print(f'{fusion} {dtype_name} stage {stage} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
+          f'{"" if correct else " TOO LARGE, not timed"}')
+    rows = []
+    for height, width, batch in args.sizes:
+        torch._dynamo.reset()  # each size compiled for itself: past a limit it would run uncompiled
+        hw = tuple(-(-side // 2 ** (stage + 1)) for side in (height, width))
+        row = {'fusion': fusion, 'dtype': dtype_name, 'stage': f'{fusion} {stage}', 'implementation': name,
+               'image': [height, width], 'batch': batch, 'map': list(hw), 'channels': channels, 'errors': errors,
+               'correct': correct}
+        rows.append(row)
+        if not correct:
+            continue
+        inputs = draw(fusion, batch, *hw, channels, dtype)
+        result = measure.out_of_memory_as_none(lambda: measure_one(op, inputs, hw, dtype))  # noqa: B023
+        if result is None:
+            print(f'  {height}x{width}x{batch}: out of memory')
+            continue
+        row |= result
+        there, back = PASSES[fusion]
+        for key, passes in (('forward', there), ('both', there + back)):
+            best = (result[f'{key}_graph'] or result[key])['median']
+            row[f'{key}_percent_of_copy'] = percent_of_copy(inputs[0].numel(), passes, dtype, best, bandwidth)
+        print(f'  {height}x{width}x{batch}: forward {result["forward"]["median"]:.3f} ms, both '
+              f'{result["both"]["median"]:.3f} ms ({row["both_percent_of_copy"]:.0f} % of copy)')
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """For each fusion the median ratio of times, forward and backward, over the better of the unfused forms."""
+    lines = []
+    for fusion in PASSES:
+        times: dict[tuple[object, ...], dict[str, float]] = {}
+        for row in rows:
+            if row['fusion'] == fusion and 'both' in row:
+                case = times.setdefault((row['dtype'], row['stage'], *row['image'], row['batch']), {})
+                case[row['implementation']] = (row['both_graph'] or row['both'])['median']
+        ratios = [min(t for name, t in by.items() if name != 'ours') / by['ours']
+                  for by in times.values() if 'ours' in by and len(by) > 1]
+        if ratios:
+            median = statistics.median(ratios)
+            lines.append(f'{fusion}: {"WINS" if median > 1 else "LOSES"}, {median:.2f} x the better unfused form '
+                         f'(worst {min(ratios):.2f}, {sum(r > 1 for r in ratios)} of {len(ratios)} cases)')
+    return lines
+
+
+def main() -> int:
+    """Parse, measure, save. Returns 1 where one of our forms was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--fusions', nargs='+', default=list(PASSES), choices=PASSES)
+    parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
+    parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
+    parser.add_argument('--stages', type=int, nargs='+', default=[1, 2, 3, 4], choices=[1, 2, 3, 4])
+    parser.add_argument('--implementations', nargs='+', default=['eager', 'compiled', 'ours'],
+                        choices=['eager', 'compiled', 'ours'])
+    parser.add_argument('--out', type=Path, default=measure.RESULTS / 'block_fusions.json')
+    args = parser.parse_args()
+    measure.require_cuda()
+    if (reason := why_not_triton_stencil(torch.zeros(1, 4, 64, device='cuda'))) is not None:
+        sys.exit(f'the Triton kernels cannot run here: {reason}')
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 for all
+    bandwidth = measure.copy_bandwidth()
+    rows = [row for fusion in args.fusions for dtype in args.dtypes for stage in args.stages
+            for name in args.implementations for row in measure_sizes(args, fusion, name, dtype, stage, bandwidth)]
+    lines = verdicts(rows)
+    print('\n'.join(lines))
+    measure.save(args.out, {'benchmark': 'block_fusions', 'machine': measure.machine(), 'copy_bandwidth': bandwidth,
+                            'verdicts': lines, 'rows': rows})
+    return 0 if all(row['correct'] for row in rows if row['implementation'] == 'ours') else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

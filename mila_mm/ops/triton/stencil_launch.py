@@ -1,0 +1,159 @@
+"""Launchers of the block's stencils; the docstring of :mod:`.stencil_kernels` states what they compute."""
+
+import torch
+from torch import Tensor
+
+from . import configs, lepe_kernels, stencil_kernels
+from .launch import dense_channels, depthwise_taps, on_device
+
+
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised fp32 memory: every kernel writes all of its result."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _tiles(setting: configs.Launch, height: int, width: int) -> tuple[int, int]:
+    """Tiles of an image, and tiles across it."""
+    across = -(-width // setting.columns)
+    return across * -(-height // setting.rows), across
+
+
+def _tile_options(setting: configs.Launch) -> dict[str, int]:
+    return {'ROWS': setting.rows, 'COLUMNS': setting.columns, **setting.options()}
+
+
+def cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+                     height: int, width: int, eps: float,
+                     dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the kernel of :func:`mila_mm.ops.cpe_norm`.
+
+    Args:
+        x: (B, N, C), any strides. conv_weight: (C, 1, 3, 3). conv_bias, norm_weight, norm_bias: (C,); of any float
+            dtype.
+        height, width: The map, N = height * width. eps: Of the LayerNorm. dtype: Of y.
+
+    Returns:
+        x' (B, N, C) in x's dtype and y (B, N, C) in ``dtype``, contiguous; mean and rstd (B, N) of x', fp32.
+    """
+    batch, tokens, channels = x.shape
+    out = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    y = torch.empty((batch, tokens, channels), dtype=dtype, device=x.device)
+    mean, rstd = _fp32(x, batch, tokens), _fp32(x, batch, tokens)
+    if x.numel() == 0:
+        return out, y, mean, rstd
+    x = dense_channels(x)
+    setting = configs.norm_launch(channels)
+    tiles, across = _tiles(setting, height, width)
+    with on_device(x):
+        stencil_kernels.cpe_norm_kernel[(batch * tiles,)](
+            x, depthwise_taps(conv_weight, x), conv_bias, norm_weight, norm_bias, out, y, mean, rstd,
+            x.stride(0), x.stride(1), height, width, tiles, across, eps,
+            CHANNELS=channels, PADDED=configs.padded_width(channels), **_tile_options(setting),
+        )
+    return out, y, mean, rstd
+
+
+def cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: Tensor, conv_bias: Tensor,
+                      norm_weight: Tensor, norm_bias: Tensor, out: Tensor, mean: Tensor, rstd: Tensor,
+                      height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the kernels of the gradients.
+
+    Args:
+        grad_out, grad_y: Gradients of x' and y, (B, N, C), any strides. out, mean, rstd: x' and its statistics, as the
+            forward pass returned them. The rest as there.
+
+    Returns:
+        Gradients of x, conv_weight, conv_bias, norm_weight and norm_bias, contiguous, each in the dtype of its input.
+    """
+    batch, tokens, channels = x.shape
+    if x.numel() == 0:
+        params = (conv_weight, conv_bias, norm_weight, norm_bias)
+        return torch.empty_like(x), *(torch.zeros_like(p) for p in params)
+    grad_out, grad_y, out = dense_channels(grad_out), dense_channels(grad_y), dense_channels(out)
+    grad = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    run = configs.norm_tokens_per_split(channels)
+    splits = -(-tokens // run)
+    gamma_parts, beta_parts = _fp32(x, batch * splits, channels), _fp32(x, batch * splits, channels)
+    setting = configs.norm_launch(channels)
+    with on_device(x):
+        stencil_kernels.norm_backward_kernel[(batch * splits,)](
+            grad_out, grad_y, out, mean.contiguous(), rstd.contiguous(), norm_weight, grad, gamma_parts, beta_parts,
+            grad_out.stride(0), grad_out.stride(1), grad_y.stride(0), grad_y.stride(1), out.stride(0), out.stride(1),
+            tokens, splits, run, CHANNELS=channels, PADDED=configs.padded_width(channels),
+            BLOCK=setting.rows * setting.columns, **setting.options(),
+        )
+    grads = _stencil_backward(grad, x, conv_weight, conv_bias, height, width, residual=True)
+    return *grads, gamma_parts.sum(0).to(norm_weight.dtype), beta_parts.sum(0).to(norm_bias.dtype)
+
+
+def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """Run the kernel of :func:`mila_mm.ops.dwc_silu`.
+
+    Args:
+        x: (B, N, C), any strides. weight: (C, 1, 3, 3) and bias (C,) of any float dtype.
+        height, width: The map, N = height * width.
+
+    Returns:
+        (B, N, C) contiguous in x's dtype.
+    """
+    batch, tokens, channels = x.shape
+    y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    x = dense_channels(x)
+    setting = configs.STENCIL
+    tiles, across = _tiles(setting, height, width)
+    blocks = -(-channels // configs.STENCIL_CHANNELS)
+    with on_device(x):
+        stencil_kernels.dwc_silu_kernel[(batch * tiles * blocks,)](
+            x, depthwise_taps(weight, x), bias, y, x.stride(0), x.stride(1), channels, height, width, tiles, across,
+            CHANNELS=configs.STENCIL_CHANNELS, ACCURATE=x.dtype == torch.float32, **_tile_options(setting),
+        )
+    return y
+
+
+def dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int,
+                      width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernels of the gradients of x, weight and bias, from grad_y (B, N, C) of any strides."""
+    batch, tokens, channels = x.shape
+    if x.numel() == 0:
+        return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    x, grad_y = dense_channels(x), dense_channels(grad_y)
+    grad = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    setting = configs.STENCIL
+    tiles, across = _tiles(setting, height, width)
+    blocks = -(-channels // configs.STENCIL_CHANNELS)
+    with on_device(x):
+        stencil_kernels.silu_backward_kernel[(batch * tiles * blocks,)](
+            grad_y, x, depthwise_taps(weight, x), bias, grad, grad_y.stride(0), grad_y.stride(1),
+            x.stride(0), x.stride(1), channels, height, width, tiles, across,
+            CHANNELS=configs.STENCIL_CHANNELS, ACCURATE=x.dtype == torch.float32, **_tile_options(setting),
+        )
+    return _stencil_backward(grad, x, weight, bias, height, width, residual=False)
+
+
+def _stencil_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int,
+                      residual: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from g (B, N, C), contiguous, the gradient of the convolution's result."""
+    batch, tokens, channels = x.shape
+    x = dense_channels(x)
+    setting = configs.STENCIL_BACKWARD
+    tiles, across = _tiles(setting, height, width)
+    run = configs.TILES_PER_STENCIL_SPLIT
+    splits = -(-tiles // run)
+    blocks = -(-channels // configs.STENCIL_CHANNELS)
+    grad_x = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    parts = _fp32(x, batch * splits, 10, channels)
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    with on_device(x):
+        stencil_kernels.stencil_backward_kernel[(batch * splits * blocks,)](
+            grad, x, depthwise_taps(weight, x), grad_x, parts, x.stride(0), x.stride(1), channels,
+            height, width, tiles, across, splits, run,
+            RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, **_tile_options(setting),
+        )
+        lepe_kernels.lepe_reduce_kernel[(10 * -(-channels // configs.LEPE_CHANNELS),)](
+            parts, grad_weight, grad_bias, channels, batch * splits,
+            ROWS=configs.REDUCE_ROWS, CHANNELS=configs.LEPE_CHANNELS, num_warps=configs.REDUCE_WARPS,
+        )
+    return grad_x, grad_weight, grad_bias

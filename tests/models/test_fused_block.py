@@ -1,0 +1,98 @@
+"""The fused forms of a block: the same numbers, gradients and names as the modules one after the other."""
+
+import pytest
+import torch
+
+from mila_mm import MILA
+from mila_mm.models.layers import FUSIONS
+
+SMALL = dict(arch=dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2)), out_indices=(0, 1))
+CHOICES = [*((name,) for name in FUSIONS), True]
+
+
+def pair(fused, **options):
+    """A model and its fused twin."""
+    torch.manual_seed(0)
+    plain = MILA(**SMALL, **options)
+    twin = MILA(**SMALL, fused=fused, **options)
+    twin.load_state_dict(plain.state_dict())
+    return plain, twin
+
+
+def step(model, image):
+    maps = model(image)
+    model.zero_grad()
+    sum(m.float().square().mean() for m in maps).backward()
+    return maps, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('with_cp', [False, True], ids=['', 'checkpointed'])
+@pytest.mark.parametrize('fused', CHOICES, ids=str)
+def test_equals_the_modules(fused, with_cp):
+    plain, twin = pair(fused, with_cp=with_cp)
+    assert list(plain.state_dict()) == list(twin.state_dict())
+    image = torch.rand(2, 3, 45, 70)
+    (maps, grads), (fused_maps, fused_grads) = step(plain, image), step(twin, image)
+    for a, b in zip(fused_maps, maps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item() + 1e-7,
+                                   msg=lambda m, name=name: f'{name}: {m}')
+
+
+def test_each_choice_changes_what_runs(monkeypatch):
+    from mila_mm.models import layers
+
+    called = []
+    for name in ('cpe_norm', 'dwc_silu'):
+        original = getattr(layers, name)
+        monkeypatch.setattr(layers, name, lambda *a, o=original, n=name, **k: called.append(n) or o(*a, **k))
+    image = torch.rand(1, 3, 32, 32)
+    expected = {False: [], ('cpe_norm',): ['cpe_norm'] * 6, ('dwc_silu',): ['dwc_silu'] * 3,
+                True: ['cpe_norm', 'dwc_silu', 'cpe_norm'] * 3}
+    for fused, calls in expected.items():
+        called.clear()
+        model = MILA(**SMALL, fused=fused).eval()
+        model.layers[0].blocks[0].act_proj.register_forward_hook(lambda *_: called.append('act_proj'))
+        model(image)
+        assert [name for name in called if name != 'act_proj'] == calls
+        assert ('act_proj' in called) == (fused is not True)
+
+
+def test_autocast():
+    plain, twin = pair(True)
+    image = torch.rand(2, 3, 45, 70)
+    with torch.autocast('cpu', torch.bfloat16):
+        maps, grads = step(plain, image)
+        fused_maps, fused_grads = step(twin, image)
+    for a, b in zip(fused_maps, maps, strict=True):
+        assert (a.float() - b.float()).norm() / b.float().norm() < 3e-2
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in fused_grads.values())
+    assert fused_grads.keys() == grads.keys()
+
+
+def test_compiles_for_any_size_and_traces_to_plain_operators():
+    torch._dynamo.reset()
+    _, model = pair(True)
+    model.eval()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for size in [(64, 96), (75, 101), (40, 130)]:
+            image = torch.rand(2, 3, *size)
+            for a, b in zip(compiled(image), model(image), strict=True):
+                torch.testing.assert_close(a, b)
+        traced = torch.jit.trace(model, image)
+    assert len(graphs) == 1, 'a new size must not compile again'
+    assert 'mila_mm::' not in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize('fused', ['cpe_norm', ['mlp'], [True]], ids=str)
+def test_no_such_fusion(fused):
+    with pytest.raises(ValueError, match='fused to be True, False or names of cpe_norm, dwc_silu, projections'):
+        MILA(**SMALL, fused=fused)
