@@ -39,8 +39,8 @@ def test_segmentor_as_published(command, root, workspace) -> None:
 
 
 def test_sizes_of_the_paper_are_the_defaults() -> None:
-    """Height and width of the published costs: 1280 x 800 and 512 x 2048 as papers write them."""
-    assert DEFAULT_SHAPES == {'mmdet': (800, 1280), 'mmseg': (512, 2048)}
+    """Height and width of the published costs: 1280 x 800 and 512 x 2048 as papers write them; 224 of classifiers."""
+    assert DEFAULT_SHAPES == {'mmdet': (800, 1280), 'mmseg': (512, 2048), 'mmpretrain': (224, 224)}
 
 
 def test_attention_is_counted(command, detector) -> None:

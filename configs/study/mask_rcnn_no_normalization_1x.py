@@ -1,0 +1,3 @@
+_base_ = './_base_/mask_rcnn_1x.py'
+
+model = dict(backbone=dict(normalization=False))

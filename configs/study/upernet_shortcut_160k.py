@@ -1,0 +1,3 @@
+_base_ = './_base_/upernet_160k.py'
+
+model = dict(backbone=dict(shortcut=True))
