@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mila_mm.engine.published import read_published
-from mila_mm.engine.study_report import check_order
-from mila_mm.engine.throughput import relative_throughput
 from mila_mm.errors import UserError
+from mila_mm.study.published import read_published
+from mila_mm.study.report import check_order
+from mila_mm.study.throughput import relative_throughput
 
 
 @pytest.fixture(scope='module')

@@ -25,8 +25,8 @@ default_hooks = dict(logger=dict(interval=1))
 @pytest.fixture(scope='module')
 def replicated(tmp_path_factory, root):
     """A work folder with two rows of the study, trained for two steps; also its config."""
-    from mila_mm.engine.replication import Plan, run_row
     from mila_mm.models import STUDY_ROWS
+    from mila_mm.study.replication import Plan, run_row
 
     folder = tmp_path_factory.mktemp('study')
     config = folder / 'miniature.py'
@@ -74,7 +74,7 @@ def test_what_is_done_is_not_repeated_and_goes_into_the_table(command, replicate
 
 
 def test_another_budget_is_another_run(replicated):
-    from mila_mm.engine.replication import Plan, run_row
+    from mila_mm.study.replication import Plan, run_row
 
     plan, (baseline, _) = replicated
     longer = Plan(plan.config, plan.work_dir.parent / 'longer', plan.data_root, 3)
@@ -120,7 +120,7 @@ def test_every_figure_is_drawn(command, models, pictures, tmp_path):
 def test_weights_are_used(models):
     import torch
 
-    from mila_mm.engine.feature_model import open_feature_model
+    from mila_mm.study.feature_model import open_feature_model
     from mila_mm.weights import read_checkpoint
 
     model = open_feature_model(models[0])
@@ -132,7 +132,7 @@ def test_weights_are_used(models):
 
 
 def test_images_reach_the_backbone_as_the_model_expects_them():
-    from mila_mm.engine.feature_model import open_feature_model
+    from mila_mm.study.feature_model import open_feature_model
 
     red = np.zeros((1, 8, 8, 3), np.uint8)
     red[..., 0] = 255
@@ -144,7 +144,7 @@ def test_images_reach_the_backbone_as_the_model_expects_them():
 
 
 def test_images_are_scaled_and_cut_to_one_size(tmp_path):
-    from mila_mm.engine.feature_model import read_images
+    from mila_mm.study.feature_model import read_images
 
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40, 2] = 255  # red in the middle

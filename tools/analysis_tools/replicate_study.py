@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     # Threads that wait asleep: a busy machine loses a factor otherwise. Read when torch is loaded.
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    from mila_mm.engine.replication import RESULT, Plan, read_result, run_row
-    from mila_mm.engine.replication_report import PUBLISHED, check_rows, markdown
     from mila_mm.models.study import STUDY_ROWS
+    from mila_mm.study.replication import RESULT, Plan, read_result, run_row
+    from mila_mm.study.replication_report import PUBLISHED, check_rows, markdown
 
     wanted = check_rows(args.rows, STUDY_ROWS)
     work_dir = Path(args.work_dir)

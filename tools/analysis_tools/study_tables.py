@@ -61,8 +61,8 @@ def measure(args: cli.argparse.Namespace, rows: Sequence[str]) -> dict[str, Any]
     """
     import torch
 
-    from mila_mm.engine.study_report import classifier
-    from mila_mm.engine.throughput import relative_throughput
+    from mila_mm.study.report import classifier
+    from mila_mm.study.throughput import relative_throughput
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -115,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments, None for ``sys.argv[1:]``.
     """
     args = parse_args(argv)
-    from mila_mm.engine.published import read_published
-    from mila_mm.engine.study_plots import save_plots
-    from mila_mm.engine.study_report import ablation_table, check_order, count_costs, mask_rcnn_table, upernet_table
+    from mila_mm.study.plots import save_plots
+    from mila_mm.study.published import read_published
+    from mila_mm.study.report import ablation_table, check_order, count_costs, mask_rcnn_table, upernet_table
 
     published = read_published(args.published)
     tables = {name: published.tables[name].rows for name in ('designs', 'encodings')}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mila_mm.engine.complexity import operation_counter
-from mila_mm.engine.published import Published
 from mila_mm.models import STUDY_ROWS, LinearAttentionClassifier
+from mila_mm.study.published import Published
 
 TITLES = {'baseline': 'baseline: linear attention', 'input_gate': '+ input gate', 'forget_gate': '+ forget gate',
           'shortcut': '+ shortcut', 'no_normalization': '- normalisation', 'single_head': '- several heads',
@@ -50,7 +50,7 @@ def ablation_table(rows: Sequence[Mapping[str, Any]], costs: Costs, measured: Me
     Args:
         rows: Published figures with their ``row``; the first one is the baseline.
         costs: Parameters and multiply-adds by row.
-        measured: What :func:`mila_mm.engine.throughput.relative_throughput` returns; may lack rows.
+        measured: What :func:`mila_mm.study.throughput.relative_throughput` returns; may lack rows.
 
     Returns:
         A Markdown table.

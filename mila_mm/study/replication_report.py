@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mila_mm.engine.replication import Row, noise, rank_correlation, summarise, verdict
 from mila_mm.errors import UserError
+from mila_mm.study.replication import Row, noise, rank_correlation, summarise, verdict
 
 BASELINE = 'baseline'
 # Top-1 on ImageNet-1K at 224 of each row at Swin-T's size: arXiv 2405.16605, tables of the ablations. The last row is
@@ -52,7 +52,7 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """Write the table of a replication and what it shows.
 
     Args:
-        results: What :func:`mila_mm.engine.replication.run_row` returned, of some or all rows.
+        results: What :func:`mila_mm.study.replication.run_row` returned, of some or all rows.
 
     Returns:
         The page.

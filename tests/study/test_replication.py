@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from mila_mm.engine.replication import Row, noise, rank_correlation, summarise, verdict
-from mila_mm.engine.replication_report import PUBLISHED, check_rows, markdown
 from mila_mm.errors import UserError
 from mila_mm.models import STUDY_ROWS
+from mila_mm.study.replication import Row, noise, rank_correlation, summarise, verdict
+from mila_mm.study.replication_report import PUBLISHED, check_rows, markdown
 
 MACHINE = dict(device='a CPU', torch='2', mmengine='1', mmseg='1', mila_mm='0', date='2026-01-02')
 DATA = dict(num_train=8, num_val=4, size=64, seed=0)
