@@ -2,24 +2,33 @@
 # A second call reuses what is there. Another interpreter or place: make test PYTHON=python3.12 VENV=/somewhere/venv
 PYTHON ?= python3
 VENV ?= .venv
+VENV_CLASSIC ?= .venv-classic
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 WORK_DIR ?= work_dirs
 
-.PHONY: install demo demo-seg test lint gpu-check clean
+.PHONY: install demo demo-seg test test-classic lint gpu-check faults test-scale gpu-scale clean
 
 install: $(READY)
 
+# $(call environment,PLACE,REQUIREMENTS): a dependency brings opencv-python over the headless build; on a machine without
+# libGL only the latter imports.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+  { echo "mila_mm needs Python 3.10 to 3.12, but $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --disable-pip-version-check -q -r $(2)
+$(1)/bin/python -m pip install --disable-pip-version-check -q --no-deps -e .
+@$(1)/bin/python -c 'import cv2' 2>/dev/null || $(1)/bin/python -m pip install --disable-pip-version-check -q \
+  --force-reinstall --no-deps "$$(grep '^opencv-python-headless' $(2))"
+@touch $(1)/.ready
+endef
+
 $(READY): requirements.txt setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
-	  { echo "mila_mm needs Python 3.10 to 3.12, but $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
-	@# A dependency brings opencv-python over the headless build; on a machine without libGL only the latter imports.
-	@$(BIN)/python -c 'import cv2' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -q \
-	  --force-reinstall --no-deps "$$(grep '^opencv-python-headless' requirements.txt)"
-	@touch $@
+	$(call environment,$(VENV),requirements.txt)
+
+$(VENV_CLASSIC)/.ready: requirements-classic.txt setup.cfg pyproject.toml
+	$(call environment,$(VENV_CLASSIC),requirements-classic.txt)
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py det --work-dir $(WORK_DIR)/demo
@@ -31,6 +40,21 @@ demo-seg: $(READY)
 test: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
+# Kill a training at 20 random moments, damage its checkpoints, fill its disk, and compare the end with an undisturbed
+# run's, bit for bit; then the tests of two processes. Ten minutes. As root it also fills a small tmpfs.
+faults: $(READY)
+	$(BIN)/python tests/faults/driver.py --kills 20 --tmpfs --work-dir $(WORK_DIR)/faults
+	MILA_MM_SLOW=1 $(BIN)/python -m pytest tests/faults/test_distributed.py
+
+# The distributed tests with four processes as well.
+test-scale: $(READY)
+	MILA_MM_SLOW=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/tools/test_scale.py
+
+# The core of the suite on OpenMMLab's original packages, in an environment of its own.
+test-classic: $(VENV_CLASSIC)/.ready
+	OMP_WAIT_POLICY=PASSIVE $(VENV_CLASSIC)/bin/python -m pytest tests/mmcv_ext tests/models/test_mila.py \
+	  tests/models/test_parity.py tests/tools/test_train_test.py tests/tools/test_pretrained.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 
@@ -38,9 +62,20 @@ lint: $(READY)
 # so it takes the interpreter as it is: make gpu-check PYTHON=python3
 gpu-check:
 	$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu-check needs a CUDA device")'
-	$(PYTHON) -m pytest -m gpu tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py
+	$(PYTHON) -m pytest -m gpu tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py \
+	  tests/ops/test_stencil_gpu.py
 	$(PYTHON) benchmarks/attention_op.py
+	$(PYTHON) benchmarks/block_fusions.py
 	$(PYTHON) benchmarks/backbone.py
 
+# What a GPU has to show of training: memory, throughput of a detector against other backbones, 500 steps in each precision.
+gpu-scale: $(READY)
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --docs
+	$(BIN)/python benchmarks/tiled.py && $(BIN)/python benchmarks/tiled.py --docs
+	$(BIN)/python benchmarks/detector_step.py
+	$(BIN)/python benchmarks/precision_curves.py --out benchmarks/results/precision_curves_gpu.json \
+	  --plot docs/images/precision_curves_gpu.png
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_CLASSIC) build *.egg-info .pytest_cache .hypothesis .ruff_cache

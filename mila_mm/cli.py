@@ -6,14 +6,20 @@ Nothing here imports torch or mmengine, so that ``--help`` and a wrong flag answ
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from mila_mm.errors import UserError
+from mila_mm.errors import LostPeerError, UserError
+from mila_mm.stopping import EXIT_INTERRUPTED, Stopped
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# Seconds that the other ranks leave to rank 0 for saying what is wrong on all of them and for ending, on which the
+# launcher ends them; and that rank 0 leaves to the others for ending after a stop.
+_FIRST_WORD = 15.0
+_LAST_END = 3.0
 
 # Raised at import or at every start by the libraries below us. Each is about a choice of theirs
 # that no user of a command can change, and would bury the one line that the user can act upon.
@@ -26,6 +32,7 @@ _NOISE = (
     (UserWarning, r'The shape of value will convert from'),
     (UserWarning, r'Warning: The (bbox|polygon) is out of bounds'),
     (UserWarning, r'`reduce_zero_label` will be deprecated'),
+    (UserWarning, r'``build_loss`` would be deprecated soon'),
 )
 
 
@@ -100,7 +107,9 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         argv: Arguments without the name of the program. Defaults to None.
 
     Returns:
-        The exit status: 0, or 2 after a mistake of the user's, or 130 after Ctrl-C.
+        The exit status: 0; 2 after a mistake of the user's; 130 after Ctrl-C; 75 after another signal that asked a
+        training to stop, which then continues from what it saved. Of a job that was stopped, rank 0 tells so, and the
+        other ranks end with 0.
     """
     for category, message in _NOISE:
         warnings.filterwarnings('ignore', message=message, category=category)
@@ -110,14 +119,37 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         if os.environ.get('MILA_MM_TRACEBACK'):
             raise
         sys.stdout.flush()
-        rank = os.environ.get('RANK', '0') if int(os.environ.get('WORLD_SIZE', '1')) > 1 else None
+        rank = _rank()
+        if rank:
+            if isinstance(error, LostPeerError):
+                return EXIT_USER_ERROR
+            # What is wrong on all ranks, rank 0 says, and the launcher then ends this process within the time.
+            time.sleep(_FIRST_WORD)
         who = 'error' if rank is None else f'error (rank {rank})'
         sys.stderr.write(f'{who}: {user_message(error)}\n')
         return EXIT_USER_ERROR
+    except Stopped as stopped:
+        rank = _rank()
+        if rank:
+            return 0
+        sys.stdout.flush()
+        sys.stderr.write(f'{stopped}\n')
+        if rank is not None:
+            # Launchers kill what still runs when a process ends with another status than 0, and pass the worst one on.
+            time.sleep(_LAST_END)
+        return stopped.exit_code
     except KeyboardInterrupt:
         sys.stderr.write('interrupted\n')
         return EXIT_INTERRUPTED
     return 0
+
+
+def _rank() -> int | None:
+    """Return the rank of this process in a distributed job, None outside of one."""
+    for rank, size in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS')):
+        if rank in os.environ:
+            return int(os.environ[rank]) if int(os.environ.get(size, '1')) > 1 else None
+    return None
 
 
 def user_message(error: UserError) -> str:

@@ -19,6 +19,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker('gpu'):
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+    if not os.environ.get('MILA_MM_SLOW'):
+        for item in items:
+            if item.get_closest_marker('slow'):
+                item.add_marker(pytest.mark.skip(reason='takes minutes: MILA_MM_SLOW=1, as make test-scale sets it'))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
-# Sourced by dist_train.sh and dist_test.sh: start a script once per GPU with torchrun.
+# Sourced by dist_train.sh and dist_test.sh: start a script once per GPU with torchrun (through _torchrun.py, which
+# passes signals on and ends with the exit status of the script).
 #
 # launch SCRIPT GPUS ARGUMENT...   from the variables
 #   NNODES=1 NODE_RANK=0           number of machines, and which one this is
@@ -36,6 +37,6 @@ launch() {
     # One thread per process unless told otherwise: torchrun and mmengine do the same, each with a warning.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-    exec "$(pick_python)" -m torch.distributed.run --nnodes="$nnodes" --nproc-per-node="$gpus" \
+    exec "$(pick_python)" "$TOOLS/_torchrun.py" --nnodes="$nnodes" --nproc-per-node="$gpus" \
         "${rendezvous[@]}" "$script" "$@" --launcher pytorch
 }

@@ -4,6 +4,13 @@
 #   SRUN_ARGS                                more arguments of srun
 #   MASTER_PORT                              port on the first machine; without one 20000 to 29999 by chance
 #   PYTHON                                   interpreter; without one that of .venv beside tools/, or python
+#   REQUEUE=1                                inside a batch job: put the job back into the queue when it was stopped
+#
+# A job that Slurm may preempt or that outlives its time limit continues by itself as a batch script of these lines
+# (USR1 comes two minutes before the limit; the training saves, ends with 75 and the job is queued again):
+#   #!/bin/bash
+#   #SBATCH --requeue --open-mode=append --signal=USR1@120 --nodes=1 --ntasks-per-node=8 --gres=gpu:8 --time=04:00:00
+#   REQUEUE=1 GPUS=8 tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR --resume
 set -euo pipefail
 if [[ $# -lt 4 ]]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [arguments of tools/train.py]" >&2
@@ -21,7 +28,16 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 10000))}
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # SRUN_ARGS is a list of words.
-# shellcheck disable=SC2086
-exec srun -p "$PARTITION" --job-name="$JOB_NAME" --gres="gpu:$GPUS_PER_NODE" --ntasks="$GPUS" \
-    --ntasks-per-node="$GPUS_PER_NODE" --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
-    "$(pick_python)" -u "$TOOLS/train.py" "$CONFIG" --work-dir "$WORK_DIR" "${@:5}" --launcher slurm
+# shellcheck disable=SC2206
+COMMAND=(srun -p "$PARTITION" --job-name="$JOB_NAME" --gres="gpu:$GPUS_PER_NODE" --ntasks="$GPUS"
+    --ntasks-per-node="$GPUS_PER_NODE" --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-}
+    "$(pick_python)" -u "$TOOLS/train.py" "$CONFIG" --work-dir "$WORK_DIR" "${@:5}" --launcher slurm)
+if [[ -z "${REQUEUE:-}" || -z "${SLURM_JOB_ID:-}" ]]; then
+    exec "${COMMAND[@]}"
+fi
+status=0
+"${COMMAND[@]}" || status=$?
+if [[ "$status" == 75 ]]; then # stopped by a signal and saved
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

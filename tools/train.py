@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import mila_mm  # noqa: F401  installs the stand-in for mmcv._ext before anything imports mmcv
 from mila_mm import cli
+from mila_mm.stopping import StopRequest, stop_signals
 
 
 def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
@@ -33,7 +34,12 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
         help='start the backbone from these weights: mila://tiny-in1k (small, base) or a file; '
         'tools/weights.py list names all',
     )
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (needs a GPU)')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--amp-dtype',
+        choices=['bf16', 'fp16'],
+        help='dtype of --amp, which it implies [bf16 where the device has it, else fp16 with dynamic loss scaling]',
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -41,6 +47,11 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
     )
     parser.add_argument(
         '--tensorboard', action='store_true', help='also log for TensorBoard; see it by: tensorboard --logdir WORK_DIR'
+    )
+    parser.add_argument(
+        '--debug-nonfinite',
+        action='store_true',
+        help='stop at the first loss or gradient that is not finite, and name the module that it comes from',
     )
     return parser.parse_args(argv)
 
@@ -53,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     cli.export_local_rank(args)
+    with stop_signals() as stop:
+        _train(args, stop)
+
+
+def _train(args: cli.argparse.Namespace, stop: StopRequest) -> None:
     from mila_mm.engine import train
 
     train(
@@ -60,11 +76,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         work_dir=args.work_dir,
         resume=args.resume,
         pretrained=args.pretrained,
-        amp=args.amp,
+        amp=args.amp or args.amp_dtype is not None,
+        amp_dtype=args.amp_dtype,
         auto_scale_lr=args.auto_scale_lr,
         tensorboard=args.tensorboard,
+        debug_nonfinite=args.debug_nonfinite,
         launcher=args.launcher,
         cfg_options=args.cfg_options,
+        stop=stop,
     )
 
 

@@ -1,20 +1,37 @@
 """Training and testing: mmengine's runner with what it lacks, for detectors and segmentors alike."""
 
+from mila_mm.engine.checkpointing import CheckpointHook
 from mila_mm.engine.config import load_config, scope_of
 from mila_mm.engine.draw import PredictionDrawHook
 from mila_mm.engine.dump import DumpSegResults
 from mila_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from mila_mm.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mila_mm.engine.mesa import MESAHook
+from mila_mm.engine.nonfinite import NonFiniteHook
+from mila_mm.engine.precision import AmpOptimWrapper
 from mila_mm.engine.resume import ResumeStateHook
 from mila_mm.engine.runner import Runner, build_runner
+from mila_mm.engine.sampling import ResumableBatchSampler
+from mila_mm.engine.sharding import FullyShardedModel
+from mila_mm.engine.stop_hook import StopHook
 from mila_mm.engine.testing import test
 from mila_mm.engine.training import train
 
 __all__ = [
+    'AmpOptimWrapper',
+    'CheckpointHook',
     'DumpSegResults',
+    'EpochBasedTrainLoop',
+    'FullyShardedModel',
+    'IterBasedTrainLoop',
     'LayerDecayOptimWrapperConstructor',
+    'MESAHook',
+    'NonFiniteHook',
     'PredictionDrawHook',
+    'ResumableBatchSampler',
     'ResumeStateHook',
     'Runner',
+    'StopHook',
     'build_runner',
     'load_config',
     'scope_of',

@@ -37,6 +37,7 @@ _SOURCES = {
         'http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',
         '{images,annotations}/{training,validation}/',
     ),
+    'imagenet': Source('ImageNet-1K', 'https://image-net.org/download.php', '{train,val}/CLASS/IMAGE.JPEG'),
     'cityscapes': Source(
         'Cityscapes', 'https://www.cityscapes-dataset.com/downloads', '{leftImg8bit,gtFine}/{train,val}/'
     ),
@@ -118,7 +119,9 @@ def _paths_of_dataset(key: str, dataset: dict[str, Any]) -> Iterator[NeededPath]
         path = Path(root, annotation)
         yield NeededPath(f'{key}.ann_file', path, is_folder=path.is_dir(), dataset=dataset)
     reads_labels = 'LoadAnnotations' in str(dataset.get('pipeline', ''))
-    for name, prefix in (dataset.get('data_prefix') or {}).items():
+    prefixes = dataset.get('data_prefix') or {}
+    # mmpretrain also takes a string, for its only prefix.
+    for name, prefix in ({'img_path': prefixes} if isinstance(prefixes, str) else prefixes).items():
         if not isinstance(prefix, str) or '://' in prefix or not (root or prefix):
             continue
         if 'seg' in name and not reads_labels:

@@ -12,12 +12,15 @@ from mmengine.config import Config, DictAction
 
 from mila_mm.errors import UserError
 
-SCOPES = ('mmdet', 'mmseg')
+SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 
 # Read by mmengine, mmdet, mmseg or this package at the top of a config, besides the runner's own arguments.
 _EXTRA_KEYS = (
     'activation_checkpointing',
+    'amp',
+    'channels_last',
     'compile',
+    'compile_backbone',
     'custom_imports',
     'efficient_conv_bn_eval',
     'load_strict',
@@ -30,13 +33,14 @@ _EXTRA_KEYS = (
 )
 
 
-def load_config(name: str, cfg_options: Sequence[str] = ()) -> Config:
+def load_config(name: str, cfg_options: Sequence[str] = (), import_custom_modules: bool = True) -> Config:
     """Read a config and apply the overrides of the command line.
 
     Args:
         name: Path of a config file, or ``mmdet::FOLDER/FILE`` / ``mmseg::FOLDER/FILE`` for one
             that comes with the installed package (``.py`` may be left out).
         cfg_options: Overrides as ``key.of.entry=value``.
+        import_custom_modules: Whether to import what ``custom_imports`` names. Defaults to True.
 
     Returns:
         The config; its ``filename`` is the file read.
@@ -47,7 +51,7 @@ def load_config(name: str, cfg_options: Sequence[str] = ()) -> Config:
     """
     path = resolve_config(name)
     try:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(path, import_custom_modules=import_custom_modules)
     except FileNotFoundError as error:
         raise UserError(f'config {name} builds on a file that does not exist: {one_line(error)}') from error
     except Exception as error:  # a config is a program of the user's: whatever it raises is an error in it
@@ -150,7 +154,7 @@ def scope_of(cfg: Config) -> str:
         cfg: A config with a model.
 
     Returns:
-        'mmdet' or 'mmseg'.
+        'mmdet', 'mmseg' or 'mmpretrain'.
 
     Raises:
         UserError: If the config does not say, or the library is not installed.
@@ -160,8 +164,9 @@ def scope_of(cfg: Config) -> str:
     scope = next((name for name in named if name in SCOPES), None)
     if scope is None:
         raise UserError(
-            f'is the config a detector or a segmentor? Its default_scope is {cfg.get("default_scope")!r}\n'
-            "Set default_scope='mmdet' or default_scope='mmseg' in it."
+            'is the config a detector, a segmentor or a classifier? '
+            f'Its default_scope is {cfg.get("default_scope")!r}\n'
+            "Set default_scope='mmdet', default_scope='mmseg' or default_scope='mmpretrain' in it."
         )
     if importlib.util.find_spec(scope) is None:
         raise UserError(f'the config needs the package {scope}, which is not installed: {install_hint()}')

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from datetime import timedelta
 
 import torch
 from mmengine.config import Config
@@ -10,6 +11,7 @@ from mmengine.dist import is_distributed
 from torch import distributed
 
 from mila_mm.engine.checks import check_launcher
+from mila_mm.errors import UserError
 
 _RANK_VARIABLES = {
     'slurm': {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'},
@@ -32,7 +34,7 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        UserError: If the launcher's environment variables are not set.
+        UserError: If the launcher's environment variables are not set, or the timeout is no time.
     """
     check_launcher(launcher)
     cfg.launcher = launcher
@@ -44,7 +46,10 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
     # All tasks of a Slurm job agree on the port that tools/slurm_train.sh exports
     os.environ.setdefault('MASTER_PORT', '29500')
     os.environ.setdefault('MASTER_ADDR', _first_host())
-    distributed.init_process_group('gloo')
+    seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise UserError(f'env_cfg.dist_cfg.timeout: expected a number of seconds above 0, got {seconds!r}')
+    distributed.init_process_group('gloo', timeout=None if seconds is None else timedelta(seconds=seconds))
 
 
 def _first_host() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader
 from mila_mm.engine.building import building, fault_of_annotations, reading
 from mila_mm.engine.checkpoint import load_checkpoint_into
 from mila_mm.engine.loading import name_unreadable_files
+from mila_mm.engine.model_options import apply_model_options
+from mila_mm.engine.recovery import settle_resume
+from mila_mm.engine.sharding import ShardingRunner, whole_model
 from mila_mm.errors import UserError
 from mila_mm.weights.load import read_checkpoint
 
@@ -26,7 +29,7 @@ _NUMPY_OF_NO_IMAGE = 'need at least one array to concatenate'
 _FIRST_BATCH_HOOKS = ('before_train_iter', 'before_val_iter', 'before_test_iter')
 
 
-class Runner(MMEngineRunner):
+class Runner(ShardingRunner):
     """Runner with four differences to mmengine's.
 
     - Checkpoints are read without running code, and must fit the model key by key unless the
@@ -105,7 +108,7 @@ class Runner(MMEngineRunner):
             UserError: If a value in the config is refused.
         """
         with building('model'):
-            return super().build_model(model)
+            return apply_model_options(super().build_model(model), self.cfg)
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
         """Move the model to its device and wrap it for distributed training.
@@ -228,11 +231,21 @@ class Runner(MMEngineRunner):
             raise NotImplementedError('revise_keys: rename the keys before loading')
         checkpoint = read_checkpoint(filename, map_location)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = whole_model(self.model)
         strict = self.cfg.get('load_strict', True) if strict is None else strict
         load_checkpoint_into(model, checkpoint, f'checkpoint {filename}', strict)
         self._has_loaded = True
         return checkpoint
+
+    def load_or_resume(self) -> None:
+        """Load or resume as the config says; a run that resumes by itself takes the newest readable checkpoint.
+
+        Raises:
+            UserError: If there are checkpoints and none can be resumed.
+        """
+        if not self._has_loaded:
+            settle_resume(self)
+        super().load_or_resume()
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Resume training from a checkpoint.

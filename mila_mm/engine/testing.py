@@ -54,7 +54,8 @@ def test(
     cfg = load_config(config, cfg_options)
     scope = scope_of(cfg)
     set_work_dir(cfg, work_dir)
-    missing = [name for name in ('test_dataloader', 'test_cfg', 'test_evaluator') if not cfg.get(name)]
+    # mmpretrain's configs write test_cfg = dict()
+    missing = [name for name in ('test_dataloader', 'test_cfg', 'test_evaluator') if cfg.get(name) is None]
     if missing:
         raise UserError(f'config {config} cannot be tested: it has no {", ".join(missing)}')
     check_checkpoint_file(checkpoint, 'CHECKPOINT')
@@ -82,7 +83,7 @@ def add_dump(cfg: Config, scope: str, out: str) -> None:
 
     Args:
         cfg: Config to change.
-        scope: 'mmdet' or 'mmseg'.
+        scope: 'mmdet', 'mmseg' or 'mmpretrain'.
         out: A path that ends with ``.pkl`` or ``.pickle``; for mmseg also a folder.
 
     Raises:
@@ -93,7 +94,7 @@ def add_dump(cfg: Config, scope: str, out: str) -> None:
     if out.endswith(_PICKLES):
         if path.is_dir():
             raise UserError(f'--out {out} is a folder, expected a file to write')
-        kind = 'DumpDetResults' if scope == 'mmdet' else 'DumpSegResults'
+        kind = {'mmdet': 'DumpDetResults', 'mmseg': 'DumpSegResults', 'mmpretrain': 'DumpResults'}[scope]
         check_work_dir(path.parent, '--out')
         cfg.test_evaluator = [*metrics, dict(type=kind, out_file_path=str(path))]
     elif scope == 'mmseg' and not path.suffix and not path.is_file():
@@ -116,8 +117,10 @@ def add_drawing(cfg: Config, scope: str, show: bool, show_dir: str | None, wait_
         wait_time: Seconds that a window stays.
 
     Raises:
-        UserError: If there is no display to show on, or the folder is a file.
+        UserError: If there is no display to show on, the folder is a file, or there is nothing to draw.
     """
+    if scope == 'mmpretrain':
+        raise UserError('--show, --show-dir: a classifier predicts nothing to draw; --out FILE.pkl keeps its scores')
     if show and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')) and os.name == 'posix':
         raise UserError('--show needs a display, and DISPLAY is not set; --show-dir DIR writes the pictures instead')
     if show_dir is not None and Path(show_dir).is_file():

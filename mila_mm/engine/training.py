@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -11,12 +10,18 @@ from mmengine.runner import Runner
 from mila_mm.engine.checkpoint import check_checkpoint_file
 from mila_mm.engine.checks import check_data
 from mila_mm.engine.config import load_config, scope_of
+from mila_mm.engine.failures import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.launch import prepare_launch
 from mila_mm.engine.notice import NoticeHook
-from mila_mm.engine.precision import check_precision, use_amp
+from mila_mm.engine.precision import check_precision, configured_amp, use_amp
+from mila_mm.engine.recovery import candidates, settle_resume
+from mila_mm.engine.runner import Runner as OwnRunner
 from mila_mm.engine.runner import build_runner
+from mila_mm.engine.safety import make_safe
 from mila_mm.engine.setup import prepare, set_work_dir
+from mila_mm.engine.stop_hook import StopHook
 from mila_mm.errors import UserError
+from mila_mm.stopping import StopRequest
 
 
 def train(
@@ -26,10 +31,13 @@ def train(
     resume: str | None = None,
     pretrained: str | None = None,
     amp: bool = False,
+    amp_dtype: str | None = None,
     auto_scale_lr: bool = False,
     tensorboard: bool = False,
+    debug_nonfinite: bool = False,
     launcher: str = 'none',
     cfg_options: Sequence[str] = (),
+    stop: StopRequest | None = None,
 ) -> Runner:
     """Train as a config says.
 
@@ -38,11 +46,15 @@ def train(
         work_dir: Folder for logs and checkpoints. Defaults to ``./work_dirs/NAME_OF_THE_CONFIG``.
         resume: 'auto' for the newest checkpoint in the work folder, or a checkpoint. Defaults to None.
         pretrained: Weights that the backbone starts from, ``mila://NAME`` or a file. Defaults to None.
-        amp: Whether to use automatic mixed precision. Defaults to False.
+        amp: Whether to use automatic mixed precision, also without ``amp`` in the config. Defaults to False.
+        amp_dtype: 'bf16' or 'fp16'. Defaults to the config's, else to bf16 where the device has it.
         auto_scale_lr: Whether to scale the learning rate to the total batch. Defaults to False.
         tensorboard: Whether to log for TensorBoard as well. Defaults to False.
+        debug_nonfinite: Whether to stop at a loss or gradient that is not finite, and say where it comes from.
+            Defaults to False.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
         cfg_options: Overrides as ``key.of.entry=value``.
+        stop: What :func:`mila_mm.stopping.stop_signals` gives, for signals to save and stop. Defaults to None.
 
     Returns:
         The runner after training; it knows ``work_dir``, ``log_dir`` and the model.
@@ -59,8 +71,8 @@ def train(
     set_resume(cfg, resume)
     if pretrained is not None:
         use_pretrained(cfg, pretrained)
-    if amp:
-        use_amp(cfg)
+    if amp or configured_amp(cfg):
+        use_amp(cfg, amp_dtype or configured_amp(cfg))
     check_precision(cfg)
     if auto_scale_lr:
         use_auto_scale_lr(cfg)
@@ -69,12 +81,20 @@ def train(
     check_data(cfg, ['train', 'val'] if cfg.get('val_cfg') else ['train'])
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
-    add_resume_state(cfg)
+    make_safe(cfg)
+    if debug_nonfinite:
+        cfg.custom_hooks = [*cfg.custom_hooks, dict(type='mila_mm.NonFiniteHook')]
     runner = build_runner(without_testing(cfg))
     runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
     notices = [line for line in (nothing_to_resume(cfg), starts_from_scratch(cfg)) if line is not None]
     runner.register_hook(NoticeHook(notices))
-    runner.train()
+    if stop is not None:
+        runner.register_hook(StopHook(stop))
+    say_once_that_the_log_is_full(runner.logger)
+    with plain_failures():
+        if not isinstance(runner, OwnRunner):  # which does that by itself
+            settle_resume(runner)
+        runner.train()
     return runner
 
 
@@ -97,17 +117,6 @@ def set_resume(cfg: Config, resume: str | None) -> None:
         cfg.load_from = resume
     elif cfg.get('load_from'):
         check_checkpoint_file(cfg.load_from, 'load_from')
-
-
-def add_resume_state(cfg: Config) -> None:
-    """Let checkpoints hold what a run needs to continue exactly.
-
-    Args:
-        cfg: Config to change.
-    """
-    hooks = list(cfg.get('custom_hooks') or [])
-    if not any(isinstance(hook, dict) and hook.get('type') == 'mila_mm.ResumeStateHook' for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='mila_mm.ResumeStateHook')]
 
 
 def use_auto_scale_lr(cfg: Config) -> None:
@@ -197,9 +206,9 @@ def nothing_to_resume(cfg: Config) -> str | None:
     Returns:
         One line for the log, or None where there is nothing to say.
     """
-    if not cfg.get('resume') or cfg.get('load_from') or (Path(cfg.work_dir) / 'last_checkpoint').is_file():
+    if not cfg.get('resume') or cfg.get('load_from') or candidates(cfg):
         return None
-    return f'--resume: {cfg.work_dir} holds no checkpoint (no file last_checkpoint): the run starts anew'
+    return f'--resume: {cfg.work_dir} holds no checkpoint: the run starts anew'
 
 
 def without_testing(cfg: Config) -> Config:

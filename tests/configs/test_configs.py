@@ -14,7 +14,7 @@ from mila_mm.datasets.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(p.relative_to(ROOT / 'configs').as_posix() for p in (ROOT / 'configs').rglob('*.py')
-                 if '_base_' not in p.parts)
+                 if not {'_base_', 'scale', 'imagenet', 'study', 'swapped', 'study_nano_shapes.py'} & set(p.parts))
 PAPER = [c for c in CONFIGS if '/' not in c and 'layer_decay' not in c]
 WIDTHS = {'tiny': [64, 128, 256, 512], 'small': [64, 128, 256, 512], 'base': [96, 192, 384, 768]}
 

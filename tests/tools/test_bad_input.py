@@ -123,7 +123,9 @@ class TestCommandLine:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason='mixed precision works with a GPU')
     def test_amp_without_gpu(self, command, refused, detector) -> None:
-        refused(command(TRAIN, detector, '--amp'), '--amp', 'GPU')
+        refused(command(TRAIN, detector, '--amp-dtype', 'fp16'), '--amp-dtype fp16', 'GPU', 'bf16')
+        option = 'optim_wrapper.type=AmpOptimWrapper'
+        refused(command(TRAIN, detector, '--cfg-options', option), 'AmpOptimWrapper', 'GPU', '--amp-dtype bf16')
 
     def test_amp_with_another_wrapper(self, command, refused, detector) -> None:
         option = 'optim_wrapper.type=DeepSpeedOptimWrapper'

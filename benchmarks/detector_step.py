@@ -1,0 +1,183 @@
+"""Training steps of Mask R-CNN per second with different backbones in the same detector, in one run.
+
+    python benchmarks/detector_step.py                                               # 800 x 1333, B=2, on a GPU
+    python benchmarks/detector_step.py --image 96 128 --runs 2 --narrow --threads 2  # a trial on a CPU
+
+mmdet's Mask R-CNN with FPN on random images with eight boxes and masks each: preprocessing, forward, losses, backward
+and AdamW, under autocast unless fp32 is asked for; no data loading, no distribution. ResNet-50 and Swin-T are mmdet's,
+ConvNeXt-T is timm's as it comes. All start from random weights. The rounds go through all backbones in turn, so that a
+machine that slows down slows all of them; each figure is the median of its rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+
+import measure  # noqa: E402
+import torch  # noqa: E402
+from backbone_cpu import machine as cpu_machine  # noqa: E402
+from mmengine.config import Config, ConfigDict  # noqa: E402
+from mmengine.optim import OptimWrapper  # noqa: E402
+from mmengine.registry import MODELS, DefaultScope  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import mila_mm  # noqa: E402, F401 - before anything imports mmcv
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    'MILA-T': dict(backbone=dict(type='mila_mm.MILA', arch='tiny', drop_path_rate=0.1), widths=[64, 128, 256, 512]),
+    'ResNet-50': dict(backbone=dict(type='ResNet', depth=50, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=1,
+                                    norm_cfg=dict(type='BN', requires_grad=True), norm_eval=True),
+                      widths=[256, 512, 1024, 2048]),
+    'Swin-T': dict(backbone=dict(type='SwinTransformer', embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
+                                 window_size=7, drop_path_rate=0.2), widths=[96, 192, 384, 768]),
+    'ConvNeXt-T': dict(backbone=dict(type='TimmFeatures', name='convnext_tiny', drop_path_rate=0.2),
+                       widths=[96, 192, 384, 768]),
+}
+DTYPES = ['bf16', 'fp16', 'fp32']
+
+
+@MODELS.register_module()
+class TimmFeatures(nn.Module):
+    """A backbone of timm: the maps of strides 4 to 32.
+
+    Args:
+        name: Name of a timm model.
+        **options: Of the model.
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        import timm
+
+        self.model = timm.create_model(name, pretrained=False, features_only=True, **options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image to maps."""
+        return tuple(self.model(x))
+
+
+class Trainee:
+    """A detector with its optimizer and one batch.
+
+    Args:
+        name: A key of :data:`BACKBONES`.
+        args: The command line.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        from mmdet.testing import demo_mm_inputs
+
+        from mila_mm.engine.precision import AmpOptimWrapper
+
+        cfg = Config.fromfile(ROOT / 'configs/_base_/models/mask_rcnn_mila.py')
+        choice = deepcopy(BACKBONES[name])
+        cfg.model.backbone = ConfigDict(choice['backbone'])
+        cfg.model.neck.in_channels = choice['widths']
+        if args.narrow:
+            cfg.model.rpn_head.feat_channels = 16
+            cfg.model.roi_head.bbox_head.fc_out_channels = 16
+            cfg.model.train_cfg.rpn_proposal.update(nms_pre=50, max_per_img=20)
+        torch.manual_seed(0)
+        self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.model = MODELS.build(cfg.model).to(self.device).train()
+        if args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
+        self.wrapper = (OptimWrapper(optimizer) if args.dtype == 'fp32'
+                        else AmpOptimWrapper(args.dtype, optimizer=optimizer))
+        self.data = demo_mm_inputs(args.batch, [(3, *args.image)] * args.batch, num_items=[8] * args.batch,
+                                   num_classes=80, with_mask=True, device=self.device)
+
+    def step(self) -> float:
+        """Train once; the seconds it took."""
+        data = deepcopy(self.data)
+        self._wait()
+        start = time.perf_counter()
+        losses = self.model.train_step(data, self.wrapper)
+        self._wait()
+        seconds = time.perf_counter() - start
+        if not bool(losses['loss'].isfinite()):
+            sys.exit(f'the loss is {losses["loss"].item()}: expected a finite one, its time means nothing')
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device == 'cuda':
+            torch.cuda.synchronize()
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """All rows of the result."""
+    rows: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {name: [] for name in args.backbones}
+    trainees = {name: Trainee(name, args) for name in args.backbones}
+    for name, trainee in trainees.items():
+        for _ in range(args.warmup):
+            trainee.step()
+        rows[name] = {'backbone': name, 'image': list(args.image), 'batch': args.batch, 'dtype': args.dtype,
+                      'channels_last': args.channels_last, 'narrow_heads': args.narrow,
+                      'parameters': sum(p.numel() for p in trainee.model.parameters())}
+        if trainee.device == 'cuda':
+            # Beyond what all the models hold together: parameters and the optimizer's state of one are added again.
+            held = sum(x.numel() * x.element_size() for x in trainee.model.parameters())
+            rows[name]['peak_bytes'] = measure.peak_bytes(trainee.step) + 3 * held
+    for _ in range(args.runs):
+        for name, trainee in trainees.items():
+            times[name].append(trainee.step())
+    for name, row in rows.items():
+        seconds = statistics.median(times[name])
+        row |= {'ms': 1e3 * seconds, 'fastest_ms': 1e3 * min(times[name]), 'runs': args.runs,
+                'images_per_second': args.batch / seconds}
+    return {'benchmark': 'detector_step', 'machine': measure.machine() if torch.cuda.is_available() else cpu_machine(),
+            'rows': list(rows.values())}
+
+
+def table(document: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    machine, first = document['machine'], document['rows'][0]
+    lines = [f'{machine.get("gpu", machine.get("cpu"))}, torch {machine["torch"]}, {machine["date"][:10]}; '
+             f'{" x ".join(map(str, first["image"]))}, B={first["batch"]}, {first["dtype"]}'
+             + (', heads narrowed for a trial' if first['narrow_heads'] else ''), '',
+             '| backbone | parameters of the detector | ms a step | images/s | peak GiB |', '| --- ' * 5 + '|']
+    for row in document['rows']:
+        peak = f'{row["peak_bytes"] / 2**30:.2f}' if 'peak_bytes' in row else 'not measured'
+        lines.append(f'| {row["backbone"]} | {row["parameters"] / 1e6:.1f} M | {row["ms"]:.1f} | '
+                     f'{row["images_per_second"]:.2f} | {peak} |')
+    return '\n'.join(lines)
+
+
+def main() -> int:
+    """Parse, measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--backbones', nargs='+', default=list(BACKBONES), choices=list(BACKBONES))
+    parser.add_argument('--image', type=int, nargs=2, default=[800, 1333], metavar=('HEIGHT', 'WIDTH'))
+    parser.add_argument('--batch', type=int, default=2)
+    parser.add_argument('--dtype', default='bf16', choices=DTYPES)
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--narrow', action='store_true', help='narrow heads: to try the script, not to compare')
+    parser.add_argument('--warmup', type=int, default=3)
+    parser.add_argument('--runs', type=int, default=20)
+    parser.add_argument('--threads', type=int, default=0, help='of the CPU [as torch chooses]')
+    parser.add_argument('--out', type=Path, help='[benchmarks/results/detector_step.json on a GPU, else nothing]')
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    DefaultScope.get_instance('detector_step', scope_name='mmdet')
+    document = benchmark(args)
+    print(table(document))
+    out = args.out or (measure.RESULTS / 'detector_step.json' if torch.cuda.is_available() else None)
+    if out is not None:
+        measure.save(out, document)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

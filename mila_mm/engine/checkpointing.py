@@ -1,0 +1,267 @@
+"""Checkpoints that are whole or not there: written beside the old ones, then renamed."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mmengine.dist import barrier, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.runner import Runner
+
+from mila_mm.errors import UserError
+from mila_mm.registry import HOOKS
+
+STOPPED_TEMPLATE = 'stop_iter_{}.pth'
+_STOPPED = re.compile(r'stop_iter_(\d+)\.pth')
+_UNFINISHED = '.unfinished'
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that at every moment, also after a crash, its name leads to the old or the new content.
+
+    Args:
+        path: The file; its folder is made if need be.
+        content: All of it.
+
+    Raises:
+        UserError: If it cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, since only within a file system does a rename replace at once
+    unfinished = path.with_name(f'.{path.name}.{os.getpid()}{_UNFINISHED}')
+    try:
+        with unfinished.open('wb') as file:
+            _fill(file, content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure could leave the new name with no content
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(
+            f'{path} cannot be written ({len(content) / 2**20:.1f} MiB): {error.strerror}\n'
+            'What was saved before is whole: make room, then continue with --resume.'
+        ) from error
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _fill(file: Any, content: bytes) -> None:
+    file.write(content)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power failure, where the system can do that."""
+    if os.name != 'posix':
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems refuse it for folders; the rename itself is done
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what killed runs have left half written.
+
+    Args:
+        folder: Folder of checkpoints, in which no other run is writing; sharded checkpoints are folders in it.
+    """
+    for pattern in (f'.*{_UNFINISHED}', f'*/.*.pth.*{_UNFINISHED}'):
+        for path in Path(folder).glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+class AtomicLocalBackend(LocalBackend):
+    """mmengine's local file backend, except that binary files, as checkpoints are, are whole or not there."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write bytes.
+
+        Args:
+            obj: The content.
+            filepath: The file.
+        """
+        write_atomically(filepath, obj)
+
+
+def register_atomic_backend() -> None:
+    """Let mmengine write local files through :class:`AtomicLocalBackend`.
+
+    All of ``Runner.save_checkpoint``, the strategies' and ``publish`` end in ``save_checkpoint``, which asks
+    this registry for the backend: the one seam that serves them all.
+    """
+    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """mmengine's hook, which never removes a checkpoint before the one that replaces it is whole.
+
+    It also writes ``last_checkpoint`` atomically, saves when a run is stopped between two regular checkpoints,
+    and notes in a checkpoint whether its validation has been done.
+
+    Takes the arguments of :class:`mmengine.hooks.CheckpointHook`.
+    """
+
+    saved_iter: int | None = None
+    _validated_iter: int | None = None
+    _position: dict[str, int] | None = None
+    _meta: Mapping[str, int] = MappingProxyType({})
+
+    def before_train(self, runner: Runner) -> None:
+        """Find out where to write, and clear away what a killed run left half written.
+
+        Args:
+            runner: The runner.
+        """
+        register_atomic_backend()  # also where a config with this hook is trained by other tools
+        super().before_train(runner)
+        if is_main_process() and self._is_local():
+            for folder in {str(self.out_dir), runner.work_dir}:
+                remove_unfinished(folder)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Remember which iteration was validated.
+
+        Args:
+            runner: The runner.
+            checkpoint: Has been read.
+        """
+        if getattr(runner, '_resume', False):
+            self._validated_iter = checkpoint.get('validated_iter')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add the position and the last validation.
+
+        Args:
+            runner: The runner.
+            checkpoint: Is about to be written.
+        """
+        # FlexibleRunner works the position out anew, and wrongly outside of after_train_iter and after_train_epoch
+        checkpoint['meta'].update(self._meta)
+        checkpoint['validated_iter'] = self._validated_iter
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Save the best checkpoint.
+
+        Args:
+            runner: The runner.
+            metrics: Result of the validation.
+        """
+        self._validated_iter = runner.iter
+        super().after_val_epoch(runner, metrics)
+
+    def save_stopped(self, runner: Runner, meta: dict[str, int]) -> str:
+        """Save where a run is stopped, unless a regular checkpoint has just done it.
+
+        The checkpoint is removed once a later one is whole.
+
+        Args:
+            runner: The runner.
+            meta: 'epoch' and 'iter' that the run continues from.
+
+        Returns:
+            The file.
+        """
+        if self.saved_iter != meta['iter'] or not self.save_optimizer:
+            options = dict(self.args, save_optimizer=True, save_param_scheduler=True)
+            self._write(runner, STOPPED_TEMPLATE.format(meta['iter']), meta, by_epoch=False, **options)
+        return str(self.last_ckpt)
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, int]) -> None:
+        surplus = None
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                surplus = self.keep_ckpt_ids.popleft()
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        # saved again for a best score: FlexibleRunner has then moved the position in meta on by one
+        meta = self._position or meta
+        options = dict(save_optimizer=self.save_optimizer, save_param_scheduler=self.save_param_scheduler)
+        self._write(runner, self.filename_tmpl.format(step), meta, by_epoch=self.by_epoch, **options, **self.args)
+        if surplus is not None and is_main_process():
+            self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(surplus)))
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
+        self._position = dict(epoch=runner.epoch, iter=runner.iter)
+        try:
+            with self._removals_last():
+                super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self._position = None
+
+    def _write(self, runner: Runner, filename: str, meta: dict[str, int], **options: Any) -> None:
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.call_hook('gather_for_checkpoint')
+        self._meta = {key: meta[key] for key in ('epoch', 'iter')}
+        try:
+            runner.save_checkpoint(
+                self.out_dir, filename, self.file_client_args, meta=meta, backend_args=self.backend_args, **options
+            )
+        finally:
+            self._meta = MappingProxyType({})
+        barrier()  # where every rank writes its shard, nothing older may go before all have
+        self.saved_iter = meta['iter']
+        if is_main_process():
+            write_atomically(Path(runner.work_dir) / 'last_checkpoint', str(self.last_ckpt).encode())
+            self._remove_stopped(meta['iter'])
+
+    def _remove_stopped(self, iteration: int) -> None:
+        """Remove what earlier stops have saved, now that a later checkpoint is whole."""
+        if self._is_local():
+            for path in Path(self.out_dir).glob(STOPPED_TEMPLATE.format('*')):
+                match = _STOPPED.fullmatch(path.name)
+                if match and int(match[1]) <= iteration and str(path) != str(self.last_ckpt):
+                    self._remove(str(path))
+
+    def _remove(self, path: str) -> None:
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):  # a sharded checkpoint
+            self.file_backend.rmtree(path)
+
+    def _is_local(self) -> bool:
+        return isinstance(self.file_backend, LocalBackend)
+
+    @contextmanager
+    def _removals_last(self) -> Iterator[None]:
+        """Put off the removals that mmengine's code asks for until it has also written."""
+        backend = self.file_backend
+        self.file_backend = _PutOff(backend)
+        try:
+            yield
+        finally:
+            put_off, self.file_backend = self.file_backend.put_off, backend
+        kept = {str(self.last_ckpt), str(getattr(self, 'best_ckpt_path', None))}
+        kept.update(str(path) for path in getattr(self, 'best_ckpt_path_dict', {}).values())
+        for path in put_off:
+            if str(path) not in kept:
+                self._remove(path)
+
+
+class _PutOff:
+    """A file backend that notes removals instead of doing them."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.put_off: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        """Note a file to remove."""
+        self.put_off.append(path)
+
+    rmtree = remove

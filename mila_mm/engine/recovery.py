@@ -1,0 +1,210 @@
+"""Finding the checkpoint that a run continues from: the newest one that can be read."""
+
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
+from mmengine.model import is_model_wrapper
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mila_mm.engine.checkpoint import load_checkpoint_into
+from mila_mm.engine.checkpointing import STOPPED_TEMPLATE
+from mila_mm.engine.config import one_line
+from mila_mm.errors import UserError
+from mila_mm.weights import container
+from mila_mm.weights.errors import CheckpointError
+from mila_mm.weights.load import read_checkpoint
+from mila_mm.weights.reader import read_file
+
+_TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth', STOPPED_TEMPLATE)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that cannot be resumed.
+
+    Attributes:
+        path: The file.
+        reason: Why not.
+    """
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f'{self.path}: {self.reason}'
+
+
+def candidates(cfg: Config) -> list[Path]:
+    """List what the runs of a work folder have saved to be resumed, in no particular order.
+
+    Args:
+        cfg: Config with ``work_dir``.
+
+    Returns:
+        Files, and folders where every rank writes its shard. Among them is what ``last_checkpoint`` names, whether or
+        not it is there. ``best_*`` is not: it holds no optimizer.
+    """
+    work_dir = Path(cfg.work_dir)
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    templates = {*_TEMPLATES, hook.get('filename_tmpl') or _TEMPLATES[0]}
+    folders = [work_dir]
+    if hook.get('out_dir') and '://' not in str(hook['out_dir']):
+        folders.append(Path(hook['out_dir']) / work_dir.absolute().name)
+    found = []
+    for folder in folders:
+        for entry in sorted(folder.glob('*')) if folder.is_dir() else []:
+            if any(re.fullmatch(re.escape(template).replace(r'\{\}', r'\d+'), entry.name) for template in templates):
+                found.append(entry.absolute())
+    named = last_saved(work_dir)
+    if named and '://' not in named:
+        # a work folder that was moved: the name counts, not where it was
+        moved = (work_dir / Path(named).name).absolute()
+        path = moved if moved.exists() else Path(named).absolute()
+        if path not in found:
+            found.append(path)
+    return found
+
+
+def last_saved(work_dir: str | Path) -> str | None:
+    """Read ``last_checkpoint``.
+
+    Args:
+        work_dir: Folder of a run.
+
+    Returns:
+        What it names, None without such a file or with an empty one.
+    """
+    try:
+        return (Path(work_dir) / 'last_checkpoint').read_text(errors='replace').strip() or None
+    except OSError:
+        return None
+
+
+def newest_readable(
+    paths: Sequence[Path], model: nn.Module | None = None, strict: bool = True
+) -> tuple[Path | None, list[Skipped]]:
+    """Choose the checkpoint of the highest iteration that can be resumed.
+
+    The iteration is what the file itself says. All files are asked for it, which reads a few kilobytes of each; the
+    chosen one is read whole, and its checksums are compared.
+
+    Args:
+        paths: The checkpoints.
+        model: What it must fit; filled with its weights. Defaults to None, which is not compared.
+        strict: Whether every key of the model must match. Defaults to True.
+
+    Returns:
+        The checkpoint, None if there is none; and those that are of no use and would have come before it, or whose
+        iteration cannot be told.
+    """
+    skipped, known = [], []
+    for path in paths:
+        try:
+            known.append((*_position(path), path))
+        except (CheckpointError, FileNotFoundError, OSError) as error:
+            skipped.append(Skipped(path, _reason(error, path)))
+    for *_, path in sorted(known, reverse=True):
+        try:
+            _check_whole(path)
+            if model is not None and path.is_file():
+                load_checkpoint_into(model, read_checkpoint(path), f'checkpoint {path}', strict)
+        except (UserError, OSError) as error:
+            skipped.append(Skipped(path, _reason(error, path)))
+        else:
+            return path, skipped
+    return None, skipped
+
+
+def settle_resume(runner: Any) -> None:
+    """Decide what a runner that resumes by itself (``resume=True`` without ``load_from``) continues from.
+
+    Rank 0 decides. What is skipped is logged with the reason. With no checkpoint at all the run starts anew.
+
+    Args:
+        runner: A runner of mmengine's kind that has not loaded anything yet.
+
+    Raises:
+        CheckpointError: If there are checkpoints and none of them can be resumed; nothing is touched.
+    """
+    if not runner._resume or runner._load_from is not None:
+        return
+    remote = last_saved(runner.work_dir)
+    if remote and '://' in remote:
+        runner._load_from = remote
+        return
+    message: list[str | None] = [None, None]
+    if is_main_process():
+        # FlexibleRunner builds its model later, and a sharded one can only be filled by all ranks together
+        model = getattr(runner, 'model', None)
+        comparable = isinstance(model, nn.Module) and (
+            not is_model_wrapper(model) or isinstance(model, DistributedDataParallel)
+        )
+        found = candidates(Config(dict(runner.cfg, work_dir=runner.work_dir)))
+        chosen, skipped = newest_readable(found, model if comparable else None, runner.cfg.get('load_strict', True))
+        for each in skipped:
+            runner.logger.warning(f'--resume skips {each}')
+        if chosen is not None:
+            message[0] = str(chosen)
+        elif skipped:
+            message[1] = _nothing_readable(runner.work_dir, skipped)
+    if get_world_size() > 1:
+        broadcast_object_list(message)
+    chosen, fault = message
+    if fault is not None:
+        raise CheckpointError(fault)
+    runner._load_from, runner._resume = chosen, chosen is not None
+
+
+def _nothing_readable(work_dir: str, skipped: Sequence[Skipped]) -> str:
+    listed = '; '.join(f'{each.path.name}: {each.reason}' for each in skipped)
+    return (
+        f'--resume: none of the {len(skipped)} checkpoints in {work_dir} can be resumed ({listed})\n'
+        'Nothing was changed. To start anew: another --work-dir, or move them away.'
+    )
+
+
+def _position(path: Path) -> tuple[int, int]:
+    """Return iteration and epoch of a checkpoint, reading only its small part where the format allows."""
+    file = _shards(path)[0] if path.is_dir() else path
+    content = read_file(file, mmap=True)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    if not isinstance(meta, dict) or 'message_hub' not in content:
+        raise CheckpointError(f'{path}: holds weights but no state of a training run')
+    if 'optimizer' not in content:
+        raise CheckpointError(f'{path}: holds no optimizer state')
+    try:
+        return int(meta['iter']), int(meta['epoch'])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f'{path}: does not say which iteration it is of') from error
+
+
+def _check_whole(path: Path) -> None:
+    """Compare the checksums of all that a checkpoint holds, which torch itself does not do."""
+    for file in _shards(path) if path.is_dir() else [path]:
+        if container.check(file) != container.ZIP:
+            continue
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f'{file}: damaged: the checksum of its record {damaged} is wrong')
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint for which each rank wrote one; all of them must be there."""
+    shards = [folder / f'rank{rank}.pth' for rank in range(get_world_size())]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(f'{folder}: has no {", ".join(missing)}')
+    return shards
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Return the message of an error as the rest of a sentence that begins with the path."""
+    return one_line(error).removeprefix('checkpoint ').removeprefix(str(path)).lstrip(': ')

@@ -1,0 +1,140 @@
+"""Stopping a training on a signal, on all ranks after the same iteration."""
+
+from typing import Any
+
+import torch
+from mmengine.dist import barrier, get_world_size, is_main_process
+from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import Runner
+from torch import Tensor, distributed
+
+from mila_mm.engine.checkpointing import CheckpointHook
+from mila_mm.registry import HOOKS
+from mila_mm.stopping import Stopped, StopRequest
+
+
+@HOOKS.register_module()
+class StopHook(Hook):
+    """Save and end the run after the iteration in which a signal has come.
+
+    A validation ends at once; the run that continues does it from its beginning. With gradient accumulation, the
+    run ends after the iteration that updates the weights.
+
+    Ranks agree by a reduction of one number per iteration, over a gloo group of their own, so that no GPU is waited
+    for. Its result is looked at one iteration later: it travels while the next iteration computes.
+
+    Args:
+        request: What the signal handlers write to.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self._group: Any = None
+        self._pending: tuple[Any, Tensor] | None = None
+        self._agreed = 0
+        self._common_steps = 0
+
+    def before_train(self, runner: Runner) -> None:
+        """Take over from the signal handlers' own way to end, which is at once.
+
+        Args:
+            runner: The runner.
+        """
+        if get_world_size() > 1:
+            self._group = distributed.new_group(backend='gloo')
+        self.request.armed = True
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Stop where it was asked for.
+
+        Args:
+            runner: The runner.
+            batch_idx: Number of the batch.
+            data_batch: Not used.
+            outputs: Not used.
+
+        Raises:
+            Stopped: Where the run stops.
+        """
+        updated = getattr(runner.optim_wrapper, 'should_update', None)
+        if self._asked() and (updated is None or updated()):
+            self._stop(runner, dict(epoch=runner.epoch, iter=runner.iter + 1))
+
+    def before_val(self, runner: Runner) -> None:
+        """Find out for how many batches all ranks are in the validation together.
+
+        Args:
+            runner: The runner.
+        """
+        self._common_steps = len(runner.val_dataloader)
+        if self._group is not None:
+            steps = torch.tensor([self._common_steps])
+            distributed.all_reduce(steps, distributed.ReduceOp.MIN, group=self._group)
+            self._common_steps = int(steps)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Stop where it was asked for.
+
+        Args:
+            runner: The runner.
+            batch_idx: Number of the batch.
+            data_batch: Not used.
+            outputs: Not used.
+
+        Raises:
+            Stopped: Where the run stops.
+        """
+        if not self.request.armed or batch_idx >= self._common_steps or not self._asked():
+            return
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                hook.after_val_epoch(runner)  # the averaged weights stand in the model's place
+        runner.call_hook('after_val')
+        self._stop(runner, dict(epoch=runner.epoch, iter=runner.iter))
+
+    def after_train(self, runner: Runner) -> None:
+        """Hand back to the signal handlers.
+
+        Args:
+            runner: The runner.
+        """
+        self.request.armed = False
+        self._finish_pending()
+
+    def _asked(self) -> bool:
+        """Tell whether a signal has come to any rank, the same on all of them."""
+        if self._group is None:
+            self._agreed = self.request.signum or 0
+            return bool(self._agreed)
+        self._finish_pending()
+        flag = torch.tensor([self.request.signum or 0])
+        work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = work, flag
+        return bool(self._agreed)
+
+    def _finish_pending(self) -> None:
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            self._agreed = max(self._agreed, int(flag))
+            self._pending = None
+
+    def _stop(self, runner: Runner, meta: dict[str, int]) -> None:
+        self._finish_pending()
+        path = _checkpoint_hook(runner).save_stopped(runner, meta)
+        barrier()  # a launcher ends the other ranks when the first one ends
+        self.request.armed = False
+        if is_main_process():
+            runner.logger.info(f'stopped after iteration {meta["iter"]}, saved to {path}')
+        raise Stopped(self._agreed, path)
+
+
+def _checkpoint_hook(runner: Runner) -> CheckpointHook:
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            return hook
+    hook = CheckpointHook()
+    hook.before_train(runner)
+    return hook

@@ -1,0 +1,209 @@
+"""Checkpoints are whole or not there, and the old ones go last."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.fileio.backends import register_backend
+from mmengine.runner import save_checkpoint
+
+from mila_mm.engine import checkpointing
+from mila_mm.engine.checkpointing import (
+    AtomicLocalBackend,
+    CheckpointHook,
+    register_atomic_backend,
+    remove_unfinished,
+    write_atomically,
+)
+from mila_mm.errors import UserError
+
+
+@pytest.fixture
+def atomic():
+    """mmengine writes through the atomic backend."""
+    register_atomic_backend()
+    yield
+    register_backend('local', LocalBackend, force=True, prefixes='')
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_writes_into_new_folders_and_over_old_files(tmp_path) -> None:
+    path = tmp_path / 'a/b.pth'
+    for content in (b'one', b'two'):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert names(path.parent) == {'b.pth'}
+
+
+def failing(code: int):
+    def fill(file, content: bytes) -> None:
+        file.write(content[: len(content) // 2])
+        file.flush()
+        raise OSError(code, os.strerror(code))
+
+    return fill
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch, code) -> None:
+    path = tmp_path / 'epoch_1.pth'
+    path.write_bytes(b'old')
+    monkeypatch.setattr(checkpointing, '_fill', failing(code))
+    with pytest.raises(UserError, match=rf'epoch_1\.pth cannot be written .*: {os.strerror(code)}\n.*--resume'):
+        write_atomically(path, b'new content')
+    assert path.read_bytes() == b'old'
+    assert names(tmp_path) == {'epoch_1.pth'}
+
+
+def test_an_interrupt_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch) -> None:
+    path = tmp_path / 'epoch_1.pth'
+    path.write_bytes(b'old')
+
+    def interrupted(file, content: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpointing, '_fill', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b'new')
+    assert path.read_bytes() == b'old'
+    assert names(tmp_path) == {'epoch_1.pth'}
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
+    done = []
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: done.append('fsync'))
+    replace = os.replace
+    monkeypatch.setattr(os, 'replace', lambda old, new: (done.append('rename'), replace(old, new)))
+    write_atomically(tmp_path / 'a', b'x')
+    assert done == ['fsync', 'rename', 'fsync']
+
+
+def test_mmengine_writes_through_it(tmp_path, atomic, monkeypatch) -> None:
+    assert type(get_file_backend(str(tmp_path / 'a.pth'))) is AtomicLocalBackend
+    path = tmp_path / 'a.pth'
+    save_checkpoint({'a': torch.ones(2)}, str(path))
+    assert torch.equal(torch.load(path)['a'], torch.ones(2))
+    monkeypatch.setattr(checkpointing, '_fill', failing(errno.ENOSPC))
+    with pytest.raises(UserError, match='No space left'):
+        save_checkpoint({'a': torch.zeros(2)}, str(path))
+    assert torch.equal(torch.load(path)['a'], torch.ones(2))
+
+
+def test_only_what_is_unfinished_is_removed(tmp_path) -> None:
+    (tmp_path / 'sharded.pth').mkdir()
+    gone = ['.epoch_2.pth.77.unfinished', '.last_checkpoint.7.unfinished', 'sharded.pth/.rank0.pth.7.unfinished']
+    kept = ['epoch_1.pth', '.hidden', 'notes.unfinished']
+    for name in gone + kept:
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert not any((tmp_path / name).exists() for name in gone)
+    assert all((tmp_path / name).exists() for name in kept)
+
+
+class Hub(dict):
+    """As much of a message hub as the hook needs."""
+
+    @property
+    def runtime_info(self) -> dict:
+        """Return all of it."""
+        return self
+
+    def update_info(self, key: str, value: object) -> None:
+        """Keep a value."""
+        self[key] = value
+
+    def get_info(self, key: str) -> object:
+        """Return a value."""
+        return self[key]
+
+
+class Recorder:
+    """A runner that writes down what was there whenever it saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.work_dir = str(folder)
+        self.folder = folder
+        self.message_hub = Hub()
+        self.iter = self.epoch = 0
+        self.seen: list[set[str]] = []
+        self.logger = self
+        self.fail = False
+
+    def info(self, message: str) -> None:
+        """Log nothing."""
+
+    def call_hook(self, name: str) -> None:
+        """Call no hook."""
+
+    def save_checkpoint(self, out_dir, filename, *args, **kwargs) -> None:
+        """Save, or fail."""
+        self.seen.append({name for name in names(self.folder) if name.endswith('.pth')})
+        if self.fail:
+            raise UserError('no room')
+        (Path(out_dir) / filename).touch()
+
+
+@pytest.fixture
+def recorder(tmp_path) -> Recorder:
+    return Recorder(tmp_path)
+
+
+def hook_of(recorder: Recorder, **options) -> CheckpointHook:
+    hook = CheckpointHook(interval=1, by_epoch=False, **options)
+    hook.before_train(recorder)
+    return hook
+
+
+def save(hook: CheckpointHook, recorder: Recorder, step: int) -> None:
+    recorder.iter = step - 1
+    hook._save_checkpoint(recorder)
+
+
+def test_an_old_checkpoint_goes_after_the_new_one_has_come(tmp_path, recorder) -> None:
+    hook = hook_of(recorder, max_keep_ckpts=1)
+    for step in (1, 2, 3):
+        save(hook, recorder, step)
+        assert {name for name in names(tmp_path) if name.endswith('.pth')} == {f'iter_{step}.pth'}
+    assert recorder.seen == [set(), {'iter_1.pth'}, {'iter_2.pth'}]
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_3.pth')
+
+
+def test_a_failed_save_removes_nothing(tmp_path, recorder) -> None:
+    hook = hook_of(recorder, max_keep_ckpts=1)
+    save(hook, recorder, 1)
+    recorder.fail = True
+    with pytest.raises(UserError):
+        save(hook, recorder, 2)
+    assert (tmp_path / 'iter_1.pth').exists()
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_1.pth')
+
+
+def test_the_best_checkpoint_goes_after_a_better_one_has_come(tmp_path, recorder) -> None:
+    hook = hook_of(recorder, save_best='score', rule='greater')
+    for step, score in ((1, 0.1), (2, 0.3), (3, 0.2)):
+        recorder.iter = step
+        hook.after_val_epoch(recorder, {'score': score})
+    assert recorder.seen == [set(), {'best_score_iter_1.pth'}]
+    assert {name for name in names(tmp_path) if name.endswith('.pth')} == {'best_score_iter_2.pth'}
+    recorder.fail, recorder.iter = True, 4
+    with pytest.raises(UserError):
+        hook.after_val_epoch(recorder, {'score': 0.9})
+    assert (tmp_path / 'best_score_iter_2.pth').exists()
+
+
+def test_what_a_stop_saved_goes_with_the_next_regular_checkpoint(tmp_path, recorder) -> None:
+    hook = hook_of(recorder)
+    save(hook, recorder, 2)
+    assert hook.save_stopped(recorder, dict(epoch=0, iter=2)) == str(tmp_path / 'iter_2.pth'), 'nothing new to save'
+    assert hook.save_stopped(recorder, dict(epoch=0, iter=3)) == str(tmp_path / 'stop_iter_3.pth')
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'stop_iter_3.pth')
+    (tmp_path / 'stop_iter_9.pth').touch()
+    save(hook, recorder, 4)
+    left = {name for name in names(tmp_path) if name.endswith('.pth')}
+    assert left == {'iter_2.pth', 'iter_4.pth', 'stop_iter_9.pth'}, 'one of a later iteration is not ours to remove'

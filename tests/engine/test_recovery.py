@@ -1,0 +1,126 @@
+"""Which checkpoint a run continues from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from mila_mm.engine.recovery import candidates, newest_readable
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
+def write(path: Path, iteration: int, epoch: int = 0, model: nn.Module | None = None, **more) -> Path:
+    state = (model or nn.Linear(2, 2)).state_dict()
+    content = dict(state_dict=state, meta=dict(iter=iteration, epoch=epoch), message_hub={}, optimizer={}, **more)
+    torch.save(content, path)
+    return path
+
+
+def found(folder: Path, **options) -> list[str]:
+    return [path.name for path in candidates(Config(dict(work_dir=str(folder), **options)))]
+
+
+def test_what_a_run_saves_is_found(tmp_path) -> None:
+    for name in ('epoch_3.pth', 'iter_7.pth', 'stop_iter_8.pth', 'best_acc_epoch_3.pth', 'epoch_3-12345678.pth',
+                 'weights.pth', '.iter_9.pth.4.unfinished', 'epoch_x.pth'):
+        (tmp_path / name).touch()
+    assert found(tmp_path) == ['epoch_3.pth', 'iter_7.pth', 'stop_iter_8.pth']
+
+
+def test_other_names_and_folders(tmp_path) -> None:
+    folder = tmp_path / 'elsewhere' / 'run'
+    folder.mkdir(parents=True)
+    (folder / 'model_5.pth').touch()
+    hooks = dict(checkpoint=dict(filename_tmpl='model_{}.pth', out_dir=str(tmp_path / 'elsewhere')))
+    assert found(tmp_path / 'run', default_hooks=hooks) == ['model_5.pth']
+
+
+def test_last_checkpoint_names_one_of_any_name_in_a_folder_that_was_moved(tmp_path) -> None:
+    write(tmp_path / 'other.pth', 1)
+    (tmp_path / 'last_checkpoint').write_text('/where/it/was/other.pth')
+    assert candidates(Config(dict(work_dir=str(tmp_path)))) == [tmp_path / 'other.pth']
+
+
+def test_nothing(tmp_path) -> None:
+    assert found(tmp_path / 'nowhere') == []
+    (tmp_path / 'last_checkpoint').touch()
+    assert found(tmp_path) == []
+    assert newest_readable([]) == (None, [])
+
+
+def test_the_highest_iteration_counts_not_the_name_or_the_time(tmp_path, model) -> None:
+    newest = write(tmp_path / 'epoch_1.pth', 30, 3)
+    older = [write(tmp_path / 'epoch_9.pth', 10, 1), write(tmp_path / 'iter_20.pth', 20, 2)]
+    assert newest_readable([newest, *older], model) == (newest, [])
+
+
+def test_an_epoch_that_is_complete_comes_before_the_same_iteration_inside_it(tmp_path) -> None:
+    whole, inside = write(tmp_path / 'epoch_2.pth', 10, 2), write(tmp_path / 'stop_iter_10.pth', 10, 1)
+    assert newest_readable([inside, whole])[0] == whole
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def flipped(path: Path) -> None:
+    weight = torch.load(path)['state_dict']['weight'].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(weight)] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    'truncated': (truncated, 'truncated'),
+    'empty': (lambda path: path.write_bytes(b''), 'empty'),
+    'garbage': (lambda path: path.write_bytes(b'garbage' * 99), 'no known checkpoint format'),
+    'one bit': (flipped, 'checksum'),
+    'gone': (Path.unlink, 'no such file'),
+    'weights alone': (lambda path: torch.save({'state_dict': {}}, path), 'no state of a training run'),
+    'no optimizer': (
+        lambda path: torch.save(dict(state_dict={}, meta=dict(iter=9), message_hub={}), path), 'no optimizer state'
+    ),
+    'no iteration': (
+        lambda path: torch.save(dict(state_dict={}, meta={}, message_hub={}, optimizer={}), path), 'which iteration'
+    ),
+    'another model': (lambda path: write(path, 9, model=nn.Linear(3, 2)), 'does not fit'),
+    'a model with more': (lambda path: write(path, 9, model=nn.Sequential(nn.Linear(2, 2))), 'does not fit'),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_what_cannot_be_resumed_is_skipped_and_named(tmp_path, model, damage) -> None:
+    sound, bad = write(tmp_path / 'iter_4.pth', 4), write(tmp_path / 'iter_8.pth', 8)
+    change, words = DAMAGE[damage]
+    change(bad)
+    chosen, skipped = newest_readable([sound, bad], model)
+    assert chosen == sound
+    assert [each.path for each in skipped] == [bad]
+    assert words in skipped[0].reason
+    assert newest_readable([bad], model)[0] is None
+
+
+def test_a_damaged_one_that_is_older_is_not_read_whole(tmp_path, model) -> None:
+    old, new = write(tmp_path / 'iter_4.pth', 4), write(tmp_path / 'iter_8.pth', 8)
+    flipped(old)
+    assert newest_readable([old, new], model) == (new, [])
+
+
+def test_what_need_not_fit_strictly_is_taken(tmp_path, model) -> None:
+    path = write(tmp_path / 'iter_8.pth', 8, model=nn.Linear(3, 2))
+    assert newest_readable([path], model, strict=False)[0] == path
+
+
+def test_a_sharded_checkpoint_needs_all_its_shards(tmp_path) -> None:
+    (tmp_path / 'iter_8.pth').mkdir()
+    chosen, skipped = newest_readable([tmp_path / 'iter_8.pth'])
+    assert chosen is None
+    assert 'rank0.pth' in skipped[0].reason
+    write(tmp_path / 'iter_8.pth/rank0.pth', 8)
+    assert newest_readable([tmp_path / 'iter_8.pth'])[0] == tmp_path / 'iter_8.pth'

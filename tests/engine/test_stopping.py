@@ -1,0 +1,186 @@
+"""Signals that ask a training to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from textwrap import dedent
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mila_mm import cli
+from mila_mm.engine.failures import plain_failures
+from mila_mm.errors import LostPeerError, UserError
+from mila_mm.stopping import EXIT_REQUEUE, Stopped, StopRequest, WorkerStart, stop_signals
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+def test_before_the_loop_a_signal_ends_at_once(signum) -> None:
+    with stop_signals(), pytest.raises(Stopped, match='before the training began') as caught:
+        os.kill(os.getpid(), signum)
+    assert caught.value.exit_code == EXIT_REQUEUE == 75
+
+
+def test_in_the_loop_a_signal_waits(capfd) -> None:
+    with stop_signals() as request:
+        request.armed = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.signum == signal.SIGTERM
+    assert capfd.readouterr().err == 'SIGTERM: ending after this iteration\n'
+
+
+def test_a_second_interrupt_ends_at_once(capfd) -> None:
+    with stop_signals() as request:
+        request.armed = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert 'a second one ends at once' in capfd.readouterr().err
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with stop_signals():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_outside_the_main_thread_nothing_is_handled() -> None:
+    seen = []
+
+    def run() -> None:
+        with stop_signals() as request:
+            seen.append(request.signum)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [None]
+
+
+def test_a_forked_helper_is_not_concerned() -> None:
+    request = StopRequest()
+    request._pid = -1
+    request.receive(signal.SIGTERM)
+    assert request.signum is None
+
+
+@pytest.mark.parametrize(('signum', 'status'), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_exit_status_and_message(capfd, signum, status) -> None:
+    def stopped(_) -> None:
+        raise Stopped(signum, 'run/stop_iter_7.pth')
+
+    assert cli.run(stopped) == status
+    name = signal.Signals(signum).name
+    assert capfd.readouterr().err == f'stopped by {name}: --resume continues from run/stop_iter_7.pth\n'
+
+
+def test_workers_survive_the_signals_of_the_job_and_obey_their_parent() -> None:
+    program = """
+        import os, signal, time
+        from torch.utils.data import DataLoader
+        from mila_mm.stopping import WorkerStart
+
+        data = DataLoader(range(8), num_workers=1, persistent_workers=True, worker_init_fn=WorkerStart(None))
+        stream = iter(data)
+        next(stream)
+        worker = stream._workers[0]
+        for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
+            if os.fork() == 0:
+                os.kill(worker.pid, getattr(signal, name))
+                os._exit(0)
+            os.wait()
+        time.sleep(0.3)
+        assert len([*stream]) == 7 and worker.is_alive()
+        worker.terminate()
+        worker.join(10)
+        print('exit code', worker.exitcode)
+    """
+    command = [sys.executable, '-c', dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == 'exit code 0\n'
+
+
+def test_workers_end_with_their_parent() -> None:
+    """Also one that cannot hand over its batch: torch's own check does not end that."""
+    program = """
+        import os, sys, time
+        import numpy
+        from torch.utils.data import DataLoader
+        from mila_mm import stopping
+
+        class Large:
+            def __len__(self): return 8
+            def __getitem__(self, index): return numpy.zeros(1 << 20)
+
+        stopping._POLL = 0.2
+        if os.fork() == 0:
+            start = stopping.WorkerStart(None)
+            stream = iter(DataLoader(Large(), num_workers=1, batch_size=None, prefetch_factor=4, worker_init_fn=start))
+            print(stream._workers[0].pid, flush=True)
+            time.sleep(1)
+            os._exit(9)
+        os.wait()
+    """
+    command = [sys.executable, '-c', dedent(program)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60, check=True)
+    # run() has seen the end of the pipe, which the worker held as well
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int(done.stdout), 0)
+            time.sleep(0.1)
+
+
+class Mortal(torch.utils.data.Dataset):
+    """Kills the worker that reads it."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_killed_worker_is_said_in_two_lines() -> None:
+    # which of the two torch says depends on what it looks at first
+    said = r'(?s)worker process of the dataloader (was killed \(Killed\)|ended unexpectedly).*--resume'
+    with pytest.raises(UserError, match=said) as caught, plain_failures():
+        list(DataLoader(Mortal(), num_workers=1, worker_init_fn=WorkerStart()))
+    assert str(caught.value).count('\n') == 1
+
+
+@pytest.mark.parametrize('error', [RuntimeError('Connection closed by peer'), RuntimeError('x'), OSError(2, 'x')])
+def test_other_errors_pass(error) -> None:
+    """Also one that reads like the end of a peer, in a process that has none."""
+    with pytest.raises(type(error)) as caught, plain_failures():
+        raise error
+    assert caught.value is error
+
+
+def test_a_full_disk_is_said_in_two_lines() -> None:
+    with pytest.raises(UserError, match=r'(?s)scalars\.json: No space left on device\n.*--resume'), plain_failures():
+        raise OSError(28, os.strerror(28), '/run/scalars.json')
+
+
+@pytest.mark.parametrize(
+    ('error', 'said'), [(UserError('wrong'), 'error (rank 1): wrong\n'), (LostPeerError('lost'), '')]
+)
+def test_other_ranks_leave_the_first_word_to_rank_0(monkeypatch, capfd, error, said) -> None:
+    waited = []
+    monkeypatch.setattr(cli.time, 'sleep', waited.append)
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+
+    def fail(_) -> None:
+        raise error
+
+    assert cli.run(fail) == cli.EXIT_USER_ERROR
+    assert capfd.readouterr().err == said
+    assert bool(waited) == bool(said)

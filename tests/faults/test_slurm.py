@@ -1,0 +1,41 @@
+"""tools/slurm_train.sh as a batch job, with stand-ins of Slurm's commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / 'tools/slurm_train.sh'
+
+
+def submit(folder: Path, status: int, **env: str) -> tuple[int, str]:
+    """Run the script where srun ends with a status; return how it ended and what scontrol was told."""
+    told = folder / 'told'
+    for name, body in (('srun', f'exit {status}'), ('scontrol', f'echo "$@" >> {told}')):
+        path = folder / name
+        path.write_text(f'#!/bin/sh\n{body}\n')
+        path.chmod(0o755)
+    environment = {'PATH': f'{folder}:{os.environ["PATH"]}', 'PYTHON': sys.executable, **env}
+    done = subprocess.run(['bash', SCRIPT, 'gpu', 'job', 'c.py', 'run', '--resume'], env=environment, check=False)
+    return done.returncode, told.read_text() if told.exists() else ''
+
+
+BATCH = dict(REQUEUE='1', SLURM_JOB_ID='77')
+
+
+@pytest.mark.parametrize(
+    ('status', 'env', 'told'),
+    [
+        (75, BATCH, 'requeue 77\n'),
+        (75, {}, ''),
+        (75, dict(REQUEUE='1'), ''),
+        (0, BATCH, ''),
+        (2, BATCH, ''),
+        (130, BATCH, ''),
+        (143, BATCH, ''),
+    ],
+)
+def test_only_a_stopped_job_is_queued_again(tmp_path, status, env, told) -> None:
+    assert submit(tmp_path, status, **env) == (status, told)
