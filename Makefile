@@ -6,6 +6,7 @@ VENV_CLASSIC ?= .venv-classic
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 WORK_DIR ?= work_dirs
+JOBS ?= 2
 
 .PHONY: install demo demo-seg test test-classic lint gpu-check faults test-scale gpu-scale clean
 
@@ -36,9 +37,10 @@ demo: $(READY)
 demo-seg: $(READY)
 	$(BIN)/python tools/demo.py seg --work-dir $(WORK_DIR)/demo_seg
 
-# Threads that wait must not hold the cores that others compute on: a busy machine loses a factor otherwise.
+# Processes of one thread each: make test JOBS=8 on a larger machine. Threads that wait must not hold the cores that
+# others compute on.
 test: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Kill a training at 20 random moments, damage its checkpoints, fill its disk, and compare the end with an undisturbed
 # run's, bit for bit; then the tests of two processes. Ten minutes. As root it also fills a small tmpfs.

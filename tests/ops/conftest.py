@@ -1,8 +1,8 @@
 """The mark ``interpreted``: a test of Triton kernels that runs in Triton's interpreter, on the CPU.
 
 Triton decides when it decorates a kernel whether to interpret or to compile, so one process does one of the two. Run
-normally, pytest is started once more with ``TRITON_INTERPRET=1`` on the marked tests that are selected, and each of
-them reports what its namesake did there.
+normally, pytest is started once more for each file with ``TRITON_INTERPRET=1``, on the marked tests that are selected,
+and each of them reports what its namesake did there.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line('markers', "interpreted: runs in Triton's interpreter, in a process of its own")
 
 
-def run_interpreting(session: pytest.Session) -> Outcomes:
-    """Module and name of each marked test to None for a pass, else to its report."""
-    selected = [item.nodeid for item in session.items if item.get_closest_marker('interpreted')]
+def run_interpreting(session: pytest.Session, path: Path) -> Outcomes:
+    """Module and name of each marked test of a file to None for a pass, else to its report."""
+    selected = [item.nodeid for item in session.items if item.path == path and item.get_closest_marker('interpreted')]
     env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     with TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
@@ -53,13 +53,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Report the outcome of the interpreting process in place of running a marked test."""
     if INTERPRETED or pyfuncitem.get_closest_marker('interpreted') is None:
         return None
-    stash = pyfuncitem.session.stash
-    if _outcomes not in stash:
-        stash[_outcomes] = run_interpreting(pyfuncitem.session)
+    outcomes = pyfuncitem.session.stash.setdefault(_outcomes, {})
     key = pyfuncitem.path.stem, pyfuncitem.name
-    if key not in stash[_outcomes]:
+    if all(module != key[0] for module, _ in outcomes):
+        outcomes |= run_interpreting(pyfuncitem.session, pyfuncitem.path)
+    if key not in outcomes:
         pytest.fail(f'the interpreting process did not run {key[1]}', pytrace=False)
-    if (report := stash[_outcomes][key]) is not None:
+    if (report := outcomes[key]) is not None:
         pytest.fail(f'in the interpreting process:\n{report}', pytrace=False)
     return True
 

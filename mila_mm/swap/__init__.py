@@ -1,0 +1,20 @@
+"""MILA in place of the backbone of any mmdet or mmseg config."""
+
+from mila_mm.swap.api import plan_swap, swap_backbone
+from mila_mm.swap.report import report
+from mila_mm.swap.result import Change, Maps, SwapFailed, SwapRefused, SwapResult
+from mila_mm.swap.writer import check_child, child_text, write_child
+
+__all__ = [
+    'Change',
+    'Maps',
+    'SwapFailed',
+    'SwapRefused',
+    'SwapResult',
+    'check_child',
+    'child_text',
+    'plan_swap',
+    'report',
+    'swap_backbone',
+    'write_child',
+]

@@ -1,0 +1,140 @@
+"""What the old backbone leaves behind in a config: its weights, its normalisation, its options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mila_mm.swap.result import Draft, Path
+
+# Of ImageNet, RGB, 0 to 255: what MILA's published weights were trained with.
+MEAN = [123.675, 116.28, 103.53]
+STD = [58.395, 57.12, 57.375]
+
+# Options of other backbones for which MILA has no counterpart, and which change what a model is.
+_NO_COUNTERPART = ('dcn', 'plugins', 'gen_attention', 'sac')
+
+
+def drop_old_weights(draft: Draft, holder: Path) -> None:
+    """Take out what would load weights of the old backbone.
+
+    Args:
+        draft: Config to change.
+        holder: Path of the model with the backbone.
+    """
+    for depth in range(1, len(holder) + 1):
+        part = holder[:depth]
+        if draft.get((*part, 'pretrained')) is not None:
+            draft.put((*part, 'pretrained'), None, 'weights of the old backbone')
+        init_cfg = draft.get((*part, 'init_cfg'))
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            draft.put((*part, 'init_cfg'), None, 'weights of the whole old model')
+            draft.unknowns.append(f'{".".join(map(str, part))}.init_cfg named weights of the whole old model '
+                                  f'({init_cfg.get("checkpoint")}): they do not fit any more')
+    if draft.config.get('load_from'):
+        draft.unknowns.append(f'load_from named weights of the old model ({draft.config["load_from"]}): they do not '
+                              'fit any more, so heads start fresh too')
+        draft.put(('load_from',), None, 'weights of the old model')
+
+
+def drop_imports(draft: Draft, failed: dict[str, str]) -> None:
+    """Take out ``custom_imports`` that cannot be imported here and that only the old backbone needed.
+
+    Args:
+        draft: Config to change, with MILA in it.
+        failed: Module to the reason.
+    """
+    imports = (draft.config.get('custom_imports') or {}).get('imports') or []
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    used = set(_scopes({k: v for k, v in draft.config.items() if k != 'custom_imports'}))
+    dead = [module for module in imports if module in failed and module.partition('.')[0] not in used]
+    for module in set(failed) - set(dead):
+        draft.unknowns.append(f'custom_imports: {module} cannot be imported here ({failed[module]})')
+    if dead:
+        rest = [module for module in imports if module not in dead]
+        draft.put(('custom_imports', 'imports'), rest, f'only the old backbone needed {", ".join(dead)}')
+
+
+def _scopes(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        kind = node.get('type')
+        if isinstance(kind, str) and '.' in kind:
+            yield kind.partition('.')[0]
+        if isinstance(node.get('_scope_'), str):
+            yield node['_scope_']
+        for value in node.values():
+            yield from _scopes(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _scopes(value)
+
+
+def normalise(draft: Draft, holder: Path) -> None:
+    """Let the data preprocessor normalise images as MILA's weights expect.
+
+    Args:
+        draft: Config to change.
+        holder: Path of the model with the backbone.
+    """
+    why = 'as MILA was trained on ImageNet'
+    for path in _preprocessors(draft, holder):
+        node = draft.get(path)
+        if len(node.get('mean') or MEAN) != len(MEAN):
+            draft.unknowns.append(f'{".".join(map(str, path))}: normalises {len(node["mean"])} channels; left alone')
+            continue
+        if _floats(node.get('mean')) != MEAN or _floats(node.get('std')) != STD:
+            draft.put((*path, 'mean'), list(MEAN), why)
+            draft.put((*path, 'std'), list(STD), why)
+        if not node.get('bgr_to_rgb'):
+            draft.put((*path, 'bgr_to_rgb'), True, why)
+        if node.get('rgb_to_bgr'):
+            draft.put((*path, 'rgb_to_bgr'), False, why)
+
+
+def _floats(values: Sequence[float] | None) -> list[float]:
+    return [round(float(v), 3) for v in values or ()]
+
+
+def _preprocessors(draft: Draft, holder: Path) -> list[Path]:
+    """Return the paths of the data preprocessors that images pass on their way to the backbone."""
+    found = []
+    for depth in range(1, len(holder) + 1):
+        path: Path = (*holder[:depth], 'data_preprocessor')
+        while isinstance(draft.get((*path, 'data_preprocessor')), dict):
+            path = (*path, 'data_preprocessor')
+        if isinstance(draft.get(path), dict):
+            found.append(path)
+    # An outer one that has no mean hands on to an inner one; a single one without a mean normalises by MILA's now.
+    with_mean = [path for path in found if draft.get(path).get('mean') is not None]
+    return with_mean or found[-1:]
+
+
+def pad_to(draft: Draft, holder: Path, divisor: int) -> bool:
+    """Let the data preprocessor pad images to multiples of a number.
+
+    Args:
+        draft: Config to change.
+        holder: Path of the model with the backbone.
+        divisor: The number.
+
+    Returns:
+        Whether anything was changed.
+    """
+    before = len(draft.changes)
+    for path in _preprocessors(draft, holder):
+        if (draft.get((*path, 'pad_size_divisor')) or 1) % divisor:
+            draft.put((*path, 'pad_size_divisor'), divisor, 'the neck needs maps that halve exactly')
+    return len(draft.changes) > before
+
+
+def note_lost_options(draft: Draft, backbone: dict[str, Any]) -> None:
+    """Say which options of the old backbone are gone with it.
+
+    Args:
+        draft: Takes the sentences.
+        backbone: Config of the old backbone.
+    """
+    lost = [key for key in _NO_COUNTERPART if backbone.get(key)]
+    if lost:
+        draft.unknowns.append(f'{", ".join(lost)} of the old backbone: MILA has no counterpart, and the config no '
+                              'longer does what its name says')

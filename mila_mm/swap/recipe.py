@@ -1,0 +1,182 @@
+"""The optimizer of a swapped config: entries that named parts of the old backbone, and MILA's own recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from mila_mm.models.arch import resolve_arch
+from mila_mm.swap.result import Draft, Path
+
+RECIPES = ('keep', 'mila')
+
+# The batch that the published learning rates are for, and the rates and the warm-up; by library.
+_BATCH = 16
+_LR = {'mmdet': 1e-4, 'mmseg': 6e-5}
+_WEIGHT_DECAY = {'mmdet': 0.05, 'mmseg': 0.01}
+_WARMUP = {'mmdet': dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
+           'mmseg': dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500)}
+_ADAMS = ('Adam', 'AdamW', 'Lion', 'AdaBelief')
+
+
+def drop_path_rate(
+    recipe: str, scope: str, config: dict[str, Any], old: dict[str, Any], arch: Any
+) -> tuple[float, str]:
+    """Choose the stochastic depth.
+
+    Args:
+        recipe: 'keep' or 'mila'.
+        scope: 'mmdet' or 'mmseg'.
+        config: The whole config.
+        old: Config of the old backbone.
+        arch: As MILA takes it.
+
+    Returns:
+        The rate and where it comes from.
+    """
+    rate = old.get('drop_path_rate')
+    if recipe == 'keep' and isinstance(rate, (int, float)) and not isinstance(rate, bool):
+        return float(rate), "the old backbone's"
+    if scope == 'mmseg':
+        deep = sum(resolve_arch(arch).depths)
+        wide = resolve_arch(arch).embed_dim
+        return (0.5 if wide >= 96 else 0.3 if deep > 20 else 0.2), "this package's for segmentors of that size"
+    epochs = (config.get('train_cfg') or {}).get('max_epochs')
+    long = isinstance(epochs, int) and epochs > 12
+    return (0.3, 'the published one beyond 12 epochs') if long else (0.1, 'the published one up to 12 epochs')
+
+
+def adapt_optimizer(draft: Draft, holder: Path, old: Sequence[str], new: Sequence[str], model: Sequence[str]) -> None:
+    """Take out what the optimizer's config says of the old backbone's parameters, and say it of MILA's.
+
+    Args:
+        draft: Config to change.
+        holder: Path of the model with the backbone.
+        old: Names of the old backbone's parameters; empty where not known.
+        new: Names of MILA's.
+        model: Names of all parameters of the new model; empty where not known.
+    """
+    path: Path = ('optim_wrapper', 'paramwise_cfg')
+    paramwise = draft.get(path)
+    if not isinstance(paramwise, dict):
+        return
+    if 'num_layers' in paramwise and ('decay_rate' in paramwise or 'layer_decay_rate' in paramwise):
+        _layer_decay(draft, holder, paramwise)
+        return
+    keys = paramwise.get('custom_keys')
+    if not isinstance(keys, dict) or not old:
+        return
+    prefix = '.'.join(map(str, (*holder[1:], 'backbone')))
+    old_names, new_names = ([f'{prefix}.{name}' for name in names] for names in (old, new))
+    rest = [name for name in model if not name.startswith('backbone.')]
+    everything = [*new_names, *rest]
+    # of a model inside of a model the other parts' names are not known: there only what named the old backbone is dead
+    all_known = bool(model) and len(holder) == 1
+    dead = [k for k in keys if not any(k in n for n in everything) and (all_known or any(k in n for n in old_names))]
+    dead += [k for k in keys if k.startswith(f'{prefix}.') and k not in dead and not any(k in n for n in new_names)]
+    if not dead:
+        return
+    alive = {k: copy.deepcopy(v) for k, v in keys.items() if k not in dead}
+    norms = next((keys[k] for k in dead if 'norm' in k), None)
+    if norms is not None:
+        alive |= {k: copy.deepcopy(norms) for k in _norm_keys(new_names, alive)}
+    draft.put((*path, 'custom_keys'), alive,
+              f'{len(dead)} of {len(keys)} entries named parameters of the old backbone'
+              + ('' if norms is None else "; MILA's norms take the place of its norms"))
+
+
+def _norm_keys(names: Sequence[str], alive: dict[str, Any]) -> list[str]:
+    """Return keys for the norms of MILA that a more general entry would hide from a plain 'norm'."""
+    general = max((len(k) for k in alive if any(k in n for n in names) and 'norm' not in k), default=0)
+    if general < len('norm'):
+        return [] if 'norm' in alive else ['norm']
+    found: dict[str, None] = {}
+    for name in names:
+        if 'norm' not in name:
+            continue
+        key = name[: name.index('norm') + len('norm')]
+        if not any('norm' in k and k in name and len(k) > general for k in alive):
+            found[key] = None
+    return list(found)
+
+
+def _layer_decay(draft: Draft, holder: Path, paramwise: dict[str, Any]) -> None:
+    """Layer-wise learning rates: the libraries' constructors know the layers of their own backbones only."""
+    rate = paramwise.get('layer_decay_rate', paramwise.get('decay_rate'))
+    path: Path = ('optim_wrapper',)
+    why = "the old constructor knows the layers of the old backbone only"
+    rest = {k: v for k, v in paramwise.items()
+            if k not in ('num_layers', 'decay_rate', 'decay_type', 'layer_decay_rate')}
+    if len(holder) == 1:
+        rest |= {'layer_decay_rate': rate}
+        draft.put((*path, 'constructor'), 'mila_mm.LayerDecayOptimWrapperConstructor', why)
+    else:
+        draft.put((*path, 'constructor'), 'DefaultOptimWrapperConstructor', why)
+    rest.setdefault('custom_keys', {'norm': dict(decay_mult=0.0)})
+    draft.put((*path, 'paramwise_cfg'), rest, "the same rate per layer, over MILA's layers")
+    draft.unknowns.append(f'layer-wise learning rates: a decay of {rate} was tuned for the old depth')
+
+
+def apply_mila_recipe(draft: Draft, scope: str) -> None:
+    """Put MILA's AdamW recipe in place of SGD.
+
+    The rate is scaled linearly to the batch that the config names. Wrappers (AMP) and the schedule stay; a warm-up is
+    put in front where there is none.
+
+    Args:
+        draft: Config to change.
+        scope: 'mmdet' or 'mmseg'.
+    """
+    wrapper = draft.config.get('optim_wrapper')
+    if not isinstance(wrapper, dict) or not isinstance(wrapper.get('optimizer'), dict):
+        draft.unknowns.append('recipe: the config has no optim_wrapper with an optimizer, so there is none to replace')
+        return
+    kind, old_lr = str(wrapper['optimizer'].get('type')), wrapper['optimizer'].get('lr')
+    if kind in _ADAMS:
+        draft.unknowns.append(f'recipe: the config trains by {kind} already, with rates of its own; they stay')
+        return
+    batch = (draft.config.get('auto_scale_lr') or {}).get('base_batch_size')
+    if not isinstance(batch, int):
+        draft.unknowns.append(f'recipe: the config names no total batch (auto_scale_lr.base_batch_size); the rate is '
+                              f'for {_BATCH} images')
+        batch = _BATCH
+    lr = float(f'{_LR[scope] * batch / _BATCH:.3g}')
+    scaled = '' if batch == _BATCH else f', scaled from {_BATCH} images to {batch}'
+    optimizer = dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=_WEIGHT_DECAY[scope])
+    draft.put(('optim_wrapper', 'optimizer'), optimizer, f"MILA's recipe{scaled}")
+    draft.put(('optim_wrapper', 'paramwise_cfg'), dict(custom_keys={'norm': dict(decay_mult=0.0)}),
+              'no weight decay on norms')
+    if wrapper.get('clip_grad') is not None:
+        draft.put(('optim_wrapper', 'clip_grad'), None, "MILA's recipe does not clip")
+    _reschedule(draft, scope, lr / old_lr if isinstance(old_lr, (int, float)) and old_lr else 1.0)
+
+
+def _reschedule(draft: Draft, scope: str, scale: float) -> None:
+    """Put a warm-up in front where there is none, and scale rates that the schedule names, as the optimizer's was."""
+    schedule = draft.config.get('param_scheduler')
+    if schedule is None:
+        draft.unknowns.append('recipe: the config has no param_scheduler, so there is no warm-up either')
+        return
+    steps = copy.deepcopy(list(schedule) if isinstance(schedule, (list, tuple)) else [schedule])
+    scaled = False
+    for step in steps:
+        if step.get('eta_min'):
+            step['eta_min'] = float(f'{step["eta_min"] * scale:.3g}')
+            scaled = True
+    why = ['eta_min scaled as the rate was'] if scaled else []
+    if any(_is_warm_up(step) for step in steps):
+        draft.put(('param_scheduler',), steps, '; '.join(why))
+        return
+    warmup = dict(_WARMUP[scope])
+    for step in steps:
+        # by iterations the schedule goes on where the warm-up ends; by epochs the two overlap, as in mmdet
+        if not step.get('by_epoch', True) and not step.get('begin', 0) and step.get('end', 0) > warmup['end']:
+            step['begin'] = warmup['end']
+    why.insert(0, f'warm-up of {warmup["end"]} iterations in front')
+    draft.put(('param_scheduler',), [warmup, *steps], '; '.join(why))
+
+
+def _is_warm_up(step: dict[str, Any]) -> bool:
+    kind = str(step.get('type'))
+    return not step.get('begin', 0) and (kind in ('LinearLR', 'ConstantLR') or 'Warmup' in kind)
