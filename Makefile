@@ -65,7 +65,7 @@ lint: $(READY)
 gpu-check:
 	$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu-check needs a CUDA device")'
 	$(PYTHON) -m pytest -m gpu tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py \
-	  tests/ops/test_stencil_gpu.py
+	  tests/ops/test_stencil_gpu.py tests/ops/test_gated_attention.py
 	$(PYTHON) benchmarks/attention_op.py
 	$(PYTHON) benchmarks/block_fusions.py
 	$(PYTHON) benchmarks/backbone.py

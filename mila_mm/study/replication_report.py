@@ -78,6 +78,8 @@ def _head(results: Sequence[Mapping[str, Any]], rows: Sequence[Row], margin: flo
     data = sorted({'{num_train} training images, {num_val} held out, {size} x {size} pixels'.format(**r['data'])
                    for r in results})
     freedom = len(results) - len(rows)
+    open_runs = len(rows) * len(seeds) - len(results)
+    waiting = f'; {open_runs} of that command have not run yet' if open_runs else ''
     scatter = (
         f'Two rows closer than {margin:.2f} points cannot be told apart: two standard errors of a difference, from the '
         f'scatter of seeds pooled over the rows ({freedom} run{"s" * (freedom > 1)} beyond the first of a row; '
@@ -96,7 +98,7 @@ def _head(results: Sequence[Mapping[str, Any]], rows: Sequence[Row], margin: flo
         "spite of that; what does not agree refutes nothing. Top-1 is the paper's, *published*; mIoU is ours.",
         '',
         f'- Written by `python tools/analysis_tools/replicate_study.py --seeds {" ".join(map(str, seeds))}`: '
-        f'{len(results)} runs of {len(rows)} rows.',
+        f'{len(results)} runs of {len(rows)} rows{waiting}.',
         f'- Data: {"; ".join(data)}. Budget of each run: {"; ".join(budgets)}.',
         *(f'- {machine}.' for machine in machines),
         f'- {" to ".join(dict.fromkeys((dates[0], dates[-1])))}. {scatter}',
@@ -135,11 +137,19 @@ def _conclusions(rows: Sequence[Row], baseline: Row, margin: float | None) -> li
     if margin is not None:
         lines.append(f'- Cannot be told from the baseline: {len(groups["within the noise"])} '
                      f'({names["within the noise"]}).')
+    collapsed = [row for row in rows if row.mean < baseline.mean / 2]
+    without = ''
+    if collapsed:
+        broken = ', '.join(row.name for row in collapsed)
+        lines.append(f'- Did not learn, with less than half of the mIoU of the baseline: {broken}. '
+                     'That is more than the loss of accuracy which the paper reports.')
+        kept = [row for row in rows if row not in collapsed]
+        without = f'; {rank_correlation(kept):+.2f} without {broken}'
     ours = sorted((row for row in rows if row.published is not None), key=lambda row: -row.mean)
     theirs = sorted(ours, key=lambda row: -row.published)
     lines += [
         f'- Rank correlation (Spearman) of our mIoU with the published top-1 over {len(ours)} rows: '
-        f'{rank_correlation(rows):+.2f}.',
+        f'{rank_correlation(rows):+.2f}{without}.',
         f'- Our order: {", ".join(row.name for row in ours)}.',
         f'- The paper\'s: {", ".join(row.name for row in theirs)}.',
     ]
