@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -18,6 +19,9 @@ from mila_mm.errors import UserError
 from mila_mm.swap.result import Path, SwapRefused
 
 SCOPES = ('mmdet', 'mmseg')
+
+# What mmengine takes for a config of a package; a folder such as gn+ws or legacy_1.x can only be reached by its path.
+_NAMEABLE = re.compile(r'\w+::\w+/\w+')
 
 # A model inside of a model that is not the one to train: its backbone stays.
 _SIDE_MODELS = ('teacher', 'reid', 'motion', 'tracker', 'language_model')
@@ -83,18 +87,19 @@ def base_name(name: str, folder: FilePath | None = None) -> str:
     """Return what a child writes into ``_base_`` for a config.
 
     Args:
-        name: The config as given; one inside of an installed library becomes ``mmdet::...`` or ``mmseg::...``.
+        name: The config as given; one inside of an installed library becomes ``mmdet::...`` or ``mmseg::...`` where
+            mmengine can read that.
         folder: Where the child will be; without it paths become absolute.
 
     Returns:
         The entry.
     """
-    if '::' in name:
+    if '::' in name and _NAMEABLE.match(name):
         return name if name.endswith('.py') else f'{name}.py'
     path = resolve_config(name).resolve()
     for scope in SCOPES:
         head, found, inner = path.as_posix().partition(f'/{scope}/.mim/configs/')
-        if found and head.endswith('-packages'):
+        if found and head.endswith('-packages') and _NAMEABLE.match(f'{scope}::{inner}'):
             return f'{scope}::{inner}'
     if folder is None:
         return path.as_posix()

@@ -261,6 +261,16 @@ def test_written_child_reads_back_as_the_function_returns(config, tmp_path) -> N
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
+@pytest.mark.parametrize('config', ['mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco',
+                                    'mmdet::legacy_1.x/retinanet_r50_fpn_1x_coco_v1'])
+def test_a_folder_that_mmengine_cannot_name_is_reached_by_its_path(config, tmp_path) -> None:
+    result = plan_swap(config, whole_models=False)
+    out = tmp_path / 'child.py'
+    write_child(result, out)
+    assert '::' not in out.read_text()
+    assert Config.fromfile(out)._cfg_dict.to_dict() == result.config._cfg_dict.to_dict()
+
+
 def test_child_of_a_file_inherits_by_a_relative_path(write, tmp_path) -> None:
     result = quick(write(DETECTOR))
     out = tmp_path / 'elsewhere' / 'child.py'
