@@ -205,6 +205,7 @@ class _Paint:
 
     @classmethod
     def draw(cls, rng: np.random.RandomState, name: str, radius: int) -> '_Paint':
+        """Draw colour, shade, light and pattern of a shape of class ``name`` and of ``radius`` pixels."""
         centre = _HUES[name]
         colour = _colour(rng, (centre - _HUE_SPREAD, centre + _HUE_SPREAD), (55, 100), (60, 100))
         shade = colour * _integer(rng, 45, 75) // 100
