@@ -14,6 +14,9 @@ from mila_mm.swap.trial import EVEN, SIZES, Trial, TrialFailed, try_model
 
 _BEFORE_HEADS = 'backbone and neck were built and run; what they hand to the heads is as before'
 
+# torch's words for a map of another width than the layer that reads it
+_MISFIT = 'Given groups='
+
 
 def rewired(job: Job) -> tuple[Draft, Maps, str, Trial | None]:
     """Rewire a config and check the result; then once more without the maps that nothing reads.
@@ -82,6 +85,9 @@ def _try(draft: Draft, job: Job, route: Route) -> tuple[str, Trial | None]:
             try_model(job.model, scope)
         except TrialFailed as original:
             if route.heads_see_a_change:
+                if str(original) == str(failure) or _MISFIT in str(original):
+                    raise SwapRefused(f'the config does not work with its own backbone either: {original}') \
+                        from original
                 raise SwapFailed('the new model cannot be built and run here, so its heads cannot be checked: '
                                  f'{failure}') from original
             draft.unknowns.append(f'the heads could not be run here, with the old backbone neither: {original}')

@@ -9,7 +9,8 @@ from typing import Any
 from mila_mm.swap.result import Draft, Maps, Path
 
 # Values under these keys are no widths, whatever they equal.
-_NO_WIDTHS = ('num_classes', 'out_indices', 'img_size', 'num_queries', 'num_points', 'max_per_img', 'scales')
+_NO_WIDTHS = ('num_classes', 'out_indices', 'img_size', 'input_size', 'num_queries', 'num_points', 'max_per_img',
+              'scales')
 _SINGLE_KEYS = ('in_channels', 'in_channel', 'in_planes', 'in_dim', 'in_dims', 'input_dim', 'backbone_channel')
 
 

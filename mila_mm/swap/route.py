@@ -79,6 +79,7 @@ def _through_neck(draft: Draft, path: Path, feed: Feed, scope: str, eager: bool
     except Exception as error:
         if 'must match' in str(error) and len(set(feed.old.strides)) == 1 < len(feed.old):
             raise SwapRefused(f'{what} adds maps of one size, 1/{feed.old.strides[0]}; those of MILA differ') from error
+        _refuse_broken(old_cfg, what, feed, scope)
         raise SwapFailed(f'{what} does not take maps of {feed.new}: {reason_of(error)}') from error
     new, used = maps_of(output, what, size), _read_by(fed, output)
     if not feed.changed:
@@ -91,6 +92,17 @@ def _through_neck(draft: Draft, path: Path, feed: Feed, scope: str, eager: bool
     if len(old) != len(new):
         raise SwapFailed(f'{what} gave {len(old)} maps and now gives {len(new)}')
     return Feed(old, new, tuple(range(len(old)))), used
+
+
+def _refuse_broken(neck: dict[str, Any], what: str, feed: Feed, scope: str) -> None:
+    """Refuse where the config's own neck did not take the maps of its own backbone."""
+    if None in feed.old.channels:
+        return
+    try:
+        run_part(neck, scope, lambda device, size: features(feed.old, device, size))
+    except Exception as error:
+        raise SwapRefused(f'the config does not work with its own backbone either: {what} does not take maps of '
+                          f'{feed.old}: {reason_of(error)}') from error
 
 
 def _read_by(inputs: Sequence[Tensor], output: Any) -> tuple[int, ...] | None:

@@ -81,6 +81,9 @@ def test_every_parameter_of_a_swapped_model_gets_a_gradient(write) -> None:
         ('mmdet::ssd/ssd300_coco', {'model.neck.in_channels': (64, 128),
                                     'model.neck.out_channels': (64, 128, 512, 256, 256, 256),
                                     'model.bbox_head.in_channels': (64, 128, 512, 256, 256, 256)}),
+        # as wide as the image is long
+        ('mmdet::ssd/ssd512_coco', {'model.neck.out_channels': (64, 128, 512, 256, 256, 256, 256),
+                                    'model.bbox_head.anchor_generator.input_size': 'unchanged'}),
         ('mmdet::yolo/yolov3_d53_8xb8-320-273e_coco', {'model.neck.in_channels': [256, 128, 64]}),
         ('mmdet::yolof/yolof_r50-c5_8xb8-1x_coco', {'model.neck.in_channels': 256}),
         ('mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco', {'model.rpn_head.in_channels': 128,
@@ -122,6 +125,9 @@ def test_consumers_are_rewired(config, expected) -> None:
         ('mmseg::_base_/models/lraspp_m-v3-d8.py', 'fixed input grid'),
         ('mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes', 'in training'),
         ('mmseg::_base_/models/san_vit-b16.py', 'image_encoder'),
+        # does not fit its own backbone, an argument that no FPN of the library takes
+        ('mmseg::_base_/models/fpn_poolformer_s12.py', r'own backbone either: neck FPN'),
+        ('mmdet::v3det/fcos_swinb_fpn_8x4_sample1e-3_mstrain_v3det_2x', 'own backbone either: .* .force_grad_on_level'),
     ],
 )
 def test_refusals_name_their_reason(config, words) -> None:
@@ -232,6 +238,13 @@ def test_semi_supervised_detector_is_swapped_inside() -> None:
     assert result.config.model.detector.backbone.type == 'mila_mm.MILA'
     assert result.config.model.detector.neck.in_channels == [32, 64, 128, 256]
     assert result.config.model.data_preprocessor.data_preprocessor.std == [58.395, 57.12, 57.375]
+
+
+def test_a_head_that_never_fitted_its_backbone_is_refused(write) -> None:
+    heads = 'model = dict(backbone=dict(depth=18), decode_head=dict(in_channels=2048), auxiliary_head=None)\n'
+    path = write("_base_ = 'mmseg::_base_/models/fcn_r50-d8.py'\ndefault_scope = 'mmseg'\n" + heads)
+    with pytest.raises(SwapRefused, match='own backbone either'):
+        quick(path)
 
 
 def test_config_in_memory_is_not_changed() -> None:
