@@ -40,30 +40,8 @@ def micro(**kwargs):
     return MILAClassifier(MICRO, **{'num_classes': 10, **kwargs}).eval()
 
 
-def released_weights(shapes):
-    """The recipe of tests/data/parity/README.md."""
-    rng = np.random.default_rng(2024)
-    weights = {}
-    for key in sorted(shapes):
-        shape = tuple(shapes[key])
-        if key.endswith('num_batches_tracked'):
-            weights[key] = torch.zeros(shape, dtype=torch.int64)
-            continue
-        draw = rng.standard_normal(shape).astype(np.float32)
-        if key.endswith('running_var'):
-            draw = 1 + np.float32(0.1) * np.abs(draw)
-        elif key.endswith(('running_mean', 'bias')):
-            draw = np.float32(0.1) * draw
-        elif draw.ndim == 1:
-            draw = 1 + np.float32(0.1) * draw
-        else:
-            draw = draw / np.sqrt(np.prod(shape[1:])).astype(np.float32)
-        weights[key] = torch.from_numpy(draw)
-    return weights
-
-
 @pytest.fixture(scope='module')
-def released():
+def released(released_weights):
     """A state dict as released files hold it, RoPE tables included."""
     shapes = json.loads((DATA / 'weights' / 'data' / 'micro_classifier_keys.json').read_text())
     weights = released_weights({k: v for k, v in shapes.items() if not k.endswith('rope.rotations')})

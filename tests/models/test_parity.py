@@ -14,28 +14,6 @@ MICRO = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
 OUTPUTS = np.load(DATA / 'outputs.npz')
 
 
-def released_weights(shapes):
-    """Draw the weights that the stored outputs were computed from; RoPE buffers have no part in the recipe."""
-    rng = np.random.default_rng(2024)
-    weights = {}
-    for key in sorted(shapes):
-        shape = tuple(shapes[key])
-        if key.endswith('num_batches_tracked'):
-            weights[key] = torch.zeros(shape, dtype=torch.int64)
-            continue
-        draw = rng.standard_normal(shape).astype(np.float32)
-        if key.endswith('running_var'):
-            draw = 1 + np.float32(0.1) * np.abs(draw)
-        elif key.endswith(('running_mean', 'bias')):
-            draw = np.float32(0.1) * draw
-        elif draw.ndim == 1:
-            draw = 1 + np.float32(0.1) * draw
-        else:
-            draw = draw / np.sqrt(np.prod(shape[1:])).astype(np.float32)
-        weights[key] = torch.from_numpy(draw)
-    return weights
-
-
 def released_image(shape):
     return torch.from_numpy(np.random.default_rng(7).standard_normal(shape).astype(np.float32))
 
@@ -58,7 +36,7 @@ def test_state_dict_has_the_released_names_and_shapes():
 @pytest.mark.parametrize('backend', ['auto', 'reference'])
 @pytest.mark.parametrize('size', [(64, 96), (75, 101), (4, 4), (33, 250)], ids=str)
 @torch.no_grad()
-def test_micro(size, backend):
+def test_micro(size, backend, released_weights):
     model = MILA(MICRO, attn_backend=backend).eval()
     model.load_state_dict(released_weights(json.loads((DATA / 'micro_dense_keys.json').read_text())))
     assert_equal(model(released_image((2, 3, *size))), f'micro_{size[0]}x{size[1]}')
@@ -66,7 +44,7 @@ def test_micro(size, backend):
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
 @torch.no_grad()
-def test_published_size(arch):
+def test_published_size(arch, released_weights):
     model = MILA(arch).eval()
     model.load_state_dict(released_weights({k: v.shape for k, v in model.state_dict().items()}))
     every = np.s_[:, ::8, ::2, ::2]
@@ -74,7 +52,7 @@ def test_published_size(arch):
 
 
 @torch.no_grad()
-def test_classifier_logits():
+def test_classifier_logits(released_weights):
     """The classifier is the backbone with its own last norm, a mean over the tokens and a linear head."""
     keys = DATA.parents[1] / 'weights' / 'data' / 'micro_classifier_keys.json'
     shapes = json.loads(keys.read_text())
@@ -95,7 +73,7 @@ def test_parameter_count(arch, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
 
 
-def test_the_yardstick_of_the_benchmarks_is_the_same_model():
+def test_the_yardstick_of_the_benchmarks_is_the_same_model(released_weights):
     import sys
     sys.path.insert(0, str(DATA.parents[2] / 'benchmarks'))
     from transcription import TranscribedMILA
