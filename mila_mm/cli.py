@@ -141,7 +141,17 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     except KeyboardInterrupt:
         sys.stderr.write('interrupted\n')
         return EXIT_INTERRUPTED
+    _leave_process_group()
     return 0
+
+
+def _leave_process_group() -> None:
+    # A rank that ends while another one is still in its last collective can take that one down, and NCCL warns
+    # about groups that nobody closed. After a failure nobody waits: the other ranks may never come.
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _rank() -> int | None:
