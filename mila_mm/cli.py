@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from mila_mm.errors import LostPeerError, UserError
@@ -149,9 +150,11 @@ def _leave_process_group() -> None:
     # A rank that ends while another one is still in its last collective can take that one down, and NCCL warns
     # about groups that nobody closed. After a failure nobody waits: the other ranks may never come.
     torch = sys.modules.get('torch')
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    with suppress(RuntimeError):  # the work is done here; a rank that does not come says itself why
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def _rank() -> int | None:

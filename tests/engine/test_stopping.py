@@ -184,3 +184,19 @@ def test_other_ranks_leave_the_first_word_to_rank_0(monkeypatch, capfd, error, s
     assert cli.run(fail) == cli.EXIT_USER_ERROR
     assert capfd.readouterr().err == said
     assert bool(waited) == bool(said)
+
+
+@pytest.mark.parametrize(('error', 'left'), [(None, True), (UserError('wrong'), False)])
+def test_the_process_group_is_left_after_a_success(tmp_path, error, left) -> None:
+    """After a failure the other ranks may never come to leave it with this one."""
+    def main(_) -> None:
+        torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+        if error is not None:
+            raise error
+
+    try:
+        cli.run(main)
+        assert torch.distributed.is_initialized() is not left
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
