@@ -122,8 +122,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         sys.stdout.flush()
         rank = _rank()
         if rank:
-            if isinstance(error, LostPeerError):
-                return EXIT_USER_ERROR
+            if isinstance(error, LostPeerError) and os.environ.get('LOCAL_RANK') != '0':
+                return EXIT_USER_ERROR  # each machine says it once
             # What is wrong on all ranks, rank 0 says, and the launcher then ends this process within the time.
             time.sleep(_FIRST_WORD)
         who = 'error' if rank is None else f'error (rank {rank})'
@@ -131,12 +131,14 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         return EXIT_USER_ERROR
     except Stopped as stopped:
         rank = _rank()
-        if rank:
+        saved = stopped.checkpoint is not None
+        if rank and saved:
             return 0
         sys.stdout.flush()
         sys.stderr.write(f'{stopped}\n')
-        if rank is not None:
-            # Launchers kill what still runs when a process ends with another status than 0, and pass the worst one on.
+        # Launchers kill what still runs when a process ends with another status than 0, and pass the worst one on.
+        # Where nothing was saved the others may wait for this rank, and it is for the launcher to end them.
+        if rank is not None and saved:
             time.sleep(_LAST_END)
         return stopped.exit_code
     except KeyboardInterrupt:
@@ -159,7 +161,8 @@ def _leave_process_group() -> None:
 
 def _rank() -> int | None:
     """Return the rank of this process in a distributed job, None outside of one."""
-    for rank, size in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS')):
+    for rank, size in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS'),
+                       ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')):
         if rank in os.environ:
             return int(os.environ[rank]) if int(os.environ.get(size, '1')) > 1 else None
     return None

@@ -23,14 +23,18 @@ class Stopped(BaseException):
 
     Args:
         signum: The signal.
-        checkpoint: What the run continues from, None where it had not begun.
+        checkpoint: What was saved for the stop, None where nothing was.
+        begun: Whether the training had begun, where nothing was saved. Defaults to False.
     """
 
-    def __init__(self, signum: int, checkpoint: str | None = None) -> None:
+    def __init__(self, signum: int, checkpoint: str | None = None, begun: bool = False) -> None:
         self.signum = signum
         self.checkpoint = checkpoint
         name = signal.Signals(signum).name
-        if checkpoint is None:
+        if begun:
+            super().__init__(f'stopped by {name} outside of the training steps: --resume continues from the last '
+                             'checkpoint')
+        elif checkpoint is None:
             super().__init__(f'stopped by {name} before the training began')
         else:
             super().__init__(f'stopped by {name}: --resume continues from {checkpoint}')
@@ -48,11 +52,15 @@ class StopRequest:
         signum: The first signal that came, None before.
         armed: Whether the training loop looks at ``signum`` by itself. While it does not, a signal ends the
             process at once: there is nothing to save.
+        begun: Whether the loop has ever looked at it.
+        saved: Whether the stop has been saved; the process is about to end, and further signals change nothing.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.armed = False
+        self.begun = False
+        self.saved = False
         self._pid = os.getpid()
 
     def receive(self, signum: int, frame: FrameType | None = None) -> None:
@@ -68,13 +76,15 @@ class StopRequest:
         """
         if os.getpid() != self._pid:
             return  # a forked helper process, whose end is the business of its parent
+        if self.saved:
+            return
         first = self.signum is None
         if signum == signal.SIGINT and not (first and self.armed):
             raise KeyboardInterrupt
         if first:
             self.signum = signum
         if not self.armed:
-            raise Stopped(signum)
+            raise Stopped(signum, begun=self.begun)
         if first:
             again = ', a second one ends at once' if signum == signal.SIGINT else ''
             # os.write: print() may be what the signal interrupted
@@ -99,7 +109,8 @@ def stop_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            # After a stop the process ends; schedulers repeat their signal, which must not change the exit status.
+            signal.signal(signum, signal.SIG_IGN if request.saved else handler)
 
 
 class WorkerStart:

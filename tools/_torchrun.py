@@ -12,11 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# As mila_mm.stopping has them; this process must not need the package.
+EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
 _SIGNALS_OPTION = '--signals-to-handle'
+_asked: list[int] = []
 
 
 def children() -> list[int]:
@@ -37,17 +37,34 @@ def children() -> list[int]:
 
 
 def forward(signum: int, frame: object = None) -> None:
-    """Pass a signal on to the processes of this machine.
+    """Pass a signal on to the processes of this machine; where there are none yet, end.
 
     Args:
         signum: The signal.
         frame: Not used.
+
+    Raises:
+        SystemExit: If no process has been started.
     """
-    for pid in children():
+    _asked.append(signum)
+    found = children()
+    if not found:
+        sys.exit(stopped())
+    for pid in found:
         try:
             os.kill(pid, signum)
         except ProcessLookupError:
             continue
+
+
+def stopped() -> int:
+    """Say that the job was stopped before any of it had anything to save.
+
+    Returns:
+        The exit status.
+    """
+    sys.stderr.write(f'stopped by {signal.Signals(_asked[0]).name} before the training began\n')
+    return EXIT_INTERRUPTED if _asked[0] == signal.SIGINT else EXIT_REQUEUE
 
 
 def main(argv: list[str]) -> int:
@@ -59,18 +76,25 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status of the process that ended first with one other than 0; 128 + the signal where one was killed.
     """
+    forwards = Path('/proc/self/stat').exists()
+    for signum in FORWARDED if forwards else ():
+        signal.signal(signum, forward)
+    # Importing it takes seconds, in which a signal may come as well.
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     # It reports that it ends processes, and which; they have said why.
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
-    if Path('/proc/self/stat').exists() and _SIGNALS_OPTION in run.get_args_parser().format_help():
+    if forwards and _SIGNALS_OPTION in run.get_args_parser().format_help():
         argv = [f'{_SIGNALS_OPTION}=SIGHUP,SIGQUIT', *argv]
-        for signum in FORWARDED:
-            signal.signal(signum, forward)
     try:
         run.main(argv)
     except ChildFailedError as error:
         # The others end with an error of their own once one has been killed, or are ended by SIGTERM.
         killed = {rank: each for rank, each in error.failures.items() if 0 > each.exitcode != -signal.SIGTERM}
         rank, failure = next(iter(killed.items()), error.get_first_failure())
+        if _asked and all(each.exitcode in (-_asked[0], -signal.SIGTERM) for each in error.failures.values()):
+            return stopped()  # it came before they could take it
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name

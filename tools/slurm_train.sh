@@ -35,6 +35,8 @@ COMMAND=(srun -p "$PARTITION" --job-name="$JOB_NAME" --gres="gpu:$GPUS_PER_NODE"
 if [[ -z "${REQUEUE:-}" || -z "${SLURM_JOB_ID:-}" ]]; then
     exec "${COMMAND[@]}"
 fi
+# Slurm may signal this shell as well: it waits for the training to save and end.
+trap : TERM USR1
 status=0
 "${COMMAND[@]}" || status=$?
 if [[ "$status" == 75 ]]; then # stopped by a signal and saved

@@ -76,7 +76,7 @@ def remove_unfinished(folder: str | Path) -> None:
     Args:
         folder: Folder of checkpoints, in which no other run is writing; sharded checkpoints are folders in it.
     """
-    for pattern in (f'.*{_UNFINISHED}', f'*/.*.pth.*{_UNFINISHED}'):
+    for pattern in (f'.*{_UNFINISHED}', f'*.pth/.*{_UNFINISHED}'):
         for path in Path(folder).glob(pattern):
             path.unlink(missing_ok=True)
 
@@ -115,6 +115,7 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     saved_iter: int | None = None
     _validated_iter: int | None = None
+    _surplus: int | None = None
     _position: dict[str, int] | None = None
     _meta: Mapping[str, int] = MappingProxyType({})
 
@@ -129,6 +130,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         if is_main_process() and self._is_local():
             for folder in {str(self.out_dir), runner.work_dir}:
                 remove_unfinished(folder)
+            self._remove_surplus()  # the run was killed before it could
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Remember which iteration was validated.
@@ -139,6 +141,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         """
         if getattr(runner, '_resume', False):
             self._validated_iter = checkpoint.get('validated_iter')
+            self._surplus = checkpoint.get('surplus_ckpt_id')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add the position and the last validation.
@@ -150,6 +153,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         # FlexibleRunner works the position out anew, and wrongly outside of after_train_iter and after_train_epoch
         checkpoint['meta'].update(self._meta)
         checkpoint['validated_iter'] = self._validated_iter
+        checkpoint['surplus_ckpt_id'] = self._surplus
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Save the best checkpoint.
@@ -179,18 +183,23 @@ class CheckpointHook(MMEngineCheckpointHook):
         return str(self.last_ckpt)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, int]) -> None:
-        surplus = None
+        self._surplus = None
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
-                surplus = self.keep_ckpt_ids.popleft()
+                self._surplus = self.keep_ckpt_ids.popleft()
             self.keep_ckpt_ids.append(step)
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         # saved again for a best score: FlexibleRunner has then moved the position in meta on by one
         meta = self._position or meta
         options = dict(save_optimizer=self.save_optimizer, save_param_scheduler=self.save_param_scheduler)
         self._write(runner, self.filename_tmpl.format(step), meta, by_epoch=self.by_epoch, **options, **self.args)
-        if surplus is not None and is_main_process():
-            self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(surplus)))
+        if is_main_process():
+            self._remove_surplus()
+
+    def _remove_surplus(self) -> None:
+        """Remove the regular checkpoint that the last one made superfluous."""
+        if self._surplus is not None:
+            self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(self._surplus)))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         self._position = dict(epoch=runner.epoch, iter=runner.iter)

@@ -1,6 +1,7 @@
 """What can be seen to be wrong before anything is built: files, folders, launchers, precision."""
 
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,7 @@ def check_work_dir(work_dir: str | os.PathLike[str], flag: str = '--work-dir') -
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f'{flag} {work_dir}: {existing} is a file, not a folder')
-    probe = existing / f'.mila_mm_probe_{os.getpid()}'
+    probe = existing / f'.mila_mm_probe_{uuid.uuid4().hex}'
     try:
         # os.access() says yes to root on a read-only file system
         probe.mkdir()

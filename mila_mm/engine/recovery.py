@@ -190,8 +190,11 @@ def _check_whole(path: Path) -> None:
     for file in _shards(path) if path.is_dir() else [path]:
         if container.check(file) != container.ZIP:
             continue
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except container.DAMAGED_ZIP as error:
+            raise CheckpointError(f'{file}: damaged: {one_line(error)}') from error
         if damaged is not None:
             raise CheckpointError(f'{file}: damaged: the checksum of its record {damaged} is wrong')
 

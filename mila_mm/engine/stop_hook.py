@@ -1,5 +1,6 @@
 """Stopping a training on a signal, on all ranks after the same iteration."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ class StopHook(Hook):
             runner: The runner.
         """
         if get_world_size() > 1:
-            self._group = distributed.new_group(backend='gloo')
-        self.request.armed = True
+            seconds = ((runner.cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
+            timeout = None if seconds is None else timedelta(seconds=seconds)
+            self._group = distributed.new_group(backend='gloo', timeout=timeout)
+        self.request.armed = self.request.begun = True
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Stop where it was asked for.
@@ -102,6 +105,7 @@ class StopHook(Hook):
         """
         self.request.armed = False
         self._finish_pending()
+        self._group = None
 
     def _asked(self) -> bool:
         """Tell whether a signal has come to any rank, the same on all of them."""
@@ -125,7 +129,9 @@ class StopHook(Hook):
         self._finish_pending()
         path = _checkpoint_hook(runner).save_stopped(runner, meta)
         barrier()  # a launcher ends the other ranks when the first one ends
+        self.request.saved = True
         self.request.armed = False
+        self._group = None
         if is_main_process():
             runner.logger.info(f'stopped after iteration {meta["iter"]}, saved to {path}')
         raise Stopped(self._agreed, path)

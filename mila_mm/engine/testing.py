@@ -10,6 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mila_mm.engine.checkpoint import check_checkpoint_file
 from mila_mm.engine.checks import check_data, check_work_dir
 from mila_mm.engine.config import load_config, scope_of
+from mila_mm.engine.failures import plain_failures
 from mila_mm.engine.launch import prepare_launch
 from mila_mm.engine.runner import build_runner
 from mila_mm.engine.setup import prepare, set_work_dir
@@ -71,7 +72,8 @@ def test(
         use_tta(cfg)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
-    return build_runner(cfg).test()
+    with plain_failures():
+        return build_runner(cfg).test()
 
 
 # pytest would take a function of this name for a test wherever it is imported

@@ -84,14 +84,14 @@ def train(
     make_safe(cfg)
     if debug_nonfinite:
         cfg.custom_hooks = [*cfg.custom_hooks, dict(type='mila_mm.NonFiniteHook')]
-    runner = build_runner(without_testing(cfg))
-    runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
-    notices = [line for line in (nothing_to_resume(cfg), starts_from_scratch(cfg)) if line is not None]
-    runner.register_hook(NoticeHook(notices))
-    if stop is not None:
-        runner.register_hook(StopHook(stop))
-    say_once_that_the_log_is_full(runner.logger)
     with plain_failures():
+        runner = build_runner(without_testing(cfg))
+        runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
+        notices = [line for line in (nothing_to_resume(cfg), starts_from_scratch(cfg)) if line is not None]
+        runner.register_hook(NoticeHook(notices))
+        if stop is not None:
+            runner.register_hook(StopHook(stop))
+        say_once_that_the_log_is_full(runner.logger)
         if not isinstance(runner, OwnRunner):  # which does that by itself
             settle_resume(runner)
         runner.train()

@@ -11,6 +11,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 from mila_mm.weights.errors import CheckpointError, MissingCheckpointError, printable
@@ -32,6 +33,10 @@ _NOT_CHECKPOINTS = (
 _MAX_HEADER = 100 << 20
 # Of a zip record: encrypted, patched data, strongly encrypted.
 _FOREIGN_FLAGS = 0x1 | 0x20 | 0x40
+# What zipfile raises where an archive, its directory or the header in front of a record is damaged.
+DAMAGED_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error, zlib.error)
+# torch takes a record that is marked so for empty.
+_DIRECTORY = 0x10
 
 
 def sniff(path: Path) -> str:
@@ -115,7 +120,7 @@ def check_zip(path: Path) -> zipfile.ZipInfo:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, UnicodeDecodeError) as error:
+    except DAMAGED_ZIP as error:
         raise CheckpointError(f'{path}: truncated or damaged ({error}, {size:,} bytes); '
                               'fetch or copy it again') from error
     # torch looks records up without regard to case, and from the start of the file
@@ -133,6 +138,9 @@ def check_zip(path: Path) -> zipfile.ZipInfo:
         if record.flag_bits & _FOREIGN_FLAGS:
             raise CheckpointError(f'{path}: record {name} is encrypted or patched, which torch.save never does; '
                                   'expected a checkpoint as it was saved')
+        if record.external_attr & _DIRECTORY or record.is_dir():
+            raise CheckpointError(f'{path}: record {name} is marked as a folder, which torch.save never writes; '
+                                  'damaged?')
         if record.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f'{path}: record {name} is compressed and declares {record.file_size:,} bytes; torch'
                                   '.save never compresses, so this is no checkpoint (or a zip bomb)')

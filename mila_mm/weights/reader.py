@@ -135,7 +135,7 @@ def _screen_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             data = archive.read(record)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (*container.DAMAGED_ZIP, OSError) as error:
         raise CheckpointError(f'{path}: truncated or damaged ({error})') from error
     _screen(path, [Scan(data)])
 

@@ -98,7 +98,9 @@ def test_mmengine_writes_through_it(tmp_path, atomic, monkeypatch) -> None:
 def test_only_what_is_unfinished_is_removed(tmp_path) -> None:
     (tmp_path / 'sharded.pth').mkdir()
     gone = ['.epoch_2.pth.77.unfinished', '.last_checkpoint.7.unfinished', 'sharded.pth/.rank0.pth.7.unfinished']
-    kept = ['epoch_1.pth', '.hidden', 'notes.unfinished']
+    # another run whose folder lies in this one's is writing
+    kept = ['epoch_1.pth', '.hidden', 'notes.unfinished', 'other/.epoch_1.pth.8.unfinished']
+    (tmp_path / 'other').mkdir()
     for name in gone + kept:
         (tmp_path / name).touch()
     remove_unfinished(tmp_path)
@@ -172,6 +174,21 @@ def test_an_old_checkpoint_goes_after_the_new_one_has_come(tmp_path, recorder) -
         assert {name for name in names(tmp_path) if name.endswith('.pth')} == {f'iter_{step}.pth'}
     assert recorder.seen == [set(), {'iter_1.pth'}, {'iter_2.pth'}]
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_3.pth')
+
+
+def test_a_run_killed_before_it_could_remove_the_old_one_removes_it_later(tmp_path, recorder) -> None:
+    hook, saved = hook_of(recorder, max_keep_ckpts=2), {}
+    for step in (1, 2):
+        save(hook, recorder, step)
+    hook._remove_surplus = lambda: hook.before_save_checkpoint(recorder, saved)
+    saved['meta'] = {}
+    save(hook, recorder, 3)
+    assert (tmp_path / 'iter_1.pth').exists()
+    recorder._resume = True
+    resumed = CheckpointHook(interval=1, by_epoch=False, max_keep_ckpts=2)
+    resumed.after_load_checkpoint(recorder, saved)
+    resumed.before_train(recorder)
+    assert {name for name in names(tmp_path) if name.endswith('.pth')} == {'iter_2.pth', 'iter_3.pth'}
 
 
 def test_a_failed_save_removes_nothing(tmp_path, recorder) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mmengine.config import Config
 from torch import nn
 
@@ -76,11 +78,28 @@ def flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
+def renamed(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[30] ^= 0x80  # the first letter of the first record's name, where the record lies
+    path.write_bytes(content)
+
+
+def marked_as_folders(path: Path) -> None:
+    content = path.read_bytes()
+    start = content.index(b'PK\x01\x02')
+    while start >= 0:  # the attributes of each record in the directory
+        content = content[: start + 38] + bytes([content[start + 38] | 0x10]) + content[start + 39:]
+        start = content.find(b'PK\x01\x02', start + 1)
+    path.write_bytes(content)
+
+
 DAMAGE = {
     'truncated': (truncated, 'truncated'),
     'empty': (lambda path: path.write_bytes(b''), 'empty'),
     'garbage': (lambda path: path.write_bytes(b'garbage' * 99), 'no known checkpoint format'),
     'one bit': (flipped, 'checksum'),
+    'a name': (renamed, 'damaged'),
+    'attributes': (marked_as_folders, 'marked as a folder'),
     'gone': (Path.unlink, 'no such file'),
     'weights alone': (lambda path: torch.save({'state_dict': {}}, path), 'no state of a training run'),
     'no optimizer': (
@@ -104,6 +123,23 @@ def test_what_cannot_be_resumed_is_skipped_and_named(tmp_path, model, damage) ->
     assert [each.path for each in skipped] == [bad]
     assert words in skipped[0].reason
     assert newest_readable([bad], model)[0] is None
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_flipped_bit_crashes_or_changes_weights(tmp_path, data) -> None:
+    torch.manual_seed(0)
+    sound, bad = write(tmp_path / 'iter_4.pth', 4), write(tmp_path / 'iter_8.pth', 8)
+    expected = torch.load(bad)['state_dict']
+    content = bytearray(bad.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    bad.write_bytes(content)
+    model = nn.Linear(2, 2)
+    chosen, skipped = newest_readable([sound, bad], model)
+    if chosen == bad:  # the flip was in padding, or in what nobody reads
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    else:
+        assert chosen == sound and [each.path for each in skipped] == [bad]
 
 
 def test_a_damaged_one_that_is_older_is_not_read_whole(tmp_path, model) -> None:

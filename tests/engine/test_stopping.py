@@ -81,6 +81,38 @@ def test_exit_status_and_message(capfd, signum, status) -> None:
     assert capfd.readouterr().err == f'stopped by {name}: --resume continues from run/stop_iter_7.pth\n'
 
 
+def test_a_rank_that_had_nothing_to_save_ends_the_job(monkeypatch, capfd) -> None:
+    """The others may wait for it in a collective: only a status other than 0 makes the launcher end them."""
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+
+    def stopped(_) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    assert cli.run(stopped) == EXIT_REQUEUE
+    assert 'before the training began' in capfd.readouterr().err
+
+
+def test_after_the_stop_has_been_saved_repeated_signals_change_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with stop_signals() as request:
+            request.begun = request.saved = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signum is None
+    finally:
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_after_the_loop_a_signal_does_not_claim_that_nothing_began() -> None:
+    with stop_signals() as request, pytest.raises(Stopped, match='continues from the last checkpoint'):
+        request.begun = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_workers_survive_the_signals_of_the_job_and_obey_their_parent() -> None:
     program = """
         import os, signal, time

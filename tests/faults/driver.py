@@ -125,12 +125,14 @@ class Faults:
 
     def damage(self) -> None:
         """Damage the newest checkpoint of a finished run: the one before it is taken, and leads to the same."""
-        for kind in ('truncated', 'empty', 'garbage', 'one bit'):
+        for kind in ('truncated', 'empty', 'garbage', 'one bit', 'header'):
             work_dir = Path(shutil.copytree(self.folder / 'reference', self.folder / kind.replace(' ', '_')))
             path = newest(work_dir)
             content = bytearray(path.read_bytes())
             if kind == 'one bit':
                 content[len(content) // 2] ^= 1
+            if kind == 'header':
+                content[30] ^= 0x80  # of the first record's name: no text any more
             bad = {'truncated': content[: len(content) * 2 // 3], 'empty': b'', 'garbage': os.urandom(len(content))}
             path.write_bytes(bad.get(kind, content))
             ended = self.finish(work_dir, '--resume')

@@ -26,6 +26,8 @@ class Job:
         self.log, self.err = folder / f'{work_dir}.log', folder / f'{work_dir}.err'
         command = ['bash', str(ROOT / 'tools/dist_train.sh'), 'config.py', '2', '--work-dir', work_dir, *options]
         env = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
+        for name in ('PORT', 'NNODES', 'NODE_RANK', 'MASTER_ADDR'):
+            env.pop(name, None)  # of this machine; two jobs on one port would collide
         with self.log.open('wb') as out, self.err.open('wb') as err:
             self.process = subprocess.Popen(
                 command, cwd=folder, env=env, stdout=out, stderr=err, start_new_session=True
@@ -136,6 +138,24 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(job) -> None:
     stopped.process.send_signal(signal.SIGUSR1)
     assert stopped.wait() == 75, stopped.err.read_text()
     assert 'stopped by SIGUSR1' in stopped.err.read_text()
+
+
+@pytest.mark.parametrize(('signum', 'status'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_there_are_ranks_ends_the_launcher(job, signum, status) -> None:
+    early = job(f'early_{status}')
+    while not Path(f'/proc/{early.process.pid}/cmdline').read_bytes().count(b'_torchrun.py') \
+            or not handles(early.process.pid, signal.SIGUSR1):
+        assert early.process.poll() is None, early.err.read_text()
+        time.sleep(0.01)
+    early.process.send_signal(signum)
+    assert early.wait() == status, early.err.read_text()
+    assert early.err.read_text().startswith(f'stopped by {signal.Signals(signum).name} before the training began')
+
+
+def handles(pid: int, signum: int) -> bool:
+    """Tell whether a process has a handler for a signal."""
+    caught = re.search(r'SigCgt:\s*(\w+)', Path(f'/proc/{pid}/status').read_text())
+    return bool(int(caught[1], 16) >> (signum - 1) & 1)
 
 
 def test_a_mistake_is_said_once(job) -> None:

@@ -20,7 +20,7 @@ def test_epochs(tmp_path) -> None:
     assert 'killed 3 times (1 in step, 1 in eval, 1 in write); the end equals the undisturbed run bit for bit' in said
     for stop in ('SIGTERM in step: status 75', 'SIGUSR1 in eval: status 75', 'SIGINT in step: status 130'):
         assert stop in said
-    for damage in ('truncated', 'empty', 'garbage', 'one bit'):
+    for damage in ('truncated', 'empty', 'garbage', 'one bit', 'header'):
         assert f'newest checkpoint {damage}: skipped' in said
     assert 'full disk (file size limit)' in said
 

@@ -1,8 +1,10 @@
 """tools/slurm_train.sh as a batch job, with stand-ins of Slurm's commands."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,18 @@ BATCH = dict(REQUEUE='1', SLURM_JOB_ID='77')
 )
 def test_only_a_stopped_job_is_queued_again(tmp_path, status, env, told) -> None:
     assert submit(tmp_path, status, **env) == (status, told)
+
+
+def test_a_signal_to_the_batch_script_leaves_the_requeue_to_it(tmp_path) -> None:
+    started = tmp_path / 'started'
+    for name, body in (('srun', f'touch {started}; sleep 1; exit 75'), ('scontrol', f'echo "$@" >> {tmp_path}/told')):
+        path = tmp_path / name
+        path.write_text(f'#!/bin/sh\n{body}\n')
+        path.chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PYTHON': sys.executable, **BATCH}
+    job = subprocess.Popen(['bash', SCRIPT, 'gpu', 'job', 'c.py', 'run', '--resume'], env=env)
+    while not started.exists():
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 75
+    assert (tmp_path / 'told').read_text() == 'requeue 77\n'

@@ -165,6 +165,8 @@ def script() -> Callable[..., Ended]:
     def run(path: str, *argv: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300) -> Ended:
         interpreter = ['bash'] if path.endswith('.sh') else [sys.executable]
         environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
+        for name in ('PORT', 'NNODES', 'NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK'):
+            environment.pop(name, None)  # of this machine; two jobs on one port would collide
         done = subprocess.run(
             [*interpreter, str(TOOLS / path), *map(str, argv)],
             cwd=cwd,
