@@ -4,6 +4,7 @@ Nothing here imports torch or mmengine, so that ``--help`` and a wrong flag answ
 """
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -132,6 +133,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     except Stopped as stopped:
         rank = _rank()
         saved = stopped.checkpoint is not None
+        if saved:
+            _leave_process_group()
         if rank and saved:
             return 0
         sys.stdout.flush()
@@ -149,14 +152,16 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 
 
 def _leave_process_group() -> None:
-    # A rank that ends while another one is still in its last collective can take that one down, and NCCL warns
-    # about groups that nobody closed. After a failure nobody waits: the other ranks may never come.
+    # Threads of gloo that still hold a tensor while the interpreter shuts down abort the process, in a run that has done
+    # all it should (github.com/pytorch/pytorch/pull/179291), and NCCL warns about groups that nobody closed. After a
+    # failure nobody waits: the other ranks may never come.
     torch = sys.modules.get('torch')
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     with suppress(RuntimeError):  # the work is done here; a rank that does not come says itself why
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    gc.collect()  # a model under DDP holds its group, and the runner holds itself
 
 
 def _rank() -> int | None:
