@@ -152,9 +152,9 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 
 
 def _leave_process_group() -> None:
-    # Threads of gloo that still hold a tensor while the interpreter shuts down abort the process, in a run that has done
-    # all it should (github.com/pytorch/pytorch/pull/179291), and NCCL warns about groups that nobody closed. After a
-    # failure nobody waits: the other ranks may never come.
+    # Threads of gloo that still hold a tensor while the interpreter shuts down abort the process, in a run that has
+    # done all it should (github.com/pytorch/pytorch/pull/179291), and NCCL warns about groups that nobody closed.
+    # After a failure nobody waits: the other ranks may never come.
     torch = sys.modules.get('torch')
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
