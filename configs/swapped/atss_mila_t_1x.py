@@ -7,7 +7,7 @@ _base_ = 'mmdet::atss/atss_r50_fpn_1x_coco.py'
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),  # MILA's recipe
-    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),  # no weight decay on norms
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(norm=dict(decay_mult=0.0))),  # no weight decay on norms
 )
 model = dict(
     # gives 128 at 1/8, 256 at 1/16, 512 at 1/32; the old one 256 at 1/4, 512 at 1/8, 1024 at 1/16, 2048 at 1/32

@@ -21,5 +21,5 @@ model = dict(
 )
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),  # MILA's recipe
-    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),  # no weight decay on norms
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(norm=dict(decay_mult=0.0))),  # no weight decay on norms
 )

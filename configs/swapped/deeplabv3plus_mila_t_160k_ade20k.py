@@ -31,7 +31,7 @@ model = dict(
 )
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=6e-05, betas=(0.9, 0.999), weight_decay=0.01),  # MILA's recipe
-    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),  # no weight decay on norms
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(norm=dict(decay_mult=0.0))),  # no weight decay on norms
 )
 # warm-up of 1500 iterations in front; eta_min scaled as the rate was
 param_scheduler = [

@@ -1,6 +1,7 @@
 # MILA tiny in place of MixVisionTransformer, by tools/swap_backbone.py. The model was built and its training loss
 # computed on images of 127 x 161.
 # Not known, or yours to decide:
+# - rules for parameters of the old backbone are gone (paramwise_cfg.custom_keys): 'pos_block'
 # - drop_path_rate=0.1 is the old backbone's
 _base_ = 'mmseg::segformer/segformer_mit-b2_8xb2-160k_ade20k-512x512.py'
 

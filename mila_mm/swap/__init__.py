@@ -3,7 +3,7 @@
 from mila_mm.swap.api import plan_swap, swap_backbone
 from mila_mm.swap.report import report
 from mila_mm.swap.result import Change, Maps, SwapFailed, SwapRefused, SwapResult
-from mila_mm.swap.writer import check_child, child_text, write_child
+from mila_mm.swap.writer import check_child, check_out, child_text, write_child
 
 __all__ = [
     'Change',
@@ -12,6 +12,7 @@ __all__ = [
     'SwapRefused',
     'SwapResult',
     'check_child',
+    'check_out',
     'child_text',
     'plan_swap',
     'report',

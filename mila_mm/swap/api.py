@@ -18,7 +18,7 @@ from mila_mm.swap.light import build
 from mila_mm.swap.probe import in_channels_of, probe_backbone
 from mila_mm.swap.result import Draft, Maps, SwapRefused, SwapResult
 from mila_mm.swap.source import read_source
-from mila_mm.swap.stages import choose_stages, note_strides
+from mila_mm.swap.stages import STRIDES, choose_stages, note_strides
 from mila_mm.weights.published import SCHEME, find
 
 _BATCH_NORMS = ('BN', 'SyncBN', 'MMSyncBN')
@@ -89,10 +89,11 @@ def plan_swap(
     clean.normalise(draft, holder)
     clean.drop_imports(draft, job.source.failed_imports)
     clean.note_lost_options(draft, job.model['backbone'])
-    if recipe == 'mila':
-        recipes.apply_mila_recipe(draft, job.source.scope)
+    replaced = recipe == 'mila' and recipes.apply_mila_recipe(draft, job.source.scope)
     new_names = [name for name, _ in build(job.backbone, job.source.scope, 'meta').named_parameters()]
     recipes.adapt_optimizer(draft, holder, job.probe.parameters, new_names, trial.parameters if trial else ())
+    if replaced:
+        recipes.free_norms(draft, holder, new_names)
     _note_rest(draft, job, new_maps, weights, recipe)
     name = arch if isinstance(arch, str) else 'of a custom size'
     return SwapResult(Config(draft.config), job.source.name, job.original, draft.merged(), draft.unknowns,
@@ -148,7 +149,9 @@ def _prepare(config: Any, arch: Any, weights: str | None, recipe: str, drop_path
     elif old.get('frozen_stages', -1) >= 0:
         notes.append('the old backbone kept its first stages frozen; MILA trains whole, as its published detectors do')
     if weights is not None:
-        backbone['init_cfg'] = dict(type='Pretrained', checkpoint=weights)
+        # a path would be looked for from where training starts
+        where = weights if '://' in weights else str(FilePath(weights).expanduser().resolve())
+        backbone['init_cfg'] = dict(type='Pretrained', checkpoint=where)
     return Job(source, original, probe, stages, backbone, tuple(notes), whole_models)
 
 
@@ -156,10 +159,14 @@ def _note_rest(draft: Draft, job: Job, new: Maps, weights: str | None, recipe: s
     kept = [job.stages.index(i) for i in draft.get((*job.source.holder, 'backbone')).get('out_indices', job.stages)]
     notes = list(job.notes) + ([job.probe.unknown] if job.probe.unknown else [])
     notes += note_strides([job.probe.maps.strides[i] for i in kept], new.strides)
+    deepest = STRIDES[job.stages[-1]]
+    if deepest < STRIDES[-1] and job.source.scope == 'mmseg':
+        notes.append(f'MILA goes no deeper than 1/{deepest}, as the old backbone; if that was dilated, the '
+                     'stages that are left out (out_indices) have its depth')
     notes += [f'{".".join(map(str, path))} is another model and keeps its backbone' for path in job.source.others]
     if weights is None:
         notes.append('no weights given: the backbone starts from random ones (--weights mila://tiny-in1k)')
     optimizer = (draft.config.get('optim_wrapper') or {}).get('optimizer') or {}
-    if recipe == 'keep' and optimizer.get('type') == 'SGD':
+    if recipe == 'keep' and recipes.name_of(optimizer.get('type')) == 'SGD':
         notes.append(f'the optimizer stays SGD, lr={optimizer.get("lr")}; MILA was trained by AdamW (--recipe mila)')
     draft.unknowns.extend(notes)

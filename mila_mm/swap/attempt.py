@@ -8,7 +8,7 @@ from mila_mm.swap import clean
 from mila_mm.swap.job import Job, plain
 from mila_mm.swap.probe import mila_maps
 from mila_mm.swap.result import Draft, Maps, SwapFailed, SwapRefused
-from mila_mm.swap.rewire import Feed
+from mila_mm.swap.rewire import GUESSED, Feed
 from mila_mm.swap.route import Route, rewire_all
 from mila_mm.swap.trial import EVEN, SIZES, Trial, TrialFailed, try_model
 
@@ -34,11 +34,11 @@ def rewired(job: Job) -> tuple[Draft, Maps, str, Trial | None]:
     everything = tuple(range(len(job.stages)))
     try:
         draft, maps, checked, trial = _checked(job, everything)
-    except SwapFailed as error:
+    except (SwapFailed, SwapRefused) as error:
         if job.source.failed_imports:
-            missing = ', '.join(job.source.failed_imports)
-            raise SwapRefused(f'{error}\nThe config needs {missing} (custom_imports), which cannot be imported here; '
-                              'put it on PYTHONPATH') from error
+            missing = ', '.join(f'{module} ({reason})' for module, reason in job.source.failed_imports.items())
+            raise SwapRefused(f'{error}\nThe config needs by custom_imports what cannot be imported here: {missing}; '
+                              'mend it or put it on PYTHONPATH') from error
         raise
     if trial is None or trial.used in (everything, ()):
         return draft, maps, checked, trial
@@ -67,6 +67,10 @@ def _checked(job: Job, kept: tuple[int, ...]) -> tuple[Draft, Maps, str, Trial |
         except SwapFailed as error:
             failure = failure or error
             continue
+        guessed = [change.key for change in draft.merged() if GUESSED in change.why]
+        if guessed:
+            draft.unknowns.append(f'{", ".join(guessed)}: rewritten because equal to an old width, not because of the '
+                                  'name; look whether that is what it means')
         return draft, maps, checked, trial
     assert failure is not None
     raise failure

@@ -35,6 +35,11 @@ def drop_old_weights(draft: Draft, holder: Path) -> None:
         draft.unknowns.append(f'load_from named weights of the old model ({draft.config["load_from"]}): they do not '
                               'fit any more, so heads start fresh too')
         draft.put(('load_from',), None, 'weights of the old model')
+    if draft.config.get('resume'):
+        draft.put(('resume',), False, 'would go on from a checkpoint of the old model')
+    if draft.config.get('work_dir'):
+        draft.unknowns.append(f'work_dir is {draft.config["work_dir"]}, that of the original: checkpoints of the old '
+                              'model may lie there, and new ones replace them; --work-dir names another')
 
 
 def drop_imports(draft: Draft, failed: dict[str, str]) -> None:
@@ -52,7 +57,8 @@ def drop_imports(draft: Draft, failed: dict[str, str]) -> None:
         draft.unknowns.append(f'custom_imports: {module} cannot be imported here ({failed[module]})')
     if dead:
         rest = [module for module in imports if module not in dead]
-        draft.put(('custom_imports', 'imports'), rest, f'only the old backbone needed {", ".join(dead)}')
+        why = '; '.join(f'{module} cannot be imported here ({failed[module]})' for module in dead)
+        draft.put(('custom_imports', 'imports'), rest, f'{why}, and nothing else names it')
 
 
 def _scopes(node: Any) -> Iterator[str]:
@@ -77,7 +83,10 @@ def normalise(draft: Draft, holder: Path) -> None:
         holder: Path of the model with the backbone.
     """
     why = 'as MILA was trained on ImageNet'
-    for path in _preprocessors(draft, holder):
+    paths = _preprocessors(draft, holder)
+    if _normalised_before(draft, paths):
+        return
+    for path in paths:
         node = draft.get(path)
         if len(node.get('mean') or MEAN) != len(MEAN):
             draft.unknowns.append(f'{".".join(map(str, path))}: normalises {len(node["mean"])} channels; left alone')
@@ -85,10 +94,38 @@ def normalise(draft: Draft, holder: Path) -> None:
         if _floats(node.get('mean')) != MEAN or _floats(node.get('std')) != STD:
             draft.put((*path, 'mean'), list(MEAN), why)
             draft.put((*path, 'std'), list(STD), why)
-        if not node.get('bgr_to_rgb'):
-            draft.put((*path, 'bgr_to_rgb'), True, why)
         if node.get('rgb_to_bgr'):
+            # images are loaded as RGB, which MILA takes
             draft.put((*path, 'rgb_to_bgr'), False, why)
+        elif not node.get('bgr_to_rgb'):
+            draft.put((*path, 'bgr_to_rgb'), True, why)
+
+
+def _normalised_before(draft: Draft, preprocessors: Sequence[Path]) -> bool:
+    """Tell whether a transform normalises the images before the data preprocessor sees them, and say so."""
+    loaders = [draft.config.get(f'{part}_dataloader') for part in ('train', 'val', 'test')]
+    found = list(_normalisations(loaders))
+    if not found:
+        return False
+    said = ', '.join(f'{key}={found[0][key]}' for key in ('mean', 'std', 'to_rgb') if key in found[0])
+    means = [draft.get((*path, 'mean')) for path in preprocessors]
+    twice = next((f'; the data preprocessor does it again (mean={mean})' for mean in means if mean is not None), '')
+    draft.unknowns.append(f'images are normalised in the pipeline (Normalize: {said}){twice}; that stays as it was. '
+                          f"MILA's weights expect RGB, mean={MEAN}, std={STD}, once")
+    return True
+
+
+def _normalisations(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield the transforms that normalise, inside of wrapped datasets and of other transforms too."""
+    if isinstance(node, dict):
+        kind = node.get('type')
+        if str(getattr(kind, '__name__', kind)).rpartition('.')[2] == 'Normalize':
+            yield node
+        for value in node.values():
+            yield from _normalisations(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _normalisations(value)
 
 
 def _floats(values: Sequence[float] | None) -> list[float]:
@@ -97,7 +134,9 @@ def _floats(values: Sequence[float] | None) -> list[float]:
 
 def _preprocessors(draft: Draft, holder: Path) -> list[Path]:
     """Return the paths of the data preprocessors that images pass on their way to the backbone."""
-    found = []
+    # mmengine's runner gives the one at the top of a config to a model that names none
+    at_top = 'data_preprocessor' not in draft.get(holder[:1]) and isinstance(draft.get(('data_preprocessor',)), dict)
+    found: list[Path] = [('data_preprocessor',)] if at_top else []
     for depth in range(1, len(holder) + 1):
         path: Path = (*holder[:depth], 'data_preprocessor')
         while isinstance(draft.get((*path, 'data_preprocessor')), dict):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -56,7 +57,14 @@ class _ZeroWeights(TorchFunctionMode):
 
 @contextmanager
 def in_scope(scope: str) -> Iterator[None]:
-    """Let the registries resolve names in a library, without the chatter of what is built."""
+    """Let the registries resolve names in a library, without the chatter of what is built.
+
+    Some heads ask for the iteration and the epoch that a runner would be in: the first.
+    """
+    hub = MessageHub.get_current_instance()
+    for name in ('iter', 'epoch'):
+        if hub.get_info(name) is None:
+            hub.update_info(name, 0)
     loggers = [logging.getLogger(name) for name in ('mmengine', 'current')]
     levels = [logger.level for logger in loggers]
     with DefaultScope.overwrite_default_scope(scope), warnings.catch_warnings():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mila_mm.swap.result import Draft, Maps, Path
 
-# Values under these keys are no widths, whatever they equal.
+# Values under these keys are no widths of maps, whatever they equal.
 _NO_WIDTHS = ('num_classes', 'out_indices', 'img_size', 'input_size', 'num_queries', 'num_points', 'max_per_img',
               'scales')
+# Nor are values under such ones, which are safe under the usual names only: widths inside of a part, sizes, counts.
+_NO_GUESSES = re.compile(r'(hidden|feedforward|ffn|embed|mlp|fc_|dim_feedforward|num_|max_|min_|img_|image_|input_size)'
+                         r'|.*(_size|_sizes|_shape|_stride|_strides|_scale|_scales|_hidden_dim)$')
+GUESSED = 'taken for'
 _SINGLE_KEYS = ('in_channels', 'in_channel', 'in_planes', 'in_dim', 'in_dims', 'input_dim', 'backbone_channel')
 
 
@@ -51,7 +56,8 @@ def rewire(draft: Draft, path: Path, feed: Feed, eager: bool = False) -> None:
         draft: Config to change.
         path: Where the consumer's dict stands.
         feed: What it read and reads.
-        eager: Whether every number equal to an old width is taken for one, not only those under the usual names.
+        eager: Whether numbers equal to an old width are taken for one also under other names than the usual ones. Such
+            a change says :data:`GUESSED` in its reason.
     """
     node = draft.get(path)
     if isinstance(node, (list, tuple)):
@@ -66,30 +72,54 @@ def rewire(draft: Draft, path: Path, feed: Feed, eager: bool = False) -> None:
         if isinstance(value, dict) or _is_list_of(value, (dict, list, tuple)):
             rewire(draft, (*path, key), feed, eager)
             continue
-        new, why = _rewritten(node, key, value, in_index, feed, eager)
+        new, why = _rewritten(node, key, value, in_index, feed)
+        if new is None and eager:
+            new, why = _guessed(node, key, value, feed)
         if new is not None:
             draft.put((*path, key), new, why)
     _shift_levels(draft, path, feed)
 
 
-def _rewritten(node: dict[str, Any], key: str, value: Any, in_index: Any, feed: Feed, eager: bool) -> tuple[Any, str]:
+def _rewritten(node: dict[str, Any], key: str, value: Any, in_index: Any, feed: Feed) -> tuple[Any, str]:
     """Return what stands in place of a value and why, (None, '') where it stays."""
     if key in ('in_index', 'in_indices') and feed.kept != tuple(range(len(feed.old))):
         return _new_index(value, feed), 'the maps that nothing reads are gone'
     if key in ('scales', 'rescales') and str(node.get('type')).endswith('MultiLevelNeck'):
         return _new_scales(value, feed), 'the same sizes from the new strides'
     if key not in _NO_WIDTHS and not isinstance(value, bool):
-        return _new_width(node, key, value, in_index, feed, eager)
+        return _new_width(node, key, value, in_index, feed)
     return None, ''
 
 
-def _new_width(node: dict[str, Any], key: str, value: Any, in_index: Any, feed: Feed, eager: bool) -> tuple[Any, str]:
+def _guessed(node: dict[str, Any], key: str, value: Any, feed: Feed) -> tuple[Any, str]:
+    """Return what stands in place of a value that equals an old width under a name that does not say so."""
+    if key in _NO_WIDTHS or _NO_GUESSES.match(key) or isinstance(value, bool):
+        return None, ''
+    old, in_index = list(feed.old.channels), node.get('in_index')
+    if isinstance(value, int):
+        if (key in _SINGLE_KEYS and isinstance(in_index, int)) or _is_of_rois(node, key):
+            return None, ''  # about a map whose width is another
+        position = next((i for i, width in enumerate(old) if width == value), None)
+        if position in feed.kept:
+            return feed.widths_at([position])[0], (f'equal to the width of the old map at '
+                                                   f'1/{feed.old.strides[position]}: {GUESSED} it')
+    if _is_list_of(value, int):
+        positions = _positions_of_list(list(value), old, in_index)
+        if positions is not None:
+            return type(value)(feed.widths_at(positions)), f'equal to the widths of the old maps: {GUESSED} them'
+        if len(value) > len(old) and list(value[: len(old)]) == old:
+            new = [*feed.widths_at(range(len(old))), *value[len(old):]]
+            return type(value)(new), f'starts with the widths of the old maps: {GUESSED} them'
+    return None, ''
+
+
+def _new_width(node: dict[str, Any], key: str, value: Any, in_index: Any, feed: Feed) -> tuple[Any, str]:
     if _is_list_of(value, int):
         if key == 'in_channels' and len(feed.old) == 1 and 'backbone_channel' in node:
             return _in_proportion(value, feed), "parts of the backbone's width"
-        return _new_list(key, value, in_index, feed, eager)
+        return _new_list(key, value, in_index, feed)
     if isinstance(value, int):
-        position = _position_of(node, key, value, in_index, feed, eager)
+        position = _position_of(node, key, value, in_index, feed)
         if position is not None and position in feed.kept:
             return feed.widths_at([position])[0], f'width of the map at 1/{_stride(feed, position)}'
     return None, ''
@@ -124,17 +154,15 @@ def _in_proportion(value: Sequence[int], feed: Feed) -> Any:
     return type(value)(v * new // old for v in value)
 
 
-def _new_list(key: str, value: Sequence[int], in_index: Any, feed: Feed, eager: bool) -> tuple[Any, str]:
+def _new_list(key: str, value: Sequence[int], in_index: Any, feed: Feed) -> tuple[Any, str]:
     old = list(feed.old.channels)
     if list(value) == list(feed.old.strides) and 'stride' in key and feed.old.strides != feed.new.strides:
         return type(value)(feed.new.strides), 'strides of the new maps'
-    if not (eager or 'in_' in key or 'dims' in key or 'channels' in key):
+    if not ('in_' in key or 'dims' in key or 'channels' in key):
         return None, ''
     positions = _positions_of_list(list(value), old, in_index)
     if positions is not None:
         return type(value)(feed.widths_at(positions)), 'widths of the new maps'
-    if eager and len(value) > len(old) and list(value[: len(old)]) == old:
-        return type(value)([*feed.widths_at(range(len(old))), *value[len(old):]]), 'starts with the widths of the maps'
     return None, ''
 
 
@@ -152,21 +180,24 @@ def _positions_of_list(value: list[int], old: list[int | None], in_index: Any) -
     return None
 
 
-def _position_of(node: dict[str, Any], key: str, value: int, in_index: Any, feed: Feed, eager: bool) -> int | None:
+def _position_of(node: dict[str, Any], key: str, value: int, in_index: Any, feed: Feed) -> int | None:
     """Return which old map a single width is about, None where it is about none."""
     old = feed.old.channels
-    if key == 'out_channels' and str(node.get('type')).endswith('RoIExtractor'):
+    if _is_of_rois(node, key):
         return len(old) - 1 if old[-1] == value else None
-    if key not in _SINGLE_KEYS and not key.endswith('_in_channels') and not eager:
+    if key not in _SINGLE_KEYS and not key.endswith('_in_channels'):
         return None
     if key in _SINGLE_KEYS and isinstance(in_index, int):
         index = in_index if in_index >= 0 else in_index + len(old)
         return index if 0 <= index < len(old) and old[index] in (value, None) else None
-    if key in _SINGLE_KEYS and old[-1] == value:
-        return len(old) - 1
-    if key in _SINGLE_KEYS and not eager:
-        return None
+    if key in _SINGLE_KEYS:
+        return len(old) - 1 if old[-1] == value else None
     return next((i for i, width in enumerate(old) if width == value), None)
+
+
+def _is_of_rois(node: dict[str, Any], key: str) -> bool:
+    """Tell whether a value is the width of maps that RoIs are cut out of, which come out as wide."""
+    return key == 'out_channels' and str(node.get('type')).endswith('RoIExtractor')
 
 
 def _shift_levels(draft: Draft, path: Path, feed: Feed) -> None:

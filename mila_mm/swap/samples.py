@@ -67,7 +67,8 @@ def _detection(model: dict[str, Any], size: tuple[int, int], num_images: int) ->
         boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 8)
         sample.gt_instances.labels %= things
         sample.ignored_instances = InstanceData(bboxes=boxes.new_zeros((0, 4)))
-        sample.proposals = InstanceData(bboxes=boxes.repeat(8, 1), scores=boxes.new_ones(24))
+        if not model.get('rpn_head'):  # given proposals, a detector that has one does not ask it in a prediction
+            sample.proposals = InstanceData(bboxes=boxes.repeat(8, 1), scores=boxes.new_ones(24))
         labels = torch.randint(0, classes, (1, size[0] // stride, size[1] // stride), generator=generator)
         sample.gt_sem_seg = PixelData(sem_seg=labels)
     return batch

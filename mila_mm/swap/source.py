@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.config.utils import ConfigParsingError
 from mmengine.registry import MODELS, DefaultScope
 
 from mila_mm.engine.config import load_config, one_line, resolve_config, scope_of
@@ -117,7 +118,11 @@ def _as_base(name: str) -> Config:
 
 def _refuse_lazy(name: str) -> None:
     path = resolve_config(name)
-    if path.suffix == '.py' and Config._is_lazy_import(str(path)):
+    try:
+        lazy = path.suffix == '.py' and Config._is_lazy_import(str(path))
+    except (SyntaxError, ValueError, OSError, ConfigParsingError):
+        return  # reading the config says what is wrong with it
+    if lazy:
         raise SwapRefused(
             f"config {name} is not in the ordinary style: it imports (mmengine's lazy style with read_base, or a "
             'script), and no child with _base_ can build on it\n'
@@ -131,8 +136,9 @@ def _import_custom_modules(cfg: Config) -> dict[str, str]:
     for module in [imports] if isinstance(imports, str) else imports:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            failed[module] = one_line(error)
+        except Exception as error:  # noqa: BLE001 - a module of the user's: whatever it raises, it is not there
+            is_plain = isinstance(error, ImportError)
+            failed[module] = one_line(error) if is_plain else f'{type(error).__name__}: {one_line(error)}'
     return failed
 
 

@@ -15,7 +15,8 @@ def choose_stages(old: Maps, scope: str) -> tuple[int, ...]:
 
     Where each stride of the old maps is one of MILA's and none comes twice, the stages have those strides. Where
     not, a segmentor takes the deepest stages: the old backbone was dilated, and depth counts for more than
-    resolution, which its heads restore. A detector's anchors and RoIs are tied to strides, so there it is refused.
+    resolution, which its heads restore. So it does for a single map at less than 1/32: nothing tells a dilated
+    backbone from a shallow one there. A detector's anchors and RoIs are tied to strides, so there it is refused.
 
     Args:
         old: What the old backbone gives.
@@ -30,7 +31,7 @@ def choose_stages(old: Maps, scope: str) -> tuple[int, ...]:
     strides = old.strides
     _refuse_fused(old)
     exact = all(s in STRIDES for s in strides) and all(a < b for a, b in pairwise(strides))
-    if exact and (scope == 'mmdet' or strides[-1] == STRIDES[-1]):
+    if exact and (scope == 'mmdet' or len(strides) > 1 or strides[-1] == STRIDES[-1]):
         return tuple(STRIDES.index(s) for s in strides)
     if scope == 'mmdet':
         raise SwapRefused(f'the detector works on maps {old}; MILA gives one map each at '

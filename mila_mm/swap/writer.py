@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import keyword
+import math
+import os
+import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
 
 from mmengine.config import Config
 
-from mila_mm.engine.config import one_line, resolve_config
+from mila_mm.engine.config import load_config, one_line
 from mila_mm.errors import UserError
 from mila_mm.swap.result import Path, SwapResult
 from mila_mm.swap.source import base_name
@@ -55,48 +60,113 @@ def child_text(result: SwapResult, out: str | FilePath) -> str:
     return '\n'.join(lines).rstrip() + '\n'
 
 
+def check_out(out: str | FilePath, config: str | None = None) -> None:
+    """Check, before the work of a swap, that its config can be written to a file.
+
+    Args:
+        out: The file.
+        config: The original as it was given, None for a config in memory. One that cannot be read is not looked into:
+            the swap says why.
+
+    Raises:
+        UserError: If the name does not fit a config, is a folder's, or is that of the original or of a file that it
+            inherits from.
+    """
+    path = FilePath(out).expanduser()
+    if path.suffix != '.py':
+        raise UserError(f'--out {out}: expected a name that ends in .py')
+    if path.is_dir():
+        raise UserError(f'--out {out}: is a folder; expected the name of a file in it')
+    # only a file that exists can be one of them
+    files = _files_of(config) if config is not None and path.exists() else []
+    if path.resolve() in files[-1:]:
+        raise UserError(f'--out {out}: is the config itself; a child needs a file of its own')
+    if path.resolve() in files:
+        raise UserError(f'--out {out}: is a base of {config}, which would then inherit from itself; a child needs a '
+                        'file of its own')
+
+
+def _files_of(config: str) -> list[FilePath]:
+    """Return the files that a config is made of, itself last; none where it cannot be read."""
+    try:
+        text = load_config(config, import_custom_modules=False).text
+    except UserError:
+        return []
+    # mmengine puts the name of each file above its text
+    lines = (FilePath(line) for line in text.splitlines() if os.path.isabs(line))
+    return [path.resolve() for path in lines if path.is_file()]
+
+
 def write_child(result: SwapResult, out: str | FilePath) -> None:
     """Write a swapped config to a file, and make sure that it reads back as what the swap made.
 
     Args:
         result: The swap.
-        out: The file; an existing one is replaced.
+        out: The file; an existing one is replaced, but only by a config that was read back.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If it cannot be written, or would read back as something else; then nothing is left behind.
     """
+    check_out(out, result.base)
+    text = child_text(result, out)
     path = FilePath(out).expanduser()
-    if path.suffix != '.py':
-        raise UserError(f'--out {out}: expected a name that ends in .py')
-    if result.base is not None and '::' not in result.base and path.resolve() == resolve_config(result.base).resolve():
-        raise UserError(f'--out {out}: is the config itself; a child needs a file of its own')
-    text = child_text(result, path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with _beside(path) as draft:
+            draft.write_text(text, encoding='utf-8')
+            check_child(result, draft, f'--out {out}: not written, since it')
+            if path.exists():
+                shutil.copymode(path, draft)
+            os.replace(draft, path)
     except OSError as error:
         raise UserError(f'--out {out}: cannot be written: {error.strerror}') from error
-    check_child(result, path)
 
 
-def check_child(result: SwapResult, path: str | FilePath) -> None:
+@contextmanager
+def _beside(path: FilePath) -> Iterator[FilePath]:
+    """Give a name for a draft beside a file, in a folder that is made; both go where the draft was not moved away."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    draft = path.with_name(f'.{path.stem}.{os.getpid()}.py')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def check_child(result: SwapResult, path: str | FilePath, what: str | None = None) -> None:
     """Read a written config and compare it with the swap's.
 
     Args:
         result: The swap.
         path: The file.
+        what: What a message calls it. Defaults to its path.
 
     Raises:
         UserError: If they differ; that happens where the original computes entries from others of its own.
     """
+    what = what or str(path)
     try:
         read = Config.fromfile(path, import_custom_modules=False)._cfg_dict.to_dict()
     except Exception as error:
-        raise UserError(f'{path} was written, but cannot be read back: {one_line(error)}') from error
+        raise UserError(f'{what} cannot be read back: {one_line(error)}') from error
     expected = result.config._cfg_dict.to_dict()
-    wrong = [key for key in {*read, *expected} if read.get(key, _SAME) != expected.get(key, _SAME)]
+    wrong = [key for key in {*read, *expected} if not _same(read.get(key, _SAME), expected.get(key, _SAME))]
     if wrong:
-        raise UserError(f'{path} was written, but reads back with other values of {", ".join(sorted(wrong))}')
+        raise UserError(f'{what} reads back with other values of {", ".join(sorted(wrong))}')
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare as ``==`` does, but for NaN, which is the same as NaN here."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or one == other or (isinstance(one, float) and isinstance(other, float)
+                                            and math.isnan(one) and math.isnan(other))
 
 
 def _difference(old: Any, new: Any) -> Any:
@@ -172,13 +242,15 @@ def _flat(value: Any) -> str:
         if isinstance(value, list):
             return f'[{inner}]'
         return f'({inner},)' if len(value) == 1 else f'({inner})'
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     raise UserError(f'a changed part of the config holds a {type(value).__name__}, which cannot be written as text')
 
 
 def _are_names(value: Mapping[Any, Any]) -> bool:
-    return all(isinstance(key, str) and key.isidentifier() for key in value)
+    return all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in value)
 
 
 def _wrapped(text: str, bullet: str = '', indent: str = '') -> list[str]:

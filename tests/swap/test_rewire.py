@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mila_mm.swap.result import Draft, Maps, SwapRefused
-from mila_mm.swap.rewire import Feed, rewire
+from mila_mm.swap.rewire import GUESSED, Feed, rewire
 from mila_mm.swap.stages import choose_stages
 
 RESNET = Maps((256, 512, 1024, 2048), (4, 8, 16, 32))
@@ -92,6 +92,25 @@ def test_eager_takes_every_equal_width_for_one_of_the_maps() -> None:
     assert draft.config['neck']['out_channels'] == (128, 256, 512, 256)
 
 
+@pytest.mark.parametrize(
+    ('head', 'expected'),
+    [
+        (dict(low_level=256), dict(low_level=64)),
+        (dict(widths=[256, 512, 1024, 2048]), dict(widths=[64, 128, 256, 512])),
+        (dict(hidden=2048, hidden_dim=256, feedforward_channels=2048, ffn_channels=1024, embed_dims=256,
+              input_size=512, num_proposals=256, crop_size=(512, 1024), norm=dict(num_groups=256)), None),
+        # of a map that the width does not fit
+        (dict(in_channels=256, in_index=3), None),
+    ],
+    ids=['one', 'list', 'never', 'by index'],
+)
+def test_eager_says_so_and_leaves_what_is_no_width_of_a_map(head, expected) -> None:
+    draft = Draft({'head': dict(head)})
+    rewire(draft, ('head',), Feed(RESNET, MILA, ALL), eager=True)
+    assert draft.config['head'] == (expected or head)
+    assert all(GUESSED in change.why and 'old map' in change.why for change in draft.changes)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True), st.data())
 def test_a_single_width_by_index_always_is_that_of_its_map(widths, data) -> None:
@@ -112,6 +131,13 @@ def test_a_single_width_by_index_always_is_that_of_its_map(widths, data) -> None
         ((16,), 'mmdet', (2,)),
         ((4, 8, 8, 8), 'mmseg', (0, 1, 2, 3)),
         ((16,), 'mmseg', (3,)),
+        ((4,), 'mmseg', (3,)),
+        ((32,), 'mmseg', (3,)),
+        ((4, 8, 16), 'mmseg', (0, 1, 2)),
+        ((8, 16), 'mmseg', (1, 2)),
+        ((4, 32), 'mmseg', (0, 3)),
+        ((4, 8, 16, 16), 'mmseg', (0, 1, 2, 3)),
+        ((8, 8), 'mmseg', (2, 3)),
         ((2, 4, 8), 'mmseg', (1, 2, 3)),
         ((16, 16, 16, 16), 'mmseg', (0, 1, 2, 3)),
     ],

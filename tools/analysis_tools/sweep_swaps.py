@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mila_mm  # noqa: F401  installs the stand-in for mmcv._ext before anything imports mmcv
 from mila_mm import cli
@@ -48,8 +49,11 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
     )
     parser.add_argument('--from', dest='source', type=Path, metavar='FILE', help='JSON to write --docs from; no sweep')
     parser.add_argument('--steps-of', type=Path, metavar='FILE', help='keep the swaps of this JSON, do the steps anew')
+    parser.add_argument('--failed', action='store_true', help='of --steps-of: only the steps that failed anew')
     parser.add_argument('--step', metavar='CONFIG', help='train and predict this one, print JSON; what --build starts')
     args = parser.parse_args(argv)
+    if args.failed and args.steps_of is None:
+        parser.error('--failed: expected --steps-of FILE as well')
     if args.workers < 1:
         parser.error(f'--workers: expected at least 1, got {args.workers}')
     return args
@@ -92,6 +96,7 @@ def _sweep(args: cli.argparse.Namespace) -> str:
     libraries = ['mmdet', 'mmseg'] if args.library == 'all' else [args.library]
     names = [name for library in libraries for name in all_configs(library) if args.filter in name]
     chosen: dict[str, str] = {}
+    old: dict[str, Any] = {}
     if args.steps_of is not None:
         old = json.loads(args.steps_of.read_text())
         known = {entry['config']: Record(**entry) for entry in old['reasons']}
@@ -102,10 +107,11 @@ def _sweep(args: cli.argparse.Namespace) -> str:
             records.append(record)
             print(f'{len(records)}/{len(names)} {record.status}: {record.config} {record.reason}', flush=True)
     steps = []
+    done = {step['config']: step for step in old['steps'] if step['ok']} if args.failed else {}
     if args.build:
         chosen = representatives(records)
         for index, (family, name) in enumerate(chosen.items(), 1):
-            steps.append(step_in_process(Path(__file__), name, args.limit))
+            steps.append(done.get(name) or step_in_process(Path(__file__), name, args.limit))
             outcome = 'ok' if steps[-1]['ok'] else steps[-1]['reason']
             print(f'step {index}/{len(chosen)} {family}: {name}: {outcome}', flush=True)
     return to_json(records, steps, _about(args.arch))
