@@ -1,6 +1,7 @@
 """Times the stand-in for mmcv._ext beside a compiled mmcv, where there is one, and beside mmcv's own plain PyTorch.
 
-    python benchmarks/mmcv_ops.py [--device cpu] [--threads 1] [--out benchmarks/results/mmcv_ops.json]
+    python benchmarks/mmcv_ops.py [--device cpu] [--threads 1] [--out benchmarks/results/mmcv_ops_cpu.json]
+    python benchmarks/mmcv_ops.py --docs --out benchmarks/results/mmcv_ops_cpu.json    # the table in docs/mmcv_ops.md
 
 Every pair is timed in turns, so that a busy machine disturbs both alike; the ratio is the median of the
 turns' ratios. Each op is checked before it is timed: results that differ end the run.
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,14 +166,38 @@ def compare(name: str, other: str, ours: Run, theirs: Run | None, args: argparse
     return row
 
 
+def mmcv_version() -> str:
+    """Name, version and kind of the mmcv beside which was timed."""
+    import mmcv
+
+    return f'mmcv {mmcv.__version__}, {"not compiled" if is_stand_in() else "compiled"}'
+
+
+def table(document: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    machine, versions = document['machine'], document['versions']
+    lines = [f'{machine.get("gpu") or machine["cpu"]}, {document["threads"]} thread(s), torch {versions["torch"]}, '
+             f'torchvision {versions["torchvision"]}, {versions["mmcv"]}, {machine["date"][:10]}.', '',
+             '| op | here, ms | beside | its time, ms | ratio, median of turns |', '| --- ' * 5 + '|']
+    for row in document['rows']:
+        other = [row['beside'], row['beside_ms'], row['ratio']] if row['beside'] else ['nothing', '', '']
+        lines.append('| ' + ' | '.join(map(str, [row['op'], row['ms'], *other])) + ' |')
+    return '\n'.join(lines)
+
+
 def main() -> None:
-    """Run all cases."""
+    """Run all cases, or write the table of a result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--turns', type=int, default=9)
     parser.add_argument('--out', type=Path)
+    parser.add_argument('--docs', action='store_true', help='write the table of --out into docs/mmcv_ops.md')
     args = parser.parse_args()
+    if args.docs:
+        document = json.loads(args.out.read_text(encoding='utf-8'))
+        measure.write_docs(table(document), 'benchmarks/mmcv_ops.py', ROOT / 'docs' / 'mmcv_ops.md')
+        return
     torch.set_num_threads(args.threads)
 
     ours, theirs = stand_in(), compiled()
@@ -196,9 +222,10 @@ def main() -> None:
             rows.append(compare(f'ms_deform_attn {queries} {way}', 'plain PyTorch', *pair, args))
     if args.out:
         where = measure.machine() if args.device == 'cuda' else cpu_machine()
-        versions = {name: version(name) for name in ('torch', 'torchvision')}
+        versions = {name: version(name) for name in ('torch', 'torchvision')} | {'mmcv': mmcv_version()}
+        document = {'machine': where, 'threads': args.threads, 'versions': versions, 'rows': rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({'machine': where, 'versions': versions, 'rows': rows}, indent=2) + '\n')
+        args.out.write_text(json.dumps(document, indent=2) + '\n')
 
 
 if __name__ == '__main__':
