@@ -60,15 +60,22 @@ test-classic: $(VENV_CLASSIC)/.ready
 lint: $(READY)
 	$(BIN)/ruff check .
 
+GPU_TESTS = tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py tests/ops/test_stencil_gpu.py \
+  tests/ops/test_gated_gpu.py
+GPU_BENCHMARKS = attention_op block_fusions backbone
+
 # Everything that a GPU has to show: correctness of the op, then its speed. Needs torch, triton, numpy and pytest only,
-# so it takes the interpreter as it is: make gpu-check PYTHON=python3
+# so it takes the interpreter as it is: make gpu-check PYTHON=python3. Every step runs, whatever became of those before,
+# and make fails with the worst of their statuses. After an interruption: make gpu-check BENCHMARK_FLAGS=--resume
 gpu-check:
 	$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu-check needs a CUDA device")'
-	$(PYTHON) -m pytest -m gpu tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py \
-	  tests/ops/test_stencil_gpu.py tests/ops/test_gated_attention.py
-	$(PYTHON) benchmarks/attention_op.py
-	$(PYTHON) benchmarks/block_fusions.py
-	$(PYTHON) benchmarks/backbone.py
+	@worst=0; \
+	for step in "-m pytest -m gpu $(GPU_TESTS)" $(GPU_BENCHMARKS:%="benchmarks/%.py $(BENCHMARK_FLAGS)"); do \
+	  echo "$(PYTHON) $$step"; \
+	  $(PYTHON) $$step; status=$$?; \
+	  if [ $$status -ne 0 ]; then echo "gpu-check: $$step ended with $$status" >&2; fi; \
+	  if [ $$status -gt $$worst ]; then worst=$$status; fi; \
+	done; exit $$worst
 
 # What a GPU has to show of training: memory, throughput of a detector against other backbones, 500 steps in each precision.
 gpu-scale: $(READY)

@@ -2,6 +2,7 @@
 
     python benchmarks/attention_op.py                         # everything, to benchmarks/results/attention_op.json
     python benchmarks/attention_op.py --sizes 800x1280x1 --dtypes bf16 --stages 1
+    python benchmarks/attention_op.py --resume                # what an interrupted run has not measured
     python benchmarks/report.py benchmarks/results/attention_op.json      # the table and the plot
 
 What is timed is what the op covers: from the output of the qk projection to the product with the gate. Before any
@@ -12,9 +13,10 @@ timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,44 +123,60 @@ def percent_of_copy(elements: int, passes: int, dtype: torch.dtype, milliseconds
     return 100 * elements * dtype.itemsize * passes / (milliseconds / 1e3) / bandwidth
 
 
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """All rows of the result."""
+def describe(dtype: str, stage: int, name: str, size: tuple[int, int, int]) -> dict[str, Any]:
+    """What is known of a row before anything runs; the stem and each downsampling round up."""
+    height, width, batch = size
+    return {'dtype': dtype, 'stage': stage, 'implementation': name, 'image': [height, width], 'batch': batch,
+            'map': [-(-side // 2 ** (stage + 1)) for side in (height, width)], 'channels': CHANNELS[stage - 1]}
+
+
+def measure_rows(rows: list[dict[str, Any]], bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Complete rows of one dtype, stage and implementation."""
+    dtype_name, stage, name, channels = (rows[0][key] for key in ('dtype', 'stage', 'implementation', 'channels'))
+    dtype, heads = DTYPES[dtype_name], HEADS[stage - 1]
+    op = {'eager': transcribed, 'compiled': torch.compile(transcribed, dynamic=False), 'ours': ours}[name]
+    errors = worst_errors(op, dtype, channels, heads)
+    correct = all(e <= limit for e, limit in zip(errors, LIMITS[dtype_name], strict=True))
+    print(f'{dtype_name} stage {stage} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
+          f'{"" if correct else " TOO LARGE, not timed"}')
+    for row in rows:
+        row.update(errors=errors, correct=correct)
+        if correct:
+            torch._dynamo.reset()  # each size compiled for itself: past a limit it would run uncompiled
+            (h, w), batch = row['map'], row['batch']
+            inputs, grad_y = draw(batch, h, w, channels, dtype)
+            result = measure.out_of_memory_as_none(lambda: measure_one(op, inputs, grad_y, (h, w, heads)))  # noqa: B023
+            title = f'  {row["image"][0]}x{row["image"][1]}x{batch}'
+            if result is None:
+                print(f'{title}: out of memory')
+            else:
+                row.update(result | shares_of_copy(result, grad_y.numel(), dtype, bandwidth))
+                print(f'{title}: forward {result["forward"]["median"]:.3f} ms '
+                      f'({row["forward_percent_of_copy"]:.0f} % of copy), both {result["both"]["median"]:.3f} ms '
+                      f'({row["both_percent_of_copy"]:.0f} %)')
+        yield row
+
+
+def shares_of_copy(result: dict[str, Any], elements: int, dtype: torch.dtype, bandwidth: float) -> dict[str, float]:
+    """The share of the copy's bandwidth in either direction, from the replayed graph where there is one."""
+    shares = {}
+    for key, passes in (('forward', FORWARD_PASSES), ('both', FORWARD_PASSES + BACKWARD_PASSES)):
+        best = (result[f'{key}_graph'] or result[key])['median']
+        shares[f'{key}_percent_of_copy'] = percent_of_copy(elements, passes, dtype, best, bandwidth)
+    return shares
+
+
+def benchmark(args: argparse.Namespace) -> measure.Result:
+    """Measure all rows that are not there yet."""
     bandwidth = measure.copy_bandwidth()
     print(f'copy bandwidth {bandwidth / 1e12:.2f} TB/s')
-    rows: list[dict[str, Any]] = []
-    for dtype_name in args.dtypes:
-        dtype = DTYPES[dtype_name]
-        for stage in args.stages:
-            channels, heads = CHANNELS[stage - 1], HEADS[stage - 1]
-            for name in args.implementations:
-                op = {'eager': transcribed, 'compiled': torch.compile(transcribed, dynamic=False), 'ours': ours}[name]
-                errors = worst_errors(op, dtype, channels, heads)
-                correct = all(e <= limit for e, limit in zip(errors, LIMITS[dtype_name], strict=True))
-                print(f'{dtype_name} stage {stage} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
-                      f'{"" if correct else " TOO LARGE, not timed"}')
-                for height, width, batch in args.sizes:
-                    torch._dynamo.reset()  # each size compiled for itself: past a limit it would run uncompiled
-                    # The stem and each downsampling round up.
-                    h, w = (-(-side // 2 ** (stage + 1)) for side in (height, width))
-                    row = {'dtype': dtype_name, 'stage': stage, 'implementation': name, 'image': [height, width],
-                           'batch': batch, 'map': [h, w], 'channels': channels, 'errors': errors, 'correct': correct}
-                    rows.append(row)
-                    if not correct:
-                        continue
-                    inputs, grad_y = draw(batch, h, w, channels, dtype)
-                    result = measure.out_of_memory_as_none(lambda: measure_one(op, inputs, grad_y, (h, w, heads)))  # noqa: B023
-                    if result is None:
-                        print(f'  {height}x{width}x{batch}: out of memory')
-                        continue
-                    row |= result
-                    elements = grad_y.numel()
-                    for key, passes in (('forward', FORWARD_PASSES), ('both', FORWARD_PASSES + BACKWARD_PASSES)):
-                        best = (result[f'{key}_graph'] or result[key])['median']
-                        row[f'{key}_percent_of_copy'] = percent_of_copy(elements, passes, dtype, best, bandwidth)
-                    print(f'  {height}x{width}x{batch}: forward {result["forward"]["median"]:.3f} ms '
-                          f'({row["forward_percent_of_copy"]:.0f} % of copy), both {result["both"]["median"]:.3f} ms '
-                          f'({row["both_percent_of_copy"]:.0f} %)')
-    return {'benchmark': 'attention_op', 'machine': measure.machine(), 'copy_bandwidth': bandwidth, 'rows': rows}
+    head = {'benchmark': 'attention_op', 'machine': measure.machine(), 'copy_bandwidth': bandwidth}
+    result = measure.Result(args.out, head, args.resume)
+    for dtype, stage, name in itertools.product(args.dtypes, args.stages, args.implementations):
+        if todo := result.missing([describe(dtype, stage, name, size) for size in args.sizes]):
+            for row in measure_rows(todo, result.document['copy_bandwidth']):
+                result.add(row)
+    return result
 
 
 def size(text: str) -> tuple[int, int, int]:
@@ -167,24 +185,30 @@ def size(text: str) -> tuple[int, int, int]:
     return height, width, batch
 
 
+def require_kernels() -> None:
+    """Exit with one line where ours would not run."""
+    measure.require_cuda()
+    probe = torch.zeros(1, 4, 128, device='cuda')
+    if (reason := why_not_triton(probe, probe[..., :64], 2)) is not None:
+        sys.exit(f'the Triton kernels cannot run here: {reason}')
+
+
 def main() -> int:
-    """Parse, measure, save. Returns 1 where our op was wrong."""
+    """Parse, measure, save row by row. Returns 1 where our op was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
     parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
     parser.add_argument('--stages', type=int, nargs='+', default=[1, 2, 3, 4], choices=[1, 2, 3, 4])
-    parser.add_argument('--implementations', nargs='+', default=['eager', 'compiled', 'ours'],
+    parser.add_argument('--implementations', nargs='+', default=['ours', 'eager', 'compiled'],
                         choices=['eager', 'compiled', 'ours'])
     parser.add_argument('--out', type=Path, default=measure.RESULTS / 'attention_op.json')
+    measure.add_resume(parser)
     args = parser.parse_args()
-    measure.require_cuda()
-    if 'ours' in args.implementations:
-        probe = torch.zeros(1, 4, 128, device='cuda')
-        if (reason := why_not_triton(probe, probe[..., :64], 2)) is not None:
-            sys.exit(f'the Triton kernels cannot run here: {reason}')
-    document = benchmark(args)
-    measure.save(args.out, document)
-    return 0 if all(row['correct'] for row in document['rows'] if row['implementation'] == 'ours') else 1
+    require_kernels()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 for all
+    rows = benchmark(args).rows
+    print(f'wrote {args.out}')
+    return 0 if all(row['correct'] for row in rows if row['implementation'] == 'ours') else 1
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """A whole MILA backbone on a GPU: step time and peak memory, against a transcription, eager and compiled.
 
     python benchmarks/backbone.py                             # MILA-T, to benchmarks/results/backbone.json
+    python benchmarks/backbone.py --resume                    # what an interrupted run has not measured
     python benchmarks/report.py benchmarks/results/backbone.json
 
 Training is forward and backward under autocast, without an optimizer. ``ours-fused`` is ours with ``fused=True``. All
@@ -76,9 +77,10 @@ def difference(model: nn.Module, other: nn.Module, dtype: torch.dtype) -> float:
     return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
 
 
-def measure_one(model: nn.Module, image: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Times and peak memory of inference, and of forward and backward."""
+def measure_one(model: nn.Module, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """Times and peak memory of inference, and of forward and backward, on images of height, width and batch."""
     cast = dtype != torch.float32
+    image = torch.randn(size[2], 3, *size[:2], device='cuda')
 
     def forward() -> None:
         with torch.no_grad(), torch.autocast('cuda', dtype, enabled=cast):
@@ -99,50 +101,56 @@ def measure_one(model: nn.Module, image: Tensor, dtype: torch.dtype) -> dict[str
     return result | {'both': measure.timed(both), 'both_graph': None, 'both_peak_bytes': measure.peak_bytes(both)}
 
 
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """All rows of the result."""
-    rows: list[dict[str, Any]] = []
-    for dtype_name in args.dtypes:
-        dtype = DTYPES[dtype_name]
-        made = models(args.arch, args.implementations, args.backend)
-        reference = made.get('eager') or TranscribedMILA(args.arch).cuda()
-        for name, model in made.items():
-            error = 0.0 if model is reference else difference(model, reference, dtype)
-            correct = error <= LIMITS[dtype_name]
-            print(f'{dtype_name} {name}: differs by {error:.1e}{"" if correct else " TOO MUCH, not timed"}')
-            for height, width, batch in args.sizes:
+def measure_rows(args: argparse.Namespace, dtype_name: str, result: measure.Result) -> None:
+    """Add the rows of one dtype that are not there yet."""
+    dtype, wanted = DTYPES[dtype_name], {}
+    for name in args.implementations:
+        rows = [{'dtype': dtype_name, 'arch': args.arch, 'implementation': name, 'image': [height, width],
+                 'batch': batch} for height, width, batch in args.sizes]
+        if missing := result.missing(rows):
+            wanted[name] = missing
+    if not wanted:
+        return
+    made = models(args.arch, ['eager', *(name for name in wanted if name != 'eager')], args.backend)
+    for name, rows in wanted.items():
+        model = made[name]
+        error = 0.0 if name == 'eager' else difference(model, made['eager'], dtype)
+        correct = error <= LIMITS[dtype_name]
+        print(f'{dtype_name} {name}: differs by {error:.1e}{"" if correct else " TOO MUCH, not timed"}')
+        for row in rows:
+            row.update(difference=error, correct=correct)
+            if correct:
                 torch._dynamo.reset()  # each size compiled for itself: past a limit it would run uncompiled
-                row = {'dtype': dtype_name, 'arch': args.arch, 'implementation': name, 'image': [height, width],
-                       'batch': batch, 'difference': error, 'correct': correct}
-                rows.append(row)
-                if not correct:
-                    continue
-                image = torch.randn(batch, 3, height, width, device='cuda')
-                result = measure.out_of_memory_as_none(lambda: measure_one(model, image, dtype))  # noqa: B023
-                if result is None:
-                    print(f'  {height}x{width}x{batch}: out of memory')
-                    continue
-                row |= result
-                print(f'  {height}x{width}x{batch}: forward {result["forward"]["median"]:.2f} ms, both '
-                      f'{result["both"]["median"]:.2f} ms, peak {result["both_peak_bytes"] / 2**30:.2f} GiB')
-    return {'benchmark': 'backbone', 'machine': measure.machine(), 'rows': rows}
+                image = *row['image'], row['batch']
+                times = measure.out_of_memory_as_none(lambda: measure_one(model, image, dtype))  # noqa: B023
+                row.update(times or {})
+                print(f'  {"x".join(map(str, image))}: ' + (
+                    'out of memory' if times is None else
+                    f'forward {times["forward"]["median"]:.2f} ms, both {times["both"]["median"]:.2f} ms, '
+                    f'peak {times["both_peak_bytes"] / 2**30:.2f} GiB'))
+            result.add(row)
 
 
 def main() -> int:
-    """Parse, measure, save. Returns 1 where our backbone was wrong."""
+    """Parse, measure, save row by row. Returns 1 where our backbone was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='tiny', choices=['tiny', 'small', 'base'])
     parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
     parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
-    parser.add_argument('--implementations', nargs='+', default=['eager', 'compiled', 'ours', 'ours-fused'],
+    parser.add_argument('--implementations', nargs='+', default=['ours', 'ours-fused', 'eager', 'compiled'],
                         choices=['eager', 'compiled', 'ours', 'ours-fused'])
     parser.add_argument('--backend', default='triton', choices=['triton', 'reference'], help='of ours')
     parser.add_argument('--out', type=Path, default=measure.RESULTS / 'backbone.json')
+    measure.add_resume(parser)
     args = parser.parse_args()
     measure.require_cuda()
-    document = benchmark(args)
-    measure.save(args.out, document)
-    return 0 if all(row['correct'] for row in document['rows'] if row['implementation'].startswith('ours')) else 1
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 for all
+    result = measure.Result(args.out, {'benchmark': 'backbone', 'machine': measure.machine()}, args.resume)
+    for dtype in args.dtypes:
+        measure_rows(args, dtype, result)
+    print(f'wrote {args.out}')
+    rows = [row for row in result.rows if row['implementation'].startswith('ours')]
+    return 0 if all(row['correct'] for row in rows) else 1
 
 
 if __name__ == '__main__':

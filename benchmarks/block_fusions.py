@@ -2,19 +2,22 @@
 
     python benchmarks/block_fusions.py                        # everything, to benchmarks/results/block_fusions.json
     python benchmarks/block_fusions.py --fusions cpe_norm --sizes 800x1280x2 --stages 1
+    python benchmarks/block_fusions.py --resume               # what an interrupted run has not measured
     python benchmarks/report.py benchmarks/results/block_fusions.json --dtype bf16
 
 16 bits are those of autocast with fp32 weights, on tokens of 16 bits, as in training. Before any timing outputs and
-gradients are held to fp64. ``fused=`` of the models stays off unless a fusion wins here: the last lines say so.
+gradients are held to fp64. ``fused=`` of the models stays off unless a fusion wins here: the last lines say so, for
+each dtype and size.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 import measure  # noqa: E402
-from attention_op import CHANNELS, DTYPES, SIZES, percent_of_copy, size  # noqa: E402
+from attention_op import DTYPES, SIZES, percent_of_copy, size  # noqa: E402
+from attention_op import describe as describe_stage  # noqa: E402
 
 from mila_mm.ops import cpe_norm, dwc_silu, why_not_triton_stencil  # noqa: E402
 
@@ -125,83 +129,97 @@ def measure_one(op: Op, inputs: list[Tensor], hw: tuple[int, int], dtype: torch.
     }
 
 
-def measure_sizes(args: argparse.Namespace, fusion: str, name: str, dtype_name: str, stage: int,
-                  bandwidth: float) -> list[dict[str, Any]]:
-    """The rows of one implementation on the maps of one stage."""
-    dtype, channels = DTYPES[dtype_name], CHANNELS[stage - 1]
+def measure_rows(rows: list[dict[str, Any]], bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Complete rows of one fusion, dtype, stage and implementation."""
+    fusion, dtype_name, name, channels = (rows[0][k] for k in ('fusion', 'dtype', 'implementation', 'channels'))
+    dtype, (there, back) = DTYPES[dtype_name], PASSES[fusion]
     op = fused(fusion) if name == 'ours' else modules(fusion)
     op = torch.compile(op, dynamic=False) if name == 'compiled' else op
     errors = worst_errors(fusion, op, dtype, channels)
     slack = 1 if name == 'ours' else 5  # PyTorch sums the gradients of a convolution's weights in 16 bits
     correct = all(error <= slack * limit for error, limit in zip(errors, LIMITS[dtype_name], strict=True))
-    print(f'{fusion} {dtype_name} stage {stage} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
+    print(f'{dtype_name} {rows[0]["stage"]} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
           f'{"" if correct else " TOO LARGE, not timed"}')
-    rows = []
-    for height, width, batch in args.sizes:
-        torch._dynamo.reset()  # each size compiled for itself: past a limit it would run uncompiled
-        hw = tuple(-(-side // 2 ** (stage + 1)) for side in (height, width))
-        row = {'fusion': fusion, 'dtype': dtype_name, 'stage': f'{fusion} {stage}', 'implementation': name,
-               'image': [height, width], 'batch': batch, 'map': list(hw), 'channels': channels, 'errors': errors,
-               'correct': correct}
-        rows.append(row)
-        if not correct:
-            continue
-        inputs = draw(fusion, batch, *hw, channels, dtype)
-        result = measure.out_of_memory_as_none(lambda: measure_one(op, inputs, hw, dtype))  # noqa: B023
-        if result is None:
-            print(f'  {height}x{width}x{batch}: out of memory')
-            continue
-        row |= result
-        there, back = PASSES[fusion]
-        for key, passes in (('forward', there), ('both', there + back)):
-            best = (result[f'{key}_graph'] or result[key])['median']
-            row[f'{key}_percent_of_copy'] = percent_of_copy(inputs[0].numel(), passes, dtype, best, bandwidth)
-        print(f'  {height}x{width}x{batch}: forward {result["forward"]["median"]:.3f} ms, both '
-              f'{result["both"]["median"]:.3f} ms ({row["both_percent_of_copy"]:.0f} % of copy)')
-    return rows
+    for row in rows:
+        row.update(errors=errors, correct=correct)
+        if correct:
+            torch._dynamo.reset()  # each size compiled for itself: past a limit it would run uncompiled
+            hw, title = tuple(row['map']), f'  {row["image"][0]}x{row["image"][1]}x{row["batch"]}'
+            inputs = draw(fusion, row['batch'], *hw, channels, dtype)
+            result = measure.out_of_memory_as_none(lambda: measure_one(op, inputs, hw, dtype))  # noqa: B023
+            if result is None:
+                print(f'{title}: out of memory')
+            else:
+                row.update(result)
+                for key, passes in (('forward', there), ('both', there + back)):
+                    best = (result[f'{key}_graph'] or result[key])['median']
+                    row[f'{key}_percent_of_copy'] = percent_of_copy(inputs[0].numel(), passes, dtype, best, bandwidth)
+                print(f'{title}: forward {result["forward"]["median"]:.3f} ms, both {result["both"]["median"]:.3f} ms '
+                      f'({row["both_percent_of_copy"]:.0f} % of copy)')
+        yield row
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """For each fusion the median ratio of times, forward and backward, over the better of the unfused forms."""
+    """For each fusion and dtype, and each size of these, the ratio of times, forward and backward, over the better of
+    the unfused forms: the median over what the line covers."""
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if 'both' in row:
+            image = f'{row["image"][0]} x {row["image"][1]}, batch {row["batch"]}'
+            case = times.setdefault((row['fusion'], row['dtype'], image, row['stage']), {})
+            case[row['implementation']] = (row['both_graph'] or row['both'])['median']
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for (fusion, dtype, image, _), by in times.items():
+        if 'ours' in by and len(by) > 1:
+            ratio = min(t for name, t in by.items() if name != 'ours') / by['ours']
+            for covered in ('all sizes', image):
+                ratios.setdefault((fusion, dtype, covered), []).append(ratio)
     lines = []
-    for fusion in PASSES:
-        times: dict[tuple[object, ...], dict[str, float]] = {}
-        for row in rows:
-            if row['fusion'] == fusion and 'both' in row:
-                case = times.setdefault((row['dtype'], row['stage'], *row['image'], row['batch']), {})
-                case[row['implementation']] = (row['both_graph'] or row['both'])['median']
-        ratios = [min(t for name, t in by.items() if name != 'ours') / by['ours']
-                  for by in times.values() if 'ours' in by and len(by) > 1]
-        if ratios:
-            median = statistics.median(ratios)
-            lines.append(f'{fusion}: {"WINS" if median > 1 else "LOSES"}, {median:.2f} x the better unfused form '
-                         f'(worst {min(ratios):.2f}, {sum(r > 1 for r in ratios)} of {len(ratios)} cases)')
+    for (fusion, dtype, image), found in sorted(ratios.items(), key=lambda item: (
+            list(PASSES).index(item[0][0]), item[0][1], item[0][2] != 'all sizes')):
+        median = statistics.median(found)
+        lines.append(f'{fusion}, {dtype}, {image}: {"WINS" if median > 1 else "LOSES"}, {median:.2f} x the better '
+                     f'unfused form (worst {min(found):.2f}, {sum(r > 1 for r in found)} of {len(found)} cases)')
     return lines
 
 
+def describe(dtype: str, fusion: str, stage: int, name: str, size: tuple[int, int, int]) -> dict[str, Any]:
+    """What is known of a row before anything runs."""
+    row = describe_stage(dtype, stage, name, size)
+    return {'fusion': fusion, **row, 'stage': f'{fusion} {stage}'}
+
+
+def require_kernels() -> None:
+    """Exit with one line where ours would not run."""
+    measure.require_cuda()
+    if (reason := why_not_triton_stencil(torch.zeros(1, 4, 64, device='cuda'))) is not None:
+        sys.exit(f'the Triton kernels cannot run here: {reason}')
+
+
 def main() -> int:
-    """Parse, measure, save. Returns 1 where one of our forms was wrong."""
+    """Parse, measure, save row by row. Returns 1 where one of our forms was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--fusions', nargs='+', default=list(PASSES), choices=PASSES)
     parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
     parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
     parser.add_argument('--stages', type=int, nargs='+', default=[1, 2, 3, 4], choices=[1, 2, 3, 4])
-    parser.add_argument('--implementations', nargs='+', default=['eager', 'compiled', 'ours'],
+    parser.add_argument('--implementations', nargs='+', default=['ours', 'eager', 'compiled'],
                         choices=['eager', 'compiled', 'ours'])
     parser.add_argument('--out', type=Path, default=measure.RESULTS / 'block_fusions.json')
+    measure.add_resume(parser)
     args = parser.parse_args()
-    measure.require_cuda()
-    if (reason := why_not_triton_stencil(torch.zeros(1, 4, 64, device='cuda'))) is not None:
-        sys.exit(f'the Triton kernels cannot run here: {reason}')
+    require_kernels()
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 for all
-    bandwidth = measure.copy_bandwidth()
-    rows = [row for fusion in args.fusions for dtype in args.dtypes for stage in args.stages
-            for name in args.implementations for row in measure_sizes(args, fusion, name, dtype, stage, bandwidth)]
-    lines = verdicts(rows)
-    print('\n'.join(lines))
-    measure.save(args.out, {'benchmark': 'block_fusions', 'machine': measure.machine(), 'copy_bandwidth': bandwidth,
-                            'verdicts': lines, 'rows': rows})
-    return 0 if all(row['correct'] for row in rows if row['implementation'] == 'ours') else 1
+    head = {'benchmark': 'block_fusions', 'machine': measure.machine(), 'copy_bandwidth': measure.copy_bandwidth()}
+    result = measure.Result(args.out, head, args.resume)
+    for cases in itertools.product(args.dtypes, args.fusions, args.stages, args.implementations):
+        if todo := result.missing([describe(*cases, size) for size in args.sizes]):
+            for row in measure_rows(todo, result.document['copy_bandwidth']):
+                result.add(row)
+    result.document['verdicts'] = verdicts(result.rows)
+    print('\n'.join(result.document['verdicts']))
+    measure.save(args.out, result.document)
+    return 0 if all(row['correct'] for row in result.rows if row['implementation'] == 'ours') else 1
 
 
 if __name__ == '__main__':

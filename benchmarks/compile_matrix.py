@@ -37,7 +37,9 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import measure  # noqa: E402
+
 from mila_mm.ops.triton import (  # noqa: E402
     backward_kernels,
     configs,
@@ -173,11 +175,12 @@ def recording(case: str, mode: str) -> Iterator[list[Launch]]:
 
 
 def record(
-    mode: str, dtype: torch.dtype, dots: str, head_width: int, heads: int, lepe: bool, gate: bool
+    mode: str, dtype: torch.dtype, dots: str, head_width: int, heads: int, lepe: bool, gate: bool,
+    size: tuple[int, int] = (20, 20),
 ) -> list[Launch]:
     """All launches of one forward and one backward pass, with more than one split so that every kernel is there."""
     case = f'd{head_width} {"odd" if heads % 2 else "even"} heads{" lepe" * lepe}{" gate" * gate}'
-    height, width = 20, 20
+    height, width = size
     channels = heads * head_width
     x = torch.zeros(1, height * width, channels, dtype=dtype)
     weight, bias = (torch.zeros(channels, 1, 3, 3), torch.zeros(channels)) if lepe else (None, None)
@@ -190,10 +193,11 @@ def record(
     return launches
 
 
-def record_stencils(mode: str, dtype: torch.dtype, channels: int) -> list[Launch]:
+def record_stencils(
+    mode: str, dtype: torch.dtype, channels: int, size: tuple[int, int] = (20, 20)
+) -> list[Launch]:
     """All launches of the block's stencils on tokens of one width, forward and backward."""
-    size = (20, 20)
-    x = torch.zeros(1, 400, channels, dtype=dtype)
+    x = torch.zeros(1, size[0] * size[1], channels, dtype=dtype)
     vector = torch.zeros(channels)
     weights = (torch.zeros(channels, 1, 3, 3), vector)
     with recording(f'{channels} channels', mode) as launches:
@@ -311,6 +315,7 @@ def main() -> int:
             'triton': triton.__version__,
             'torch': torch.__version__,
             'ptxas': nvidia.get_ptxas_version(90).strip().splitlines()[-1],
+            'commit': measure.commit(),
             'reports': [{**asdict(report), 'narrow': report.narrow} for report in reports],
         }
         args.out.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')

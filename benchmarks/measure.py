@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,22 +29,28 @@ def require_cuda() -> None:
         sys.exit('expected a CUDA device, got none: these figures mean nothing elsewhere')
 
 
+def output(*command: str) -> str:
+    """What a command prints, in the checkout; 'unknown' where it cannot run."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether code has changed since."""
+    name = output('git', 'rev-parse', 'HEAD')
+    changed = output('git', 'status', '--porcelain', '--', 'mila_mm', 'benchmarks/*.py')
+    return name + (' with changes' if name != 'unknown' and changed else '')
+
+
 def machine() -> dict[str, Any]:
     """GPU, driver, versions, commit and date, as they go into every result."""
-
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        except (FileNotFoundError, subprocess.CalledProcessError):
-            return 'unknown'
-
     triton = 'none'
     if importlib.util.find_spec('triton') is not None:
         import triton as package
 
         triton = package.__version__
-    commit = output('git', 'rev-parse', 'HEAD')
-    changed = output('git', 'status', '--porcelain', '--', 'mila_mm', 'benchmarks')
     return {
         'gpu': torch.cuda.get_device_name(),
         'capability': '.'.join(map(str, torch.cuda.get_device_capability())),
@@ -50,7 +58,7 @@ def machine() -> dict[str, Any]:
         'torch': torch.__version__,
         'cuda': torch.version.cuda,
         'triton': triton,
-        'commit': commit + (' with changes' if commit != 'unknown' and changed else ''),
+        'commit': commit(),
         'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
     }
 
@@ -137,11 +145,70 @@ def out_of_memory_as_none(function: Callable[[], Any]) -> Any:
         return None
 
 
-def save(path: Path, document: dict[str, Any]) -> None:
-    """Write a result as JSON."""
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Write a result as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
+    part = path.with_name(path.name + '.part')
+    part.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
+    os.replace(part, path)
+
+
+def save(path: Path, document: dict[str, Any]) -> None:
+    """Write a result as JSON and say so."""
+    write(path, document)
     print(f'wrote {path}')
+
+
+class Result:
+    """A result that is written after every row, so that an interruption costs the row in progress only.
+
+    Args:
+        path: The JSON.
+        head: What it says beside its rows; ``machine`` is that of :func:`machine`.
+        resume: Keep what a run on the same machine and commit has left in ``path``, and continue it.
+
+    Raises:
+        SystemExit: ``path`` holds rows of another machine or commit.
+    """
+
+    KEY = ('dtype', 'stage', 'arch', 'implementation', 'image', 'batch')
+    """What tells rows apart, as far as they have it."""
+
+    def __init__(self, path: Path, head: dict[str, Any], resume: bool = False) -> None:
+        self.path = path
+        self.document = {**head, 'rows': []}
+        if resume and path.exists():
+            before = json.loads(path.read_text(encoding='utf-8'))
+            differs = [f'{name} {mine}, got {before["machine"].get(name)}' for name, mine in head['machine'].items()
+                       if name != 'date' and before['machine'].get(name) != mine]
+            if differs:
+                sys.exit(f'--resume: {path}: expected {"; ".join(differs)}; leave --resume out to begin anew')
+            self.document = before
+        self._done = {self._key(row) for row in self.rows}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far."""
+        return self.document['rows']
+
+    def _key(self, row: dict[str, Any]) -> str:
+        return json.dumps([row.get(name) for name in self.KEY])
+
+    def missing(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of ``rows`` that are not there yet."""
+        return [row for row in rows if self._key(row) not in self._done]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row in and write the file."""
+        self._done.add(self._key(row))
+        self.rows.append(row)
+        write(self.path, self.document)
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Add the option of :class:`Result`."""
+    parser.add_argument('--resume', action='store_true',
+                        help='measure only rows that --out lacks; those in it must be of this machine and commit')
 
 
 def write_docs(text: str, name: str, path: Path = ROOT / 'docs' / 'scale.md') -> None:

@@ -1,4 +1,4 @@
-"""The table and the plot of a benchmark's JSON.
+"""The table and the plot of a benchmark's JSON, and which of the goals for speed it meets.
 
     python benchmarks/report.py benchmarks/results/attention_op.json [--dtype bf16] [--plot out.png]
 """
@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+IMPLEMENTATIONS = ('eager', 'compiled', 'ours', 'ours-fused')
+PASSES = (('forward', 'forward'), ('both', 'forward + backward'))
+# The goals, all in bf16 at 800 x 1280. From batch 4 on: percent of the copy bandwidth in stages 1 to 3, and how many
+# times faster than eager all attentions of MILA-T are together (its blocks by stage). At batch 2: how many times faster
+# than others a training step of MILA-T is, and the share of their peak memory.
+COPY_GOAL, CORE_GOALS, DEPTHS = 70.0, {'forward': 8.0, 'both': 6.0}, {1: 2, 2: 4, 3: 8, 4: 4}
+STEP_GOALS, PEAK_GOAL = {'eager': 2.5, 'compiled': 1.3}, 0.5
 
 
 def grouped(rows: list[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
@@ -48,21 +56,68 @@ def table(document: dict[str, Any], dtype: str | None) -> str:
              f'commit {machine["commit"][:12]}, {machine["date"][:10]}']
     if 'copy_bandwidth' in document:
         lines[0] += f'; copy bandwidth {document["copy_bandwidth"] / 1e12:.2f} TB/s'
-    lines += ['', '| dtype | stage | image | batch | pass | eager ms | compiled ms | ours ms | over eager '
-              '| over compiled | % of copy | peak of eager, ours GiB |', '| --- ' * 12 + '|']
+    names = [name for name in IMPLEMENTATIONS if any(row['implementation'] == name for row in document['rows'])]
+    columns = ['dtype', 'stage', 'image', 'batch', 'pass', *(f'{name} ms' for name in names), 'over eager',
+               'over compiled', '% of copy', f'peak of {", ".join(names)} GiB']
+    lines += ['', f'| {" | ".join(columns)} |', '| --- ' * len(columns) + '|']
     for (name, stage, image, batch), rows in grouped(document['rows']).items():
         if dtype not in (None, name):
             continue
-        for key, title in (('forward', 'forward'), ('both', 'forward + backward')):
+        for key, title in PASSES:
             share = rows.get('ours', {}).get(f'{key}_percent_of_copy')
-            peaks = [rows.get(x, {}).get(f'{key}_peak_bytes') for x in ('eager', 'ours')]
-            lines.append(
-                f'| {name} | {stage} | {image} | {batch} | {title} | '
-                + ' | '.join(cell(rows.get(x), key) for x in ('eager', 'compiled', 'ours'))
-                + f' | {ratio(rows, "eager", key)} | {ratio(rows, "compiled", key)} | '
-                + f'{"" if share is None else f"{share:.0f}"} | '
-                + ', '.join('' if peak is None else f'{peak / 2**30:.2f}' for peak in peaks) + ' |')
+            peaks = [rows.get(x, {}).get(f'{key}_peak_bytes') for x in names]
+            cells = [name, stage, image, batch, title, *(cell(rows.get(x), key) for x in names),
+                     ratio(rows, 'eager', key), ratio(rows, 'compiled', key), '' if share is None else f'{share:.0f}',
+                     ', '.join('-' if peak is None else f'{peak / 2**30:.2f}' for peak in peaks)]
+            lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
+
+
+def verdict(met: bool, text: str) -> str:
+    """A goal's line."""
+    return f'{"met" if met else "MISSED"}: {text}'
+
+
+def core_goals(rows: list[Row]) -> list[str]:
+    """The goals of the attention op, as far as there are rows."""
+    groups = {(stage, batch): by for (dtype, stage, image, batch), by in grouped(rows).items()
+              if dtype == 'bf16' and image == '800 x 1280' and batch >= 4}
+    lines = []
+    for (stage, batch), by in sorted(groups.items()):
+        if stage <= 3 and (share := by.get('ours', {}).get('forward_percent_of_copy')) is not None:
+            lines.append(verdict(share >= COPY_GOAL, f'forward of stage {stage}, batch {batch}: {share:.0f} % of copy '
+                                                     f'bandwidth, goal {COPY_GOAL:.0f} %'))
+    for batch, (key, title) in itertools.product(sorted({batch for _, batch in groups}), PASSES):
+        by_stage = [groups.get((stage, batch), {}) for stage in DEPTHS]
+        if all(key in by.get(name, {}) for by in by_stage for name in ('eager', 'ours')):
+            eager, ours = (sum(depth * by[name][key]['median'] for by, depth in zip(by_stage, DEPTHS.values(),
+                                                                                   strict=True))
+                           for name in ('eager', 'ours'))
+            lines.append(verdict(eager / ours >= CORE_GOALS[key],
+                                 f'{title} of all attentions of MILA-T, batch {batch}: {eager / ours:.1f} x eager, '
+                                 f'goal {CORE_GOALS[key]:.0f} x'))
+    return lines
+
+
+def step_goals(rows: list[Row]) -> list[str]:
+    """The goals of a training step, as far as there are rows."""
+    by = grouped(rows).get(('bf16', 'tiny', '800 x 1280', 2), {})
+    lines = []
+    for ours, (other, goal) in itertools.product(('ours', 'ours-fused'), STEP_GOALS.items()):
+        if all('both' in by.get(name, {}) for name in (ours, other)):
+            faster = by[other]['both']['median'] / by[ours]['both']['median']
+            share = by[ours]['both_peak_bytes'] / by[other]['both_peak_bytes']
+            title = f'training step of MILA-T, batch 2, {ours}:'
+            lines += [verdict(faster >= goal, f'{title} {faster:.2f} x {other}, goal {goal} x'),
+                      verdict(share <= PEAK_GOAL, f'{title} {share:.2f} of the peak memory of {other}, '
+                                                  f'goal {PEAK_GOAL}')]
+    return lines
+
+
+def goals(document: dict[str, Any]) -> list[str]:
+    """Each goal for speed that the result has the rows for, as met or missed, with its figure."""
+    judge = {'attention_op': core_goals, 'backbone': step_goals}.get(document['benchmark'])
+    return [] if judge is None else judge(document['rows'])
 
 
 def plot(document: dict[str, Any], dtype: str, path: Path) -> None:
@@ -75,11 +130,12 @@ def plot(document: dict[str, Any], dtype: str, path: Path) -> None:
     groups = {key: rows for key, rows in grouped(document['rows']).items() if key[0] == dtype}
     labels = [f'{image} B={batch}\n{stage}' for _, stage, image, batch in groups]
     figure, axes = pyplot.subplots(2, 1, figsize=(max(8, len(groups)), 8), sharex=True)
-    for axis, key, title in zip(axes, ('forward', 'both'), ('forward', 'forward + backward'), strict=True):
-        for index, name in enumerate(('eager', 'compiled', 'ours')):
+    for axis, key, title in zip(axes, *zip(*PASSES, strict=True), strict=True):
+        for index, name in enumerate(IMPLEMENTATIONS):
             places = [i for i, rows in enumerate(groups.values()) if key in rows.get(name, {})]
             heights = [list(groups.values())[i][name][key]['median'] for i in places]
-            axis.bar([i + 0.27 * (index - 1) for i in places], heights, 0.25, label=name)
+            if places:
+                axis.bar([i + 0.2 * (index - 1.5) for i in places], heights, 0.18, label=name)
         axis.set(yscale='log', ylabel='ms', title=f'{title}, {dtype}, {document["machine"]["gpu"]}')
         axis.legend()
     axes[1].set_xticks(range(len(labels)), labels, rotation=60, fontsize=7)
@@ -96,6 +152,8 @@ def main() -> int:
     args = parser.parse_args()
     document = json.loads(args.result.read_text(encoding='utf-8'))
     print(table(document, args.dtype))
+    if lines := goals(document):
+        print('\nGoals, bf16 at 800 x 1280:\n\n' + '\n'.join(f'- {line}' for line in lines))
     if importlib.util.find_spec('matplotlib') is None:
         print('matplotlib is not installed: no plot', file=sys.stderr)
         return 0

@@ -30,9 +30,19 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
+@torch.compiler.assume_constant_result
+def _cudnn_rounds() -> bool:
+    """Whether cuDNN may round what an fp32 convolution takes to TF32, as it may unless told otherwise."""
+    cudnn = torch.backends.cudnn
+    # The old attribute may raise once the new one has been set, so the new one is asked wherever it exists.
+    return cudnn.conv.fp32_precision == 'tf32' if hasattr(cudnn, 'conv') else cudnn.allow_tf32
+
+
 def _full_precision(x: Tensor) -> bool:
     """True where a convolution of x would compute in fp32 or fp64."""
-    return x.dtype in (torch.float32, torch.float64) and autocast_dtype(x.device.type) is None
+    if autocast_dtype(x.device.type) is not None or (x.is_cuda and x.dtype == torch.float32 and _cudnn_rounds()):
+        return False
+    return x.dtype in (torch.float32, torch.float64)
 
 
 def _may_overwrite() -> bool:
@@ -56,8 +66,8 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor, height: int, width: int, residual: bool = False) -> Tensor:
         """Return conv(x), or x + conv(x) if ``residual``; x and the result (B, H * W, C)."""
         weight = self.weight
-        # x + conv(x) is the convolution with 1 added to its middle tap: one pass over memory less. Not in 16 bits,
-        # where the sum would round the small weight away.
+        # x + conv(x) is the convolution with 1 added to its middle tap: one pass over memory less. Not in 16 bits or
+        # TF32, where the sum would round the small weight, and x, away.
         inside = residual and _full_precision(x) and weight.dtype == x.dtype
         if inside:
             middle = torch.zeros(self.kernel_size, dtype=weight.dtype, device=weight.device)

@@ -25,9 +25,11 @@ _library.define(f'attention_backward(Tensor grad_y, {_INPUTS}, Tensor state, Ten
 
 def _kernels(qk: Tensor, v: Tensor, num_heads: int):
     """Return the module whose ``attention_forward`` and ``attention_backward`` serve these tensors."""
-    if v.is_cuda and why_not_triton(qk, v, num_heads) is None:
+    if v.is_cuda:
         from . import triton
-        return triton
+        if triton.why_not(qk, v, num_heads) is None:
+            return triton
+        triton.warn_of_what_is_missing(v.device)
     return closed_form
 
 
@@ -51,8 +53,9 @@ def as_written(v: Tensor) -> AbstractContextManager:
 def _forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, gate: Tensor | None,
              height: int, width: int, num_heads: int, eps: float, rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
     with as_written(v):
-        return _kernels(qk, v, num_heads).attention_forward(
+        results = _kernels(qk, v, num_heads).attention_forward(
             qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base)
+    return tuple(x.contiguous() for x in results)  # as the fake kernel says, whatever the strides of the inputs
 
 
 def _backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
@@ -62,7 +65,7 @@ def _backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None,
         grads = _kernels(qk, v, num_heads).attention_backward(
             grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base)
     # An op returns tensors only: an empty one stands for the gradient of an input that was not given.
-    return tuple(v.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(v.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
 for _key in ('CPU', 'CUDA'):

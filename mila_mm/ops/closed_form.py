@@ -1,7 +1,8 @@
 """Forward and backward of ``mila_attention`` in closed form: the CPU kernel of the registered op.
 
 The same mathematics as :mod:`mila_mm.ops.reference`, with few passes over memory and a backward that needs only what
-the caller holds anyway (qk, v, gate) and, per head, a d x d state and a mean key. It runs on any device.
+the caller holds anyway (qk, v, gate) and, per head, a d x d state and a mean key. It runs on any device. An infinity or
+a NaN stays in its image, but not in its head as it does there: sums over heads are products with zeros for the others.
 
 Notation, per batch and head, f = elu + 1, R_n the rotation at token n, N tokens::
 
@@ -24,14 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .rope import rope_grid
+from .rope import rope_grid, to_device
 
 NO_SECOND_ORDER = "mila_attention: expected one differentiation, got a second; take backend='reference' for it"
 Options = tuple[int, int, int, float, float]  # height, width, num_heads, eps, rope_base
 
 
 def _feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """elu + 1 as exp(min(x, 0)) + max(x, 0), in a new buffer."""
+    """elu + 1 as exp(min(x, 0)) + max(x, 0), in a new contiguous buffer."""
+    x = x.contiguous()  # the rotation sees pairs of adjacent channels as complex numbers
     return x.clamp(max=0).to(dtype).exp_().add_(x.clamp(min=0))
 
 
@@ -62,7 +64,8 @@ def _members(num_heads: int, channels: int, dtype: torch.dtype, device: torch.de
     One product instead of an elementwise walk in steps of d channels, which PyTorch does not vectorise well.
     """
     with torch.inference_mode(False):
-        return torch.eye(num_heads, dtype=dtype, device=device).repeat_interleave(channels // num_heads, dim=1)
+        members = torch.eye(num_heads, dtype=dtype, device='cpu').repeat_interleave(channels // num_heads, dim=1)
+        return to_device(members, device)
 
 
 def _spread(key_mean: Tensor) -> Tensor:

@@ -8,12 +8,32 @@ device, belong to no module and reach no state dict.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _lines: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = {}
+_superseded: list[tuple[Tensor, Tensor]] = []
+"""Tables that larger ones have replaced. A captured CUDA graph may go on reading them; together they are smaller."""
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a table that will be cached from the CPU to a device, into memory that lasts.
+
+    The first call under ``torch.compile(mode='reduce-overhead')`` allocates from the pool of a CUDA graph, which is
+    reused as if the cache were not there. Pools are chosen for a thread, so another one copies.
+    """
+    if x.device == device:
+        return x
+    if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError('mila_mm.ops: expected a run on a map of this size before the capture of a CUDA graph, got '
+                           'none: what is cached for it cannot be made inside of the graph')
+    if device.type == 'cuda' and device.index is None:  # the current device is one of a thread, too
+        device = torch.device('cuda', torch.cuda.current_device())
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(x.to, device).result()
 
 
 def _angles(length: int, channels: int, base: float) -> Tensor:
@@ -44,7 +64,9 @@ def rope_tables(length: int, channels: int, base: float, device: torch.device) -
         # An inference tensor could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             angles = _angles(max(64, 1 << (length - 1).bit_length()), channels, base)
-            tables = angles.cos().to(device), angles.sin().to(device)
+            tables = to_device(angles.cos(), key[2]), to_device(angles.sin(), key[2])
+        if key in _lines:
+            _superseded.append(_lines[key])
         _lines[key] = tables
     return tables
 
@@ -77,8 +99,8 @@ def rope_grid(height: int, width: int, channels: int, base: float, device: torch
         (H * W, C // 2, 2), [..., 0] the cosine and [..., 1] the sine; cached, not to be written to.
     """
     with torch.inference_mode(False), torch.no_grad():
-        grid = build_rope_grid(height, width, channels, base, device, dtype)
-        return grid * grid.new_tensor([1, -1]) if inverse else grid
+        grid = build_rope_grid(height, width, channels, base, torch.device('cpu'), dtype)
+        return to_device(grid * grid.new_tensor([1, -1]) if inverse else grid, device)
 
 
 def grid_for(x: Tensor, height: int, width: int, channels: int, base: float, dtype: torch.dtype) -> Tensor:
@@ -90,6 +112,10 @@ def grid_for(x: Tensor, height: int, width: int, channels: int, base: float, dty
 
 
 def clear_rope_cache() -> None:
-    """Forget every cached table, as after a run on many sizes when memory matters."""
+    """Forget every cached table, as after a run on many sizes when memory matters.
+
+    Not while a CUDA graph that has captured the attention will be replayed: it reads the tables where they were.
+    """
     _lines.clear()
+    _superseded.clear()
     rope_grid.cache_clear()

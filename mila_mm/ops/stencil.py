@@ -35,6 +35,17 @@ def why_not_triton_stencil(x: Tensor) -> str | None:
     return triton.why_not_stencil(x)
 
 
+def _by_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels serve x."""
+    if not x.is_cuda:
+        return False
+    from . import triton
+    if triton.why_not_stencil(x) is None:
+        return True
+    triton.warn_of_what_is_missing(x.device)
+    return False
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -95,7 +106,7 @@ def dwc_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: t
 def _cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
                       height: int, width: int, eps: float,
                       dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if why_not_triton_stencil(x) is None:
+    if _by_triton(x):
         from .triton import stencil_launch
         return stencil_launch.cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps,
                                                dtype)
@@ -105,13 +116,14 @@ def _cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_we
         out = (wide + _depthwise(wide, conv_weight, conv_bias, height, width)).to(x.dtype)
         y, mean, rstd = torch.native_layer_norm(out.to(compute), x.shape[-1:], norm_weight.to(compute),
                                                 norm_bias.to(compute), eps)
-    return out, y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    results = out, y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return tuple(t.contiguous() for t in results)  # as the fake kernel says, whatever the strides of x
 
 
 def _cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: Tensor, conv_bias: Tensor,
                        norm_weight: Tensor, norm_bias: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, height: int,
                        width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if why_not_triton_stencil(x) is None:
+    if _by_triton(x):
         from .triton import stencil_launch
         return stencil_launch.cpe_norm_backward(grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias,
                                                 out, mean, rstd, height, width)
@@ -125,11 +137,11 @@ def _cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight:
         grad_x += grad
     grads = (grad_x, grad_weight, grad_bias, grad_gamma, grad_beta)
     inputs = (x, conv_weight, conv_bias, norm_weight, norm_bias)
-    return tuple(grad.to(given.dtype) for grad, given in zip(grads, inputs, strict=True))
+    return tuple(grad.to(given.dtype).contiguous() for grad, given in zip(grads, inputs, strict=True))
 
 
 def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    if why_not_triton_stencil(x) is None:
+    if _by_triton(x):
         from .triton import stencil_launch
         return stencil_launch.dwc_silu_forward(x, weight, bias, height, width)
     return dwc_silu_reference(x, weight, bias, (height, width)).contiguous()
@@ -137,7 +149,7 @@ def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, widt
 
 def _dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int,
                        width: int) -> tuple[Tensor, Tensor, Tensor]:
-    if why_not_triton_stencil(x) is None:
+    if _by_triton(x):
         from .triton import stencil_launch
         return stencil_launch.dwc_silu_backward(grad_y, x, weight, bias, height, width)
     compute = _compute_dtype(x)
@@ -145,7 +157,7 @@ def _dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, 
         wide = x.to(compute)
         grad = torch.ops.aten.silu_backward(grad_y.to(compute), _depthwise(wide, weight, bias, height, width))
         grads = _depthwise_backward(grad, wide, weight, height, width)
-    return tuple(grad.to(given.dtype) for grad, given in zip(grads, (x, weight, bias), strict=True))
+    return tuple(grad.to(given.dtype).contiguous() for grad, given in zip(grads, (x, weight, bias), strict=True))
 
 
 for _key in ('CPU', 'CUDA'):

@@ -161,7 +161,8 @@ def test_linear_in_the_values(height, width, factor, seed):
     torch.testing.assert_close(attend(inputs[1] + factor * other), attend(inputs[1]) + factor * attend(other))
 
 
-@pytest.mark.parametrize('layout', ['sliced', 'channels_last', 'expanded_grad', 'transposed_grad', 'offset'])
+@pytest.mark.parametrize('layout', ['sliced', 'channels_last', 'transposed_qk', 'expanded_grad', 'transposed_grad',
+                                    'offset'])
 def test_layouts(layout):
     batch, height, width, channels = 2, 5, 6, 32
     inputs = draw(batch, height, width, channels)
@@ -172,6 +173,8 @@ def test_layouts(layout):
     elif layout == 'channels_last':
         inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)
         inputs[4] = inputs[4].transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == 'transposed_qk':
+        inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
     elif layout == 'expanded_grad':
         grad = torch.ones((), dtype=torch.float64).expand(batch, 30, channels)
     elif layout == 'transposed_grad':
@@ -250,12 +253,12 @@ def test_opcheck(shape):
     inputs = draw(batch, height, width, channels, torch.float32)
     qk, v, weight, bias, gate = (t.requires_grad_() for t in inputs)
     options = (height, width, heads, 1e-6, 10000.0)
-    permuted = v.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    for values in (v, permuted):
-        torch.library.opcheck(torch.ops.mila_mm.attention_forward, (qk, values, weight, bias, gate, *options))
-        torch.library.opcheck(torch.ops.mila_mm.attention_forward, (qk, values, None, None, None, *options))
-        _, state, mean = torch.ops.mila_mm.attention_forward(qk, values, weight, bias, gate, *options)
-        detached = [t.detach() for t in (torch.randn_like(v), qk, values, weight, bias, gate, state, mean)]
+    permuted_qk, permuted = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (qk, v))
+    for joint, values in ((qk, v), (qk, permuted), (permuted_qk, v)):
+        torch.library.opcheck(torch.ops.mila_mm.attention_forward, (joint, values, weight, bias, gate, *options))
+        torch.library.opcheck(torch.ops.mila_mm.attention_forward, (joint, values, None, None, None, *options))
+        _, state, mean = torch.ops.mila_mm.attention_forward(joint, values, weight, bias, gate, *options)
+        detached = [t.detach() for t in (torch.randn_like(v), joint, values, weight, bias, gate, state, mean)]
         torch.library.opcheck(torch.ops.mila_mm.attention_backward, (*detached, *options))
 
 

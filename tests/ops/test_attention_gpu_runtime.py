@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mila_mm.ops import mila_attention
+from mila_mm.ops import clear_rope_cache, closed_form, mila_attention
 
 pytestmark = pytest.mark.gpu
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -125,6 +125,61 @@ def test_cuda_graph_replays_on_new_numbers() -> None:
         grad_y.copy_(torch.randn_like(grad_y))
     graph.replay()
     assert_bitwise(captured, forward_backward(inputs, 40, 50, grad_y))
+
+
+def test_cuda_graph_survives_a_larger_map() -> None:
+    """The rotation tables grow by being replaced; the graph reads those of its capture."""
+    clear_rope_cache()
+    inputs = draw(2, 40, 50)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            attend(*inputs, 40, 50)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = attend(*inputs, 40, 50)
+        want = attend(*inputs, 40, 50)
+        attend(*draw(1, 2, 300), 2, 300)
+        torch.cuda.empty_cache()
+        rubbish = [torch.full((64, 16), float('nan'), device='cuda') for _ in range(64)]
+        captured.zero_()
+        graph.replay()
+    assert torch.equal(captured, want) and len(rubbish) == 64
+
+
+def test_a_capture_without_a_run_before_says_so() -> None:
+    clear_rope_cache()
+    inputs = draw(1, 8, 9)
+    attend(*inputs, 8, 9)
+    clear_rope_cache()
+    refused = pytest.raises(RuntimeError, match='expected a run on a map of this size before the capture')
+    with refused, torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        attend(*inputs, 8, 9)
+
+
+@pytest.mark.parametrize('backend', ['triton', 'auto'])
+def test_reduce_overhead_caches_nothing_in_a_graphs_pool(backend: str) -> None:
+    """The first call of each size runs inside of the pool, whose memory later calls overwrite."""
+    clear_rope_cache()
+    torch._dynamo.reset()
+    closed_form._members.cache_clear()
+    heads, channels = (2, 64) if backend == 'triton' else (1, 128)  # heads of 128 channels take the closed form
+
+    def loss(qk: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, height: int, width: int) -> Tensor:
+        y = mila_attention(qk, v, weight, bias, (height, width), heads, gate, backend=backend)
+        return y.float().square().mean()
+
+    compiled = torch.compile(loss, mode='reduce-overhead', fullgraph=True, dynamic=False)
+    for step in range(4):
+        for height, width in ((7, 9), (70, 9)):
+            inputs = draw(2, height, width, channels)
+            torch.compiler.cudagraph_mark_step_begin()
+            got = [x.clone() for x in torch.autograd.grad(compiled(*inputs, height, width), inputs)]
+            want = torch.autograd.grad(loss(*inputs, height, width), inputs)
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-6, msg=lambda m, step=step: f'step {step}: {m}')
 
 
 def test_another_stream() -> None:

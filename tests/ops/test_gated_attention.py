@@ -286,21 +286,3 @@ def test_mistakes_are_named(change, message):
     options = dict(q=q, k=k, v=v, num_heads=2, forget_gate=(delta, a)) | change
     with pytest.raises(ValueError, match=message):
         gated_linear_attention(options.pop('q'), options.pop('k'), options.pop('v'), **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('tokens', LENGTHS)
-def test_on_a_gpu(tokens):
-    inputs = draw(tokens, channels=64, heads=2, states=32)
-    leaves = [t.requires_grad_() for t in inputs]
-    there = [t.detach().cuda().requires_grad_() for t in inputs]
-
-    def run(q, k, v, delta, a, d):
-        return gated_linear_attention(q, k, v, num_heads=2, input_gate=delta, forget_gate=(delta, a), shortcut=d)
-
-    here, on_gpu = run(*leaves), run(*there)
-    torch.testing.assert_close(on_gpu.cpu(), here)
-    weight = torch.randn_like(here)
-    for mine, theirs in zip(torch.autograd.grad((on_gpu * weight.cuda()).sum(), there),
-                            torch.autograd.grad((here * weight).sum(), leaves), strict=True):
-        torch.testing.assert_close(mine.cpu(), theirs)

@@ -165,6 +165,11 @@ def as_batch_inner(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+def as_every_second(x: Tensor) -> Tensor:
+    """A vector with something else between its elements."""
+    return torch.stack((x, torch.full_like(x, float('nan'))), dim=-1).flatten()[::2]
+
+
 @OPS
 @pytest.mark.parametrize('layout', [as_slice, as_first_half, as_channels_first, as_batch_inner])
 def test_layouts_give_the_same_bits(op: str, layout: Callable[[Tensor], Tensor]) -> None:
@@ -172,13 +177,15 @@ def test_layouts_give_the_same_bits(op: str, layout: Callable[[Tensor], Tensor])
     want = problem.run()
     problem.x = layout(problem.x)
     problem.grads = [layout(grad) for grad in problem.grads]
+    problem.parameters[1:] = map(as_every_second, problem.parameters[1:])
     for name, got in problem.run().items():
         assert torch.equal(got, want[name]), name
 
 
 @OPS
-def test_expanded_gradients(op: str) -> None:
+def test_expanded_gradients_and_vectors(op: str) -> None:
     problem = Problem(op, 2, 3, 7, 32, FP32)
+    problem.parameters[1:] = [torch.tensor(0.3 + i).expand(32) for i, _ in enumerate(problem.parameters[1:])]
     problem.grads = [torch.tensor(0.7 + i).expand(2, 21, 32) for i, _ in enumerate(problem.grads)]
     problem.check(factor=2.0)  # a LayerNorm takes out what channels have in common: the rest is a difference
 

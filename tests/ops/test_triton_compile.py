@@ -41,6 +41,27 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return json.loads(out.read_text(encoding='utf-8'))['reports']
 
 
+def test_no_binary_depends_on_the_size(tmp_path: Path) -> None:
+    """Not even where the channels do not divide by 16, and a map's elements do or do not."""
+    script = tmp_path / 'sizes.py'
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT / 'benchmarks')!r})
+import torch, compile_matrix as matrix
+for channels, heads in ((24, 1), (72, 3), (48, 2), (64, 2)):
+    binaries = [[*matrix.record('bf16', torch.bfloat16, 'low', channels // heads, heads, True, True, size),
+                 *matrix.record_stencils('bf16', torch.bfloat16, channels, size)]
+                for size in ((17, 19), (16, 18), (32, 32), (1, 333))]
+    assert len(binaries[0]) >= 13
+    for other in binaries[1:]:
+        for one, another in zip(binaries[0], other, strict=True):
+            assert one == another, (channels, one, another)
+""")
+    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 @pytest.mark.parametrize('capability', [80, 90, 100])
 @pytest.mark.parametrize('mode', ['fp32', 'fp32-tf32', 'fp16', 'bf16'])
 def test_no_spills_and_wide_loads(reports: list[dict[str, Any]], mode: str, capability: int) -> None:

@@ -225,6 +225,11 @@ def as_batch_inner(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+def as_every_second(x: Tensor) -> Tensor:
+    """A vector with something else between its elements."""
+    return torch.stack((x, torch.full_like(x, float('nan'))), dim=-1).flatten()[::2]
+
+
 @interpreted
 @pytest.mark.parametrize('layout', [as_slice, as_channels_last, as_batch_inner])
 def test_layouts_give_the_same_bits(layout: Callable[[Tensor], Tensor]) -> None:
@@ -232,13 +237,15 @@ def test_layouts_give_the_same_bits(layout: Callable[[Tensor], Tensor]) -> None:
     want = problem.run()
     for name in ('qk', 'v', 'gate', 'grad_y'):
         setattr(problem, name, layout(getattr(problem, name)))
+    problem.bias = as_every_second(problem.bias)
     for name, got in problem.run().items():
         assert torch.equal(got, want[name]), name
 
 
 @interpreted
-def test_expanded_gradient() -> None:
+def test_expanded_gradient_and_bias() -> None:
     problem = Problem(2, 3, 7, 32, 1, torch.float32)
+    problem.bias = torch.tensor(0.3).expand(32)
     problem.grad_y = torch.tensor(0.7).expand(2, 21, 32)  # as y.sum() sends it back
     problem.check()
 

@@ -72,9 +72,9 @@ class _Plan:
         return part.unflatten(1, (self.chunks, self.length)).permute(2, 3, 0, 1).flatten(2)
 
     def joined(self, parts: list[Tensor]) -> Tensor:
-        """The segments' (length, D, X), D of any number of axes, as (B, N, D): the inverse of :meth:`cut`."""
+        """The segments' (length, D, X), D of any number of axes, as (B, N, D), dense: the inverse of :meth:`cut`."""
         rows = [p.reshape(self.length, -1, self.batch, self.chunks).permute(2, 3, 0, 1).flatten(1, 2) for p in parts]
-        return torch.cat(rows, dim=1)[:, :self.tokens]
+        return torch.cat(rows, dim=1)[:, :self.tokens].contiguous()
 
     def channels(self, x: Tensor) -> Tensor:
         """(length, C, X) as (length, heads, width, X): broadcasts over the states."""

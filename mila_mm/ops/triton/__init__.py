@@ -30,6 +30,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,7 +49,20 @@ MINIMUM_CAPABILITY = (8, 0)
 """Ampere: the first with bf16 and TF32 matrix units."""
 
 
-@functools.cache
+def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Ask once in a process; Dynamo, which could not trace the question, takes the answer for a constant."""
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    @functools.wraps(function)
+    def ask(*args: torch.device) -> str | None:
+        return cached(*args)
+
+    ask.cache_clear = cached.cache_clear
+    return ask
+
+
+@_constant
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec('triton') is None:
         return 'expected the package triton, got none installed'
@@ -54,7 +74,24 @@ def _why_no_triton() -> str | None:
     return None
 
 
-@functools.cache
+@_constant
+def _why_no_compiler() -> str | None:
+    """Triton builds its launcher at the first launch, with the compiler that its ``runtime/build.py`` looks for."""
+    import triton
+
+    knobs = getattr(triton, 'knobs', None)
+    if interpreted() or sys.platform != 'linux' or (knobs is not None and knobs.build.impl is not None):
+        return None
+    named = os.environ.get('CC')
+    if not any(shutil.which(name) for name in (('gcc', 'clang') if named is None else (named,))):
+        return f'expected a C compiler for Triton ({named or "gcc or clang"}), got none installed'
+    header = Path(sysconfig.get_paths(scheme='posix_prefix')['include']) / 'Python.h'
+    if not header.is_file() and not any(os.environ.get(name) for name in ('CPATH', 'C_INCLUDE_PATH')):
+        return f"expected Python's headers for Triton, got no {header}"
+    return None
+
+
+@_constant
 def _why_not_device(device: torch.device) -> str | None:
     if interpreted():
         return None
@@ -68,6 +105,18 @@ def _why_not_device(device: torch.device) -> str | None:
     return None
 
 
+def _why_not_here(device: torch.device) -> str | None:
+    """What concerns the machine, whatever the tensors."""
+    return _why_no_triton() or _why_not_device(device) or _why_no_compiler()
+
+
+@functools.cache
+def warn_of_what_is_missing(device: torch.device) -> None:
+    """Warn, once, where only the installation keeps a GPU that could run the kernels from doing so."""
+    if _why_not_device(device) is None and (reason := _why_no_triton() or _why_no_compiler()) is not None:
+        warnings.warn(f'mila_mm.ops: {reason}; the slower form in plain PyTorch runs on this GPU instead', stacklevel=2)
+
+
 def why_not(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
     """Say why the kernels cannot take these tensors.
 
@@ -77,7 +126,7 @@ def why_not(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
     Returns:
         None where they can, else one line, 'expected ..., got ...'.
     """
-    if (reason := _why_no_triton() or _why_not_device(v.device)) is not None:
+    if (reason := _why_not_here(v.device)) is not None:
         return reason
     if qk.device != v.device:
         return f'expected qk and v on one device, got {qk.device} and {v.device}'
@@ -91,7 +140,7 @@ def why_not(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
 
 def why_not_stencil(x: Tensor) -> str | None:
     """Say why the kernels of :mod:`.stencil_kernels` cannot take tokens x (B, N, C); None where they can."""
-    if (reason := _why_no_triton() or _why_not_device(x.device)) is not None:
+    if (reason := _why_not_here(x.device)) is not None:
         return reason
     if x.dtype not in DTYPES:
         return f'expected float32, float16 or bfloat16, got {x.dtype}'
@@ -114,4 +163,4 @@ def attention_backward(*args: object, **kwargs: object) -> tuple[Tensor | None, 
     return launch.attention_backward(*args, **kwargs)
 
 
-__all__ = ['attention_backward', 'attention_forward', 'why_not', 'why_not_stencil']
+__all__ = ['attention_backward', 'attention_forward', 'warn_of_what_is_missing', 'why_not', 'why_not_stencil']

@@ -6,6 +6,7 @@ import triton.language as tl
 from .common import (
     feature_map,
     feature_slope,
+    image_offset,
     load_rotation,
     load_square,
     multiply,
@@ -24,7 +25,7 @@ def gate_backward_kernel(
     grad_y_batch_stride, grad_y_token_stride, qk_batch_stride, qk_token_stride, v_batch_stride, v_token_stride,
     gate_batch_stride, gate_token_stride, table_stride, height, width, heads, tiles, tiles_across, eps,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_LEPE: tl.constexpr,
-    STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """do = dy * silu(u) and du = dy * o * silu'(u), with o computed again. Grid: batch * tiles * heads.
 
@@ -43,8 +44,8 @@ def gate_backward_kernel(
     owner = batch * heads + head
 
     out = attend(
-        qk_ptr + batch * qk_batch_stride + first * qk_token_stride,
-        v_ptr + batch * v_batch_stride + first * v_token_stride,
+        qk_ptr + image_offset(batch, qk_batch_stride, ALIGNED) + first * qk_token_stride,
+        v_ptr + image_offset(batch, v_batch_stride, ALIGNED) + first * v_token_stride,
         taps_ptr, bias_ptr, cos_ptr, sin_ptr, state_ptr + owner * (WIDTH * WIDTH), mean_ptr + owner * WIDTH,
         qk_token_stride, v_token_stride, table_stride, height, width, heads, eps, head,
         first_token, row, column, live, channel, channel_live,
@@ -52,9 +53,9 @@ def gate_backward_kernel(
     )
     mask = live[:, None] & channel_live[None, :]
     local = (row * width + column - first_token)[:, None]
-    gate_ptr += batch * gate_batch_stride + first * gate_token_stride
+    gate_ptr += image_offset(batch, gate_batch_stride, ALIGNED) + first * gate_token_stride
     gate = tl.load(gate_ptr + local * gate_token_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    grad_y_ptr += batch * grad_y_batch_stride + first * grad_y_token_stride
+    grad_y_ptr += image_offset(batch, grad_y_batch_stride, ALIGNED) + first * grad_y_token_stride
     grad_y = tl.load(grad_y_ptr + local * grad_y_token_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     open_part = sigmoid(gate, ACCURATE)
     channels = heads * WIDTH
@@ -70,7 +71,7 @@ def query_backward_kernel(
     grad_out_ptr, qk_ptr, cos_ptr, sin_ptr, state_ptr, mean_ptr, grad_qk_ptr, grad_state_ptr, grad_mean_ptr,
     grad_out_batch_stride, grad_out_token_stride, qk_batch_stride, qk_token_stride, table_stride,
     width, tokens, heads, splits, tokens_per_split, scale, eps,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dq, and the parts of dS' = mean of P do^T and of dkm' = mean of e q^, over one run of tokens of one head.
@@ -86,8 +87,9 @@ def query_backward_kernel(
     channel = tl.arange(0, PADDED)
     channel_live = channel < WIDTH
     channels = heads * WIDTH
-    q_ptr = qk_ptr + batch * qk_batch_stride + first.to(tl.int64) * qk_token_stride + head * WIDTH
-    grad_out_ptr += batch * grad_out_batch_stride + first.to(tl.int64) * grad_out_token_stride + head * WIDTH
+    q_ptr = qk_ptr + image_offset(batch, qk_batch_stride, ALIGNED) + first.to(tl.int64) * qk_token_stride + head * WIDTH
+    grad_out_ptr += image_offset(batch, grad_out_batch_stride, ALIGNED) + head * WIDTH
+    grad_out_ptr += first.to(tl.int64) * grad_out_token_stride
     grad_q_ptr = grad_qk_ptr + (batch * tokens + first) * (2 * channels) + head * WIDTH
     owner = batch * heads + head
     state = load_square(state_ptr + owner * (WIDTH * WIDTH), WIDTH, PADDED)
@@ -132,7 +134,7 @@ def key_value_backward_kernel(
     grad_out_batch_stride, grad_out_token_stride, qk_batch_stride, qk_token_stride, v_batch_stride, v_token_stride,
     table_stride, height, width, heads, tiles, tiles_across,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_LEPE: tl.constexpr,
-    STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dk = (R^T dS' v + dkm') phi'(k) and dv = dS'^T k~ + transposed lepe of do. Grid: batch * tiles * heads."""
     program = tl.program_id(0)
@@ -150,9 +152,9 @@ def key_value_backward_kernel(
     mask = live[:, None] & channel_live[None, :]
     local = (row * width + column - first_token)[:, None]
 
-    qk_ptr += batch * qk_batch_stride + first * qk_token_stride + channels
+    qk_ptr += image_offset(batch, qk_batch_stride, ALIGNED) + first * qk_token_stride + channels
     k = tl.load(qk_ptr + local * qk_token_stride + channel[None, :], mask=mask, other=0.0)
-    v_ptr += batch * v_batch_stride + first * v_token_stride
+    v_ptr += image_offset(batch, v_batch_stride, ALIGNED) + first * v_token_stride
     v = tl.load(v_ptr + local * v_token_stride + channel[None, :], mask=mask, other=0.0)
     cos, sin = load_rotation(
         cos_ptr, sin_ptr, table_stride, row, column, live, head, heads, WIDTH, PADDED, STRADDLES
@@ -171,7 +173,7 @@ def key_value_backward_kernel(
     grad_v = multiply(turned, grad_state, LOW, PRECISION, v_ptr.dtype.element_ty)
     if HAS_LEPE:
         grad_v += stencil(
-            grad_out_ptr + batch * grad_out_batch_stride + first * grad_out_token_stride,
+            grad_out_ptr + image_offset(batch, grad_out_batch_stride, ALIGNED) + first * grad_out_token_stride,
             taps_ptr, grad_out_token_stride, channels, row, column, first_token, height, width, channel, channel_live,
             True, ROWS * COLUMNS, PADDED,
         )

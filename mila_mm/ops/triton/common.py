@@ -78,6 +78,15 @@ def load_rotation(
 
 
 @triton.jit
+def image_offset(batch, batch_stride, ALIGNED: tl.constexpr):
+    """Elements before an image; ``ALIGNED`` promises a multiple of 16, which wide loads need to know."""
+    offset = batch * batch_stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return offset
+
+
+@triton.jit
 def load_square(ptr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """A (WIDTH, WIDTH) fp32 matrix as a (PADDED, PADDED) block, zero outside."""
     index = tl.arange(0, PADDED)

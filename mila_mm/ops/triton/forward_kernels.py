@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .common import (
     feature_map,
+    image_offset,
     load_rotation,
     load_square,
     multiply,
@@ -14,9 +15,11 @@ from .common import (
     tile_tokens,
 )
 
-# Sizes of the image change from batch to batch: no binary may depend on whether one of them divides by 16. Strides and
-# the number of channels are not listed, since their divisibility is what allows 128-bit loads.
-SIZES = ['height', 'width', 'tokens', 'splits', 'tokens_per_split', 'tiles', 'tiles_across', 'heads']
+# Sizes of the image change from batch to batch: no binary may depend on whether one of them divides by 16. Strides of
+# tokens and the number of channels are not listed, since their divisibility is what allows 128-bit loads. Batch strides
+# are products of both; what loads need to know of them is in `ALIGNED`.
+SIZES = ['height', 'width', 'tokens', 'splits', 'tokens_per_split', 'tiles', 'tiles_across', 'heads',
+         'qk_batch_stride', 'v_batch_stride', 'gate_batch_stride', 'grad_y_batch_stride', 'grad_out_batch_stride']
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -24,7 +27,7 @@ def state_kernel(
     qk_ptr, v_ptr, cos_ptr, sin_ptr, state_ptr, mean_ptr,
     qk_batch_stride, qk_token_stride, v_batch_stride, v_token_stride, table_stride,
     width, tokens, heads, splits, tokens_per_split, scale,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Parts of S = mean of k~ v^T and of the mean of k^, over one run of tokens of one head.
@@ -41,8 +44,9 @@ def state_kernel(
 
     channel = tl.arange(0, PADDED)
     channel_live = channel < WIDTH
-    k_ptr = qk_ptr + batch * qk_batch_stride + first.to(tl.int64) * qk_token_stride + (heads + head) * WIDTH
-    v_ptr += batch * v_batch_stride + first.to(tl.int64) * v_token_stride + head * WIDTH
+    k_ptr = qk_ptr + image_offset(batch, qk_batch_stride, ALIGNED) + first.to(tl.int64) * qk_token_stride
+    k_ptr += (heads + head) * WIDTH
+    v_ptr += image_offset(batch, v_batch_stride, ALIGNED) + first.to(tl.int64) * v_token_stride + head * WIDTH
 
     state = tl.zeros((PADDED, PADDED), tl.float32)
     mapped_sum = tl.zeros((BLOCK, PADDED), tl.float32)
@@ -144,7 +148,7 @@ def output_kernel(
     qk_batch_stride, qk_token_stride, v_batch_stride, v_token_stride, gate_batch_stride, gate_token_stride,
     table_stride, height, width, heads, tiles, tiles_across, eps,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_LEPE: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_LEPE: tl.constexpr, HAS_GATE: tl.constexpr, ALIGNED: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """y = (S^T P + lepe(v)) * silu(gate) for one tile of tokens and one head. Grid: batch * tiles * heads."""
@@ -161,8 +165,8 @@ def output_kernel(
     owner = batch * heads + head
 
     out = attend(
-        qk_ptr + batch * qk_batch_stride + first * qk_token_stride,
-        v_ptr + batch * v_batch_stride + first * v_token_stride,
+        qk_ptr + image_offset(batch, qk_batch_stride, ALIGNED) + first * qk_token_stride,
+        v_ptr + image_offset(batch, v_batch_stride, ALIGNED) + first * v_token_stride,
         taps_ptr, bias_ptr, cos_ptr, sin_ptr, state_ptr + owner * (WIDTH * WIDTH), mean_ptr + owner * WIDTH,
         qk_token_stride, v_token_stride, table_stride, height, width, heads, eps, head,
         first_token, row, column, live, channel, channel_live,
@@ -171,7 +175,7 @@ def output_kernel(
     mask = live[:, None] & channel_live[None, :]
     local = (row * width + column - first_token)[:, None]
     if HAS_GATE:
-        gate_ptr += batch * gate_batch_stride + first * gate_token_stride
+        gate_ptr += image_offset(batch, gate_batch_stride, ALIGNED) + first * gate_token_stride
         gate = tl.load(gate_ptr + local * gate_token_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         out *= gate * sigmoid(gate, ACCURATE)
     channels = heads * WIDTH

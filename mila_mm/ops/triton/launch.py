@@ -19,6 +19,16 @@ def dense_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
+def vector_or(x: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A (C,) parameter as the kernels read it, dense; an argument that no kernel reads still needs an address."""
+    return stand_in if x is None else x.contiguous()
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether images of all these begin at multiples of 16 elements: a matter of the layout, not of the map's size."""
+    return all(x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 for x in tensors)
+
+
 def depthwise_taps(lepe_weight: Tensor | None, like: Tensor) -> Tensor:
     """The (C, 1, 3, 3) weight as (9, C) fp32: one tap of adjacent channels is then a wide load."""
     if lepe_weight is None:
@@ -135,18 +145,19 @@ def attention_forward(
         forward_kernels.state_kernel[grid](
             qk, v, plan.cos, plan.sin, *parts,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), plan.table_stride,
-            width, plan.tokens, num_heads, plan.splits, plan.tokens_per_split, 1.0 / plan.tokens, **options,
+            width, plan.tokens, num_heads, plan.splits, plan.tokens_per_split, 1.0 / plan.tokens,
+            ALIGNED=aligned(qk, v), **options,
         )
         state, mean = plan.reduce(*parts)
 
         grid, tiles, options = plan.tile('output')
-        gated = v if gate is None else gate  # an argument that no kernel reads still needs an address
+        gated = v if gate is None else gate
         forward_kernels.output_kernel[grid](
-            qk, v, depthwise_taps(lepe_weight, v), v if lepe_bias is None else lepe_bias, gated,
+            qk, v, depthwise_taps(lepe_weight, v), vector_or(lepe_bias, v), gated,
             plan.cos, plan.sin, state, mean, y,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), gated.stride(0), gated.stride(1), plan.table_stride,
             height, width, num_heads, *tiles, eps,
-            HAS_LEPE=lepe_weight is not None, HAS_GATE=gate is not None, **options,
+            HAS_LEPE=lepe_weight is not None, HAS_GATE=gate is not None, ALIGNED=aligned(qk, v, gated), **options,
         )
     return y, state, mean
 
@@ -218,11 +229,11 @@ def _gate_backward(
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grid, tiles, options = plan.tile('gate_backward')
     backward_kernels.gate_backward_kernel[grid](
-        grad_y, qk, v, taps, v if lepe_bias is None else lepe_bias, gate, plan.cos, plan.sin, state, key_mean,
+        grad_y, qk, v, taps, vector_or(lepe_bias, v), gate, plan.cos, plan.sin, state, key_mean,
         grad_out, grad_gate,
         grad_y.stride(0), grad_y.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
         gate.stride(0), gate.stride(1), plan.table_stride, plan.height, plan.width, plan.heads, *tiles, eps,
-        HAS_LEPE=lepe_bias is not None, **options,
+        HAS_LEPE=lepe_bias is not None, ALIGNED=aligned(grad_y, qk, v, gate), **options,
     )
     return grad_out, grad_gate
 
@@ -246,14 +257,16 @@ def _query_key_value_backward(
     backward_kernels.query_backward_kernel[grid](
         grad_out, qk, plan.cos, plan.sin, state, key_mean, grad_qk, *parts,
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), plan.table_stride,
-        plan.width, plan.tokens, plan.heads, plan.splits, plan.tokens_per_split, 1.0 / plan.tokens, eps, **options,
+        plan.width, plan.tokens, plan.heads, plan.splits, plan.tokens_per_split, 1.0 / plan.tokens, eps,
+        ALIGNED=aligned(grad_out, qk), **options,
     )
     grad_state, grad_mean = plan.reduce(*parts)
     grid, tiles, options = plan.tile('key_value_backward')
     backward_kernels.key_value_backward_kernel[grid](
         grad_out, qk, v, taps, plan.cos, plan.sin, grad_state, grad_mean, grad_qk, grad_v,
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
-        plan.table_stride, plan.height, plan.width, plan.heads, *tiles, HAS_LEPE=lepe_weight is not None, **options,
+        plan.table_stride, plan.height, plan.width, plan.heads, *tiles,
+        HAS_LEPE=lepe_weight is not None, ALIGNED=aligned(grad_out, qk, v), **options,
     )
 
 
@@ -270,7 +283,8 @@ def _lepe_backward(
     lepe_kernels.lepe_backward_kernel[(plan.batch * splits * blocks,)](
         grad_out, v, parts, grad_out.stride(0), grad_out.stride(1), v.stride(0), v.stride(1),
         plan.height, plan.width, plan.channels, tiles, across, splits, run,
-        ROWS=setting.rows, COLUMNS=setting.columns, CHANNELS=configs.LEPE_CHANNELS, **setting.options(),
+        ROWS=setting.rows, COLUMNS=setting.columns, CHANNELS=configs.LEPE_CHANNELS, ALIGNED=aligned(grad_out, v),
+        **setting.options(),
     )
     grad_weight = torch.empty(lepe_weight.shape, dtype=lepe_weight.dtype, device=v.device)
     grad_bias = torch.empty(lepe_bias.shape, dtype=lepe_bias.dtype, device=v.device)

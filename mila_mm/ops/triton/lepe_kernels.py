@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from .common import tile_tokens
+from .common import image_offset, tile_tokens
 
-SIZES = ['height', 'width', 'tiles', 'tiles_across', 'splits', 'tiles_per_split', 'parts']
+SIZES = ['height', 'width', 'tiles', 'tiles_across', 'splits', 'tiles_per_split', 'parts', 'v_batch_stride',
+         'grad_out_batch_stride']
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def lepe_backward_kernel(
     grad_out_ptr, v_ptr, parts_ptr,
     grad_out_batch_stride, grad_out_token_stride, v_batch_stride, v_token_stride,
     height, width, channels, tiles, tiles_across, splits, tiles_per_split,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """Parts of dw_t = sum of do_n v_{n+t} (rows 0 to 8) and db = sum of do_n (row 9) over a run of tiles.
 
@@ -49,8 +50,8 @@ def lepe_backward_kernel(
     batch = part // splits
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     channel_live = channel < channels
-    v_ptr += batch * v_batch_stride
-    grad_out_ptr += batch * grad_out_batch_stride
+    v_ptr += image_offset(batch, v_batch_stride, ALIGNED)
+    grad_out_ptr += image_offset(batch, grad_out_batch_stride, ALIGNED)
 
     zero = tl.zeros((ROWS * COLUMNS, CHANNELS), tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero

@@ -26,17 +26,18 @@ The sums over tokens take two stages of fixed order, as those of the attention d
 import triton
 import triton.language as tl
 
-from .common import sigmoid, stencil, tile_tokens
+from .common import image_offset, sigmoid, stencil, tile_tokens
 from .lepe_kernels import store_sum
 
-SIZES = ['height', 'width', 'tokens', 'tiles', 'tiles_across', 'splits', 'tokens_per_split', 'tiles_per_split']
+SIZES = ['height', 'width', 'tokens', 'tiles', 'tiles_across', 'splits', 'tokens_per_split', 'tiles_per_split',
+         'x_batch_stride', 'grad_out_batch_stride', 'grad_y_batch_stride', 'out_batch_stride']
 
 
 @triton.jit(do_not_specialize=SIZES)
 def cpe_norm_kernel(
     x_ptr, taps_ptr, bias_ptr, gamma_ptr, beta_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
     x_batch_stride, x_token_stride, height, width, tiles, tiles_across, eps,
-    CHANNELS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """x' and its LayerNorm y for a tile of tokens with all their channels. Grid: batch * tiles."""
     program = tl.program_id(0)
@@ -48,7 +49,7 @@ def cpe_norm_kernel(
     channel = tl.arange(0, PADDED)
     channel_live = channel < CHANNELS
     mask = live[:, None] & channel_live[None, :]
-    x_ptr += batch * x_batch_stride + first_token.to(tl.int64) * x_token_stride
+    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + first_token.to(tl.int64) * x_token_stride
     first = batch * height * width + first_token
 
     total = stencil(
@@ -78,7 +79,7 @@ def norm_backward_kernel(
     grad_out_ptr, grad_y_ptr, out_ptr, mean_ptr, rstd_ptr, gamma_ptr, grad_ptr, gamma_parts_ptr, beta_parts_ptr,
     grad_out_batch_stride, grad_out_token_stride, grad_y_batch_stride, grad_y_token_stride,
     out_batch_stride, out_token_stride, tokens, splits, tokens_per_split,
-    CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """Gradient g of x' from both its uses, and parts (batch * splits, CHANNELS) of dgamma and dbeta.
 
@@ -90,9 +91,9 @@ def norm_backward_kernel(
     count = tl.minimum(tokens_per_split, tokens - first)
     channel = tl.arange(0, PADDED)
     channel_live = channel < CHANNELS
-    grad_out_ptr += batch * grad_out_batch_stride + first * grad_out_token_stride
-    grad_y_ptr += batch * grad_y_batch_stride + first * grad_y_token_stride
-    out_ptr += batch * out_batch_stride + first * out_token_stride
+    grad_out_ptr += image_offset(batch, grad_out_batch_stride, ALIGNED) + first * grad_out_token_stride
+    grad_y_ptr += image_offset(batch, grad_y_batch_stride, ALIGNED) + first * grad_y_token_stride
+    out_ptr += image_offset(batch, out_batch_stride, ALIGNED) + first * out_token_stride
     first += batch * tokens
     gamma = tl.load(gamma_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
 
@@ -127,7 +128,7 @@ def norm_backward_kernel(
 @triton.jit
 def before_silu(
     x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """p at one tile of tokens and one block of channels, then: image, first token, offsets in the tile, channels, mask.
 
@@ -142,8 +143,9 @@ def before_silu(
     first_row, first_column, row, column, live = tile_tokens(tile, tiles_across, height, width, ROWS, COLUMNS)
     first_token = first_row * width + first_column
     total = stencil(
-        x_ptr + batch * x_batch_stride + first_token.to(tl.int64) * x_token_stride, taps_ptr, x_token_stride, channels,
-        row, column, first_token, height, width, channel, channel_live, False, ROWS * COLUMNS, CHANNELS,
+        x_ptr + image_offset(batch, x_batch_stride, ALIGNED) + first_token.to(tl.int64) * x_token_stride, taps_ptr,
+        x_token_stride, channels, row, column, first_token, height, width, channel, channel_live,
+        False, ROWS * COLUMNS, CHANNELS,
     )
     total += tl.load(bias_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)[None, :]
     local = row * width + column - first_token
@@ -153,12 +155,12 @@ def before_silu(
 @triton.jit(do_not_specialize=SIZES)
 def dwc_silu_kernel(
     x_ptr, taps_ptr, bias_ptr, y_ptr, x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ACCURATE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
 ):
     """u = silu(p). Grid: batch * tiles * channel blocks."""
     total, batch, first, local, channel, mask = before_silu(
         x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
-        ROWS, COLUMNS, CHANNELS,
+        ROWS, COLUMNS, CHANNELS, ALIGNED,
     )
     y = total * sigmoid(total, ACCURATE)
     y_ptr += (batch * height * width + first) * channels
@@ -169,14 +171,14 @@ def dwc_silu_kernel(
 def silu_backward_kernel(
     grad_y_ptr, x_ptr, taps_ptr, bias_ptr, grad_ptr, grad_y_batch_stride, grad_y_token_stride,
     x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ACCURATE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
 ):
     """g = du silu'(p), with p computed again. Grid: batch * tiles * channel blocks."""
     total, batch, first, local, channel, mask = before_silu(
         x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
-        ROWS, COLUMNS, CHANNELS,
+        ROWS, COLUMNS, CHANNELS, ALIGNED,
     )
-    grad_y_ptr += batch * grad_y_batch_stride + first * grad_y_token_stride
+    grad_y_ptr += image_offset(batch, grad_y_batch_stride, ALIGNED) + first * grad_y_token_stride
     grad = tl.load(grad_y_ptr + local[:, None] * grad_y_token_stride + channel[None, :], mask=mask, other=0.0)
     part = sigmoid(total, ACCURATE)
     grad = grad.to(tl.float32) * part * (1.0 + total * (1.0 - part))
@@ -204,7 +206,7 @@ def pull(
 def stencil_backward_kernel(
     grad_ptr, x_ptr, taps_ptr, grad_x_ptr, parts_ptr, x_batch_stride, x_token_stride, channels,
     height, width, tiles, tiles_across, splits, tiles_per_split,
-    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """dx, and parts (batch * splits, 10, channels) of dw (rows 0 to 8) and db (row 9), over a run of tiles.
 
@@ -217,7 +219,7 @@ def stencil_backward_kernel(
     channel_live = channel < channels
     part = (program // blocks).to(tl.int64)
     batch = part // splits
-    x_ptr += batch * x_batch_stride
+    x_ptr += image_offset(batch, x_batch_stride, ALIGNED)
     grad_ptr += batch * height * width * channels
     grad_x_ptr += batch * height * width * channels
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import configs, lepe_kernels, stencil_kernels
-from .launch import dense_channels, depthwise_taps, on_device
+from .launch import aligned, dense_channels, depthwise_taps, on_device
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:
@@ -46,9 +46,10 @@ def cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_wei
     tiles, across = _tiles(setting, height, width)
     with on_device(x):
         stencil_kernels.cpe_norm_kernel[(batch * tiles,)](
-            x, depthwise_taps(conv_weight, x), conv_bias, norm_weight, norm_bias, out, y, mean, rstd,
+            x, depthwise_taps(conv_weight, x), conv_bias.contiguous(), norm_weight.contiguous(),
+            norm_bias.contiguous(), out, y, mean, rstd,
             x.stride(0), x.stride(1), height, width, tiles, across, eps,
-            CHANNELS=channels, PADDED=configs.padded_width(channels), **_tile_options(setting),
+            CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(x), **_tile_options(setting),
         )
     return out, y, mean, rstd
 
@@ -77,10 +78,11 @@ def cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: 
     setting = configs.norm_launch(channels)
     with on_device(x):
         stencil_kernels.norm_backward_kernel[(batch * splits,)](
-            grad_out, grad_y, out, mean.contiguous(), rstd.contiguous(), norm_weight, grad, gamma_parts, beta_parts,
+            grad_out, grad_y, out, mean.contiguous(), rstd.contiguous(), norm_weight.contiguous(), grad,
+            gamma_parts, beta_parts,
             grad_out.stride(0), grad_out.stride(1), grad_y.stride(0), grad_y.stride(1), out.stride(0), out.stride(1),
             tokens, splits, run, CHANNELS=channels, PADDED=configs.padded_width(channels),
-            BLOCK=setting.rows * setting.columns, **setting.options(),
+            BLOCK=setting.rows * setting.columns, ALIGNED=aligned(grad_out, grad_y, out), **setting.options(),
         )
     grads = _stencil_backward(grad, x, conv_weight, conv_bias, height, width, residual=True)
     return *grads, gamma_parts.sum(0).to(norm_weight.dtype), beta_parts.sum(0).to(norm_bias.dtype)
@@ -106,8 +108,10 @@ def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     with on_device(x):
         stencil_kernels.dwc_silu_kernel[(batch * tiles * blocks,)](
-            x, depthwise_taps(weight, x), bias, y, x.stride(0), x.stride(1), channels, height, width, tiles, across,
-            CHANNELS=configs.STENCIL_CHANNELS, ACCURATE=x.dtype == torch.float32, **_tile_options(setting),
+            x, depthwise_taps(weight, x), bias.contiguous(), y, x.stride(0), x.stride(1),
+            channels, height, width, tiles, across,
+            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(x), ACCURATE=x.dtype == torch.float32,
+            **_tile_options(setting),
         )
     return y
 
@@ -125,9 +129,10 @@ def dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     with on_device(x):
         stencil_kernels.silu_backward_kernel[(batch * tiles * blocks,)](
-            grad_y, x, depthwise_taps(weight, x), bias, grad, grad_y.stride(0), grad_y.stride(1),
+            grad_y, x, depthwise_taps(weight, x), bias.contiguous(), grad, grad_y.stride(0), grad_y.stride(1),
             x.stride(0), x.stride(1), channels, height, width, tiles, across,
-            CHANNELS=configs.STENCIL_CHANNELS, ACCURATE=x.dtype == torch.float32, **_tile_options(setting),
+            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(grad_y, x), ACCURATE=x.dtype == torch.float32,
+            **_tile_options(setting),
         )
     return _stencil_backward(grad, x, weight, bias, height, width, residual=False)
 
@@ -150,7 +155,7 @@ def _stencil_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, hei
         stencil_kernels.stencil_backward_kernel[(batch * splits * blocks,)](
             grad, x, depthwise_taps(weight, x), grad_x, parts, x.stride(0), x.stride(1), channels,
             height, width, tiles, across, splits, run,
-            RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, **_tile_options(setting),
+            RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(x), **_tile_options(setting),
         )
         lepe_kernels.lepe_reduce_kernel[(10 * -(-channels // configs.LEPE_CHANNELS),)](
             parts, grad_weight, grad_bias, channels, batch * splits,
