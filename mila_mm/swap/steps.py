@@ -77,7 +77,7 @@ def train_and_predict(config: str, arch: str = 'nano') -> Step:
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 - any error of a foreign model is the finding
-            reason = reason or reason_of(error)
+            reason = reason_of(error)
     raise StepFailed(reason)
 
 

@@ -81,9 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _step(name: str) -> None:
+    from torch import distributed
+
     from mila_mm.errors import UserError
     from mila_mm.swap.steps import StepFailed, train_and_predict
 
+    # mmcv's own SyncBN asks for a process group when it is built
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
     try:
         print(json.dumps(dataclasses.asdict(train_and_predict(name))))
     except StepFailed as error:
