@@ -1,7 +1,7 @@
 """Times the stand-in for mmcv._ext beside a compiled mmcv, where there is one, and beside mmcv's own plain PyTorch.
 
     python benchmarks/mmcv_ops.py [--device cpu] [--threads 1] [--out benchmarks/results/mmcv_ops_cpu.json]
-    python benchmarks/mmcv_ops.py --docs --out benchmarks/results/mmcv_ops_cpu.json    # the table in docs/mmcv_ops.md
+    python benchmarks/mmcv_ops.py --docs --out benchmarks/results/mmcv_ops_cpu.json  # docs/mmcv_ops_speed.md
 
 Every pair is timed in turns, so that a busy machine disturbs both alike; the ratio is the median of the
 turns' ratios. Each op is checked before it is timed: results that differ end the run.
@@ -192,11 +192,11 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--turns', type=int, default=9)
     parser.add_argument('--out', type=Path)
-    parser.add_argument('--docs', action='store_true', help='write the table of --out into docs/mmcv_ops.md')
+    parser.add_argument('--docs', action='store_true', help='write the table of --out into docs/mmcv_ops_speed.md')
     args = parser.parse_args()
     if args.docs:
         document = json.loads(args.out.read_text(encoding='utf-8'))
-        measure.write_docs(table(document), 'benchmarks/mmcv_ops.py', ROOT / 'docs' / 'mmcv_ops.md')
+        measure.write_docs(table(document), 'benchmarks/mmcv_ops.py', ROOT / 'docs' / 'mmcv_ops_speed.md')
         return
     torch.set_num_threads(args.threads)
 

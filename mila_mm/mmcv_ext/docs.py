@@ -16,7 +16,8 @@ always wins: the hook is then never asked. `mila_mm` must be imported before `mm
 do so, and a config does it with `custom_imports = dict(imports=['mila_mm'])`.
 
 Provided is what the models of mmdet and mmseg call. Where the original computes in float32 only, float64 and, through
-float32, float16 and bfloat16 work too. Nothing here is compiled or installed at run time.
+float32, float16 and bfloat16 work too. Nothing here is compiled or installed at run time. Speed beside a compiled mmcv:
+[mmcv_ops_speed.md](mmcv_ops_speed.md).
 
 ## Provided
 

@@ -49,7 +49,7 @@ def get_compiling_cuda_version() -> str:
 
 OPS: tuple[Op, ...] = (
     Op(nms.nms, TORCHVISION, 'mmcv; equal scores keep their order'),
-    Op(nms.softnms, 'NumPy, one vectorised step per kept box', 'mmcv, ties included'),
+    Op(nms.softnms, 'NumPy, one vectorised step per kept box: each depends on the one before', 'mmcv, ties included'),
     Op(nms.nms_match, f'{TORCHVISION} for the kept boxes, {PLAIN} for the groups', 'mmcv'),
     Op(boxes.bbox_overlaps, PLAIN, 'mmcv'),
     Op(

@@ -202,10 +202,16 @@ def test_a_full_disk_is_said_in_two_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ('error', 'said'), [(UserError('wrong'), 'error (rank 1): wrong\n'), (LostPeerError('lost'), '')]
+    ('error', 'local', 'said', 'waits'),
+    [
+        (UserError('wrong'), '1', 'error (rank 1): wrong\n', True),
+        (LostPeerError('lost'), '1', '', False),
+        (LostPeerError('lost'), '0', 'error (rank 1): lost\n', True),  # each machine says it once
+    ],
 )
-def test_other_ranks_leave_the_first_word_to_rank_0(monkeypatch, capfd, error, said) -> None:
+def test_other_ranks_leave_the_first_word_to_rank_0(monkeypatch, capfd, error, local, said, waits) -> None:
     waited = []
+    monkeypatch.setenv('LOCAL_RANK', local)
     monkeypatch.setattr(cli.time, 'sleep', waited.append)
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
@@ -215,7 +221,7 @@ def test_other_ranks_leave_the_first_word_to_rank_0(monkeypatch, capfd, error, s
 
     assert cli.run(fail) == cli.EXIT_USER_ERROR
     assert capfd.readouterr().err == said
-    assert bool(waited) == bool(said)
+    assert bool(waited) == waits
 
 
 @pytest.mark.parametrize(('error', 'left'), [(None, True), (UserError('wrong'), False)])
