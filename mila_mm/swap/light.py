@@ -31,7 +31,7 @@ _LARGEST = 1e4  # beyond it a weight is no initial value but a remnant
 WITHOUT_BEARING = ('init_cfg', 'pretrained', '_scope_', 'num_classes', 'class_weight', 'loss_weight', 'test_cfg',
                    'mean', 'std', 'bgr_to_rgb', 'size', 'drop_path_rate')
 _WEIGHT_KEYS = ('init_cfg', 'pretrained', 'checkpoint', 'teacher_ckpt')
-_SITE_PACKAGES = re.compile(r'/[^\s\'"]*/site-packages/')
+SITE_PACKAGES = re.compile(r'/[^\s\'"]*/site-packages/')
 _DECORATION = re.compile(r'class `\w+` in [^:]*: ')
 _FILLS = {getattr(Tensor, name) for name in ('normal_', 'uniform_', 'erfinv_', 'exponential_', 'log_normal_')}
 _FACTORIES = {torch.empty, torch.randn, torch.rand}
@@ -119,7 +119,7 @@ def reason_of(error: BaseException) -> str:
     text = text.partition('. Please check whether')[0].replace(' is not in the', ' is not in the', 1)
     name = type(error).__name__
     text = text if text.startswith(name) else f'{name}: {text}'
-    text = _SITE_PACKAGES.sub('', text)
+    text = SITE_PACKAGES.sub('', text)
     return text if len(text) <= 240 else text[:237] + '...'
 
 

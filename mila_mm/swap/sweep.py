@@ -18,7 +18,7 @@ from typing import Any
 from mila_mm.engine.config import load_config, resolve_config
 from mila_mm.errors import UserError
 from mila_mm.swap.api import plan_swap
-from mila_mm.swap.light import WITHOUT_BEARING, reason_of, sorted_config
+from mila_mm.swap.light import SITE_PACKAGES, WITHOUT_BEARING, reason_of, sorted_config
 from mila_mm.swap.result import SwapFailed
 
 STATUSES = ('swapped', 'refused', 'failed')
@@ -115,8 +115,9 @@ def _swap_one(job: tuple[str, str]) -> Record:
 
 
 def _general(reason: str, name: str) -> str:
-    """Return a reason without the name of the config, so that equal ones can be counted."""
-    return ' '.join(reason.replace(f'config {name} ', 'the config ').replace(str(resolve_config(name)), name).split())
+    """Return a reason without the names of config and installation, so that equal ones can be counted."""
+    reason = reason.replace(f'config {name} ', 'the config ').replace(str(resolve_config(name)), name)
+    return ' '.join(SITE_PACKAGES.sub('', reason).split())
 
 
 def representatives(records: list[Record]) -> dict[str, str]:
