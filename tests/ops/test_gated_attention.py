@@ -257,6 +257,29 @@ def test_the_registered_ops_pass_pytorchs_checks():
     torch.library.opcheck(torch.ops.mila_mm.gated_scan_forward.default, (q, k, v, delta, a, 2, 4))
 
 
+def test_compiles_once_for_all_sizes():
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend('aot_eager')
+    torch._dynamo.reset()
+
+    def attend(q, k, v, delta, a):
+        return gated_linear_attention(q, k, v, num_heads=2, forget_gate=(delta, a))
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (50, 49, 448, 3136, 5000):
+        leaves = [t.requires_grad_() for t in draw(tokens)[:5]]
+        y, expected = compiled(*leaves), attend(*leaves)
+        torch.testing.assert_close(y, expected)
+        for mine, theirs in zip(gradients(y, leaves), gradients(expected, leaves), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert len(compiled_graphs) == 1
+
+
 def test_a_second_differentiation_says_what_to_do():
     q, k, v, delta, a, _ = (t.requires_grad_() for t in draw(5))
     for backend in ('auto', 'reference'):

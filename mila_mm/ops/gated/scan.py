@@ -20,7 +20,6 @@ contiguous loop. State tensors are (d, heads, C / heads, X).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 LENGTH = 56
-"""Most tokens of a chunk. Longer ones spare memory, shorter ones steps; of few tokens a chunk has the square root."""
+"""Most tokens of a chunk. Longer ones spare memory, shorter ones steps."""
 _STEP_ELEMENTS = {'cpu': 3 * 2**16, 'cuda': 2**20}
 """Elements of a state tensor that keep the device busy and, on a CPU, in its caches."""
 _LEAST_CHUNKS = 4
@@ -44,6 +43,7 @@ class _Plan:
         length: Tokens of a chunk.
         chunks: Chunks of a segment.
         segments: Segments of a sequence; the last one may be filled up with zeros.
+        filled: Chunks of a sequence that hold tokens.
         heads: Heads.
         width: Channels of v in one head.
         states: Channels d of q and k in one head.
@@ -54,6 +54,7 @@ class _Plan:
     length: int
     chunks: int
     segments: int
+    filled: int
     heads: int
     width: int
     states: int
@@ -76,6 +77,19 @@ class _Plan:
         rows = [p.reshape(self.length, -1, self.batch, self.chunks).permute(2, 3, 0, 1).flatten(1, 2) for p in parts]
         return torch.cat(rows, dim=1)[:, :self.tokens].contiguous()
 
+    def keep(self, found: Tensor, starts: Tensor, segment: int) -> None:
+        """What the chunks of a segment find, (d, heads, width, B, chunks), into ``starts``."""
+        first = segment * self.chunks
+        size = min(self.chunks, self.filled - first)
+        starts[..., first:first + size] = found[..., :size]
+
+    def kept(self, starts: Tensor, segment: int) -> Tensor:
+        """(d, heads, width, X): what the chunks of a segment found. Of those without tokens, which add nothing, 0."""
+        first = segment * self.chunks
+        size = min(self.chunks, self.filled - first)
+        found = starts[..., first:first + size]
+        return torch.nn.functional.pad(found, (0, self.chunks - size)).flatten(-2)
+
     def channels(self, x: Tensor) -> Tensor:
         """(length, C, X) as (length, heads, width, X): broadcasts over the states."""
         return x.unflatten(1, (self.heads, self.width))
@@ -85,22 +99,31 @@ class _Plan:
         return x.unflatten(1, (self.heads, self.states)).transpose(1, 2).unsqueeze(3)
 
 
+def _lengths(tokens: int, length: int) -> tuple[int, int]:
+    """Tokens of a chunk, near the square root of few ones, and how many chunks that makes.
+
+    Of symbolic sizes it asks nothing, so that a compiled graph does not depend on how many tokens there are.
+    """
+    length = torch.sym_min(length, 8 + tokens // 64)
+    return length, -(-tokens // length)
+
+
 def _plan(q: Tensor, v: Tensor, num_heads: int, length: int) -> _Plan:
     batch, tokens, channels = v.shape
     states = q.shape[-1] // num_heads
-    length = min(length, math.isqrt(tokens - 1) + 1)
+    length, filled = _lengths(tokens, length)
     step = max(batch * states * channels, 1)
     target = _STEP_ELEMENTS['cpu' if v.device.type == 'cpu' else 'cuda']
-    chunks = min(max(target // step, _LEAST_CHUNKS), -(-tokens // length))
-    segments = -(-tokens // (length * chunks))
-    chunks = -(-tokens // (length * segments))  # evenly, so that the last segment is not mostly filling
-    return _Plan(batch, tokens, length, chunks, segments, num_heads, channels // num_heads, states)
+    chunks = min(max(target // step, _LEAST_CHUNKS), filled)
+    segments = -(-filled // chunks)
+    chunks = -(-filled // segments)  # evenly, so that the last segment is not mostly filling
+    return _Plan(batch, tokens, length, chunks, segments, filled, num_heads, channels // num_heads, states)
 
 
 def states_shape(q: Tensor, v: Tensor, num_heads: int, length: int) -> tuple[int, ...]:
-    """Shape of the states at the starts of the chunks: (segments, d, heads, C / heads, B, chunks)."""
-    plan = _plan(q, v, num_heads, length)
-    return plan.segments, plan.states, plan.heads, plan.width, plan.batch, plan.chunks
+    """Shape of the states at the starts of the chunks: (d, heads, C / heads, B, chunks of a sequence)."""
+    batch, tokens, channels = v.shape
+    return q.shape[-1] // num_heads, num_heads, channels // num_heads, batch, _lengths(tokens, length)[1]
 
 
 def _decays(rate: Tensor, delta: Tensor, out: Tensor) -> None:
@@ -160,8 +183,10 @@ def scan_forward(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, rate: Tensor, n
             walking.mul_(decays[i]).addcmul_(keys[i], values[i])
         chunk_decay = (rate * deltas.sum(0)).exp_().unflatten(-1, (plan.batch, plan.chunks))
         local = walking.unflatten(-1, (plan.batch, plan.chunks))
-        state = _carry(local, chunk_decay, state, iter(range(plan.chunks)), starts[segment])
-        walking = starts[segment].flatten(-2).clone()
+        found = torch.empty_like(local)
+        state = _carry(local, chunk_decay, state, iter(range(plan.chunks)), found)
+        plan.keep(found, starts, segment)
+        walking = found.flatten(-2)
         y = v.new_empty(plan.length, *shape[1:])
         for i in range(plan.length):
             walking.mul_(decays[i]).addcmul_(keys[i], values[i])
@@ -196,7 +221,7 @@ def scan_backward(grad_y: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor
     parts: list[tuple[Tensor, ...]] = []
     for segment in reversed(range(plan.segments)):
         cuts = [plan.cut(t, segment) for t in (q, k, v, delta, grad_y)]
-        grad_q = _recompute(plan, cuts, rate, starts[segment].flatten(-2), decays, weights)
+        grad_q = _recompute(plan, cuts, rate, plan.kept(starts, segment), decays, weights)
         state, found = _adjoint_starts(plan, cuts, rate, decays, state)
         grads = _walk_back(plan, cuts, rate, found, decays, weights, grad_rate)
         parts.insert(0, (grad_q, *grads))
