@@ -137,8 +137,8 @@ _TABLE: dict[str, dict[str, dict[int, Launch]]] = {
     'output': _rows(_TILE, _EXACT_TILE),
     'gate_backward': _rows(_TILE, _EXACT_TILE),
     'query_backward': _rows(_QUERY, _EXACT_QUERY),
-    # To stay at 128 registers on sm_80, ptxas spills with 8 warps and an odd number of 24-wide heads. In TF32 it is with 4
-    # warps that it does, and there to stay at 96.
+    # On sm_80 ptxas spills to stay at 128 registers, with 8 warps and an odd number of 24-wide heads. In TF32 it does
+    # so with 4 warps, to stay at 96.
     'key_value_backward': {**_rows(_KEY_VALUE, _EXACT_KEY_VALUE), 'low': {**_KEY_VALUE, 24: Launch(8, 8, 4)}},
 }
 
