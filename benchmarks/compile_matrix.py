@@ -157,26 +157,28 @@ def describe(module: str, kernel: triton.JITFunction, case: str, mode: str, args
 
 
 @contextmanager
-def recording(case: str, mode: str) -> Iterator[list[Launch]]:
-    """Replace all kernels by recorders; what they were asked to launch is in the list."""
+def recording(case: str, mode: str, capability: int) -> Iterator[list[Launch]]:
+    """Replace all kernels by recorders, for a device of a capability; what they were asked to launch is in the list."""
     launches: list[Launch] = []
 
     def note(module: str, kernel: triton.JITFunction, *args: object, **options: object) -> None:
         launches.append(describe(module, kernel, case, mode, args, options))
 
     originals = [(module, name, getattr(module, name)) for module, name in KERNELS]
+    is_hopper, configs.is_hopper = configs.is_hopper, lambda device: capability == 90
     try:
         for module, name, kernel in originals:
             setattr(module, name, Recorder(module.__name__, kernel, note))
         yield launches
     finally:
+        configs.is_hopper = is_hopper
         for module, name, kernel in originals:
             setattr(module, name, kernel)
 
 
 def record(
     mode: str, dtype: torch.dtype, dots: str, head_width: int, heads: int, lepe: bool, gate: bool,
-    size: tuple[int, int] = (20, 20),
+    size: tuple[int, int] = (20, 20), capability: int = 80,
 ) -> list[Launch]:
     """All launches of one forward and one backward pass, with more than one split so that every kernel is there."""
     case = f'd{head_width} {"odd" if heads % 2 else "even"} heads{" lepe" * lepe}{" gate" * gate}'
@@ -185,7 +187,7 @@ def record(
     x = torch.zeros(1, height * width, channels, dtype=dtype)
     weight, bias = (torch.zeros(channels, 1, 3, 3), torch.zeros(channels)) if lepe else (None, None)
     u = x if gate else None
-    with recording(case, mode) as launches:
+    with recording(case, mode, capability) as launches:
         qk = torch.cat((x, x), -1)
         rest = (height, width, heads, 1e-6, 1e4)
         _, state, mean = launch.attention_forward(qk, x, weight, bias, u, *rest, dots=dots)
@@ -194,13 +196,13 @@ def record(
 
 
 def record_stencils(
-    mode: str, dtype: torch.dtype, channels: int, size: tuple[int, int] = (20, 20)
+    mode: str, dtype: torch.dtype, channels: int, size: tuple[int, int] = (20, 20), capability: int = 80
 ) -> list[Launch]:
     """All launches of the block's stencils on tokens of one width, forward and backward."""
     x = torch.zeros(1, size[0] * size[1], channels, dtype=dtype)
     vector = torch.zeros(channels)
     weights = (torch.zeros(channels, 1, 3, 3), vector)
-    with recording(f'{channels} channels', mode) as launches:
+    with recording(f'{channels} channels', mode, capability) as launches:
         norm = (*weights, vector, vector)
         out, _, mean, rstd = stencil_launch.cpe_norm_forward(x, *norm, *size, 1e-5, dtype)
         stencil_launch.cpe_norm_backward(x, x, x, *norm, out, mean, rstd, *size)
@@ -209,32 +211,32 @@ def record_stencils(
     return launches
 
 
-def launches(quick: bool, head_widths: Sequence[int]) -> Iterator[Launch]:
-    """The distinct launches of the matrix: all that is shipped, or heads of 32 channels with LePE."""
+def tasks(quick: bool, head_widths: Sequence[int]) -> Iterator[tuple[Launch, int]]:
+    """The distinct binaries of the matrix: all that is shipped, or heads of 32 channels with LePE."""
     seen = set()
-    for item in every_launch(quick, head_widths):
-        key = dataclasses.replace(item, case='')
-        if key not in seen:
-            seen.add(key)
-            yield item
+    for capability in CAPABILITIES:
+        for item in every_launch(quick, head_widths, capability):
+            key = dataclasses.replace(item, case=''), capability
+            if key not in seen:
+                seen.add(key)
+                yield item, capability
 
 
-def every_launch(quick: bool, head_widths: Sequence[int]) -> Iterator[Launch]:
-    """The launches of the matrix, some more than once."""
+def every_launch(quick: bool, head_widths: Sequence[int], capability: int) -> Iterator[Launch]:
+    """The launches on a GPU of one capability, some more than once."""
     for mode, dtype, dots in MODES:
         for head_width in (32,) if quick else head_widths:
             for heads in (2,) if quick else (2, 3):
                 for lepe in (True,) if quick else (True, False):
                     for gate in (True, False):
-                        yield from record(mode, dtype, dots, head_width, heads, lepe, gate)
+                        yield from record(mode, dtype, dots, head_width, heads, lepe, gate, capability=capability)
         if mode != 'fp32-tf32':  # the stencils have no matrix products
             for channels in (64, 512) if quick else STENCIL_CHANNELS:
-                yield from record_stencils(mode, dtype, channels)
+                yield from record_stencils(mode, dtype, channels, capability=capability)
 
 
-def compile_one(task: tuple[Launch, int]) -> Report:
-    """Compile one launch for one compute capability and read what it uses."""
-    item, capability = task
+def compile_launch(item: Launch, capability: int) -> triton.compiler.CompiledKernel:
+    """Compile one launch for one compute capability."""
     module = sys.modules[item.module]
     source = ASTSource(
         fn=getattr(module, item.kernel),
@@ -242,9 +244,15 @@ def compile_one(task: tuple[Launch, int]) -> Report:
         constexprs=dict(item.constants),
         attrs={(index,): [['tt.divisibility', 16]] for index in item.divisible},
     )
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(item.options))
+
+
+def compile_one(task: tuple[Launch, int]) -> Report:
+    """Compile one launch for one compute capability and read what it uses."""
+    item, capability = task
     warps = dict(item.options)['num_warps']
     try:
-        compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(item.options))
+        compiled = compile_launch(item, capability)
     except (RuntimeError, triton.CompilationError) as error:  # reported with the others, and makes the run fail
         return Report(item.kernel, item.case, item.mode, capability, warps, 0, 0, 0, 0, 0, str(error) or repr(error))
     tool = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
@@ -297,10 +305,9 @@ def main() -> int:
     parser.add_argument('--out', type=Path, help='JSON file to write')
     args = parser.parse_args()
 
-    wanted = [item for item in launches(args.quick, args.head_widths) if args.only in item.kernel]
-    tasks = [(item, capability) for item in wanted for capability in CAPABILITIES]
+    wanted = [task for task in tasks(args.quick, args.head_widths) if args.only in task[0].kernel]
     with multiprocessing.get_context('spawn').Pool(args.jobs) as pool:
-        reports = pool.map(compile_one, tasks, chunksize=4)
+        reports = pool.map(compile_one, wanted, chunksize=4)
     print(table(reports))
     spilled = [report for report in reports if report.spill_bytes]
     narrow = [report for report in reports if report.narrow]

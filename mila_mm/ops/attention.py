@@ -23,25 +23,29 @@ _library.define(f'attention_backward(Tensor grad_y, {_INPUTS}, Tensor state, Ten
                 '-> (Tensor, Tensor, Tensor, Tensor, Tensor)')
 
 
-def _kernels(qk: Tensor, v: Tensor, num_heads: int):
+def _kernels(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[int, int]):
     """Return the module whose ``attention_forward`` and ``attention_backward`` serve these tensors."""
     if v.is_cuda:
         from . import triton
-        if triton.why_not(qk, v, num_heads) is None:
+        if triton.why_not(qk, v, num_heads, spatial_shape) is None:
             return triton
         triton.warn_of_what_is_missing(v.device)
     return closed_form
 
 
-def why_not_triton(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
-    """Return None where the Triton kernels can run on these tensors, else one line with what was expected and got."""
+def why_not_triton(qk: Tensor, v: Tensor, num_heads: int,
+                   spatial_shape: tuple[int, int] | None = None) -> str | None:
+    """Return None where the Triton kernels can run on these tensors, else one line with what was expected and got.
+
+    Without a ``spatial_shape`` nothing is asked of the map, whose sides have a limit too (65,535 tokens).
+    """
     if not v.is_cuda:
         return f'expected CUDA tensors, got {v.device.type}'
     try:
         from . import triton
     except ImportError as error:
         return f'expected the package triton, got {error}'
-    return triton.why_not(qk, v, num_heads)
+    return triton.why_not(qk, v, num_heads, spatial_shape)
 
 
 def as_written(v: Tensor) -> AbstractContextManager:
@@ -53,7 +57,7 @@ def as_written(v: Tensor) -> AbstractContextManager:
 def _forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, gate: Tensor | None,
              height: int, width: int, num_heads: int, eps: float, rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
     with as_written(v):
-        results = _kernels(qk, v, num_heads).attention_forward(
+        results = _kernels(qk, v, num_heads, (height, width)).attention_forward(
             qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base)
     return tuple(x.contiguous() for x in results)  # as the fake kernel says, whatever the strides of the inputs
 
@@ -62,7 +66,7 @@ def _backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None,
               gate: Tensor | None, state: Tensor, key_mean: Tensor, height: int, width: int, num_heads: int,
               eps: float, rope_base: float) -> tuple[Tensor, ...]:
     with as_written(v):
-        grads = _kernels(qk, v, num_heads).attention_backward(
+        grads = _kernels(qk, v, num_heads, (height, width)).attention_backward(
             grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base)
     # An op returns tensors only: an empty one stands for the gradient of an input that was not given.
     return tuple(v.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
@@ -205,7 +209,7 @@ def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias:
     if (dtype := autocast_dtype(device)) is not None and v.dtype != torch.float64:
         qk, v, gate = qk.to(dtype), v.to(dtype), None if gate is None else gate.to(dtype)
     _check(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate, backend)
-    if backend == 'triton' and (reason := why_not_triton(qk, v, num_heads)) is not None:
+    if backend == 'triton' and (reason := why_not_triton(qk, v, num_heads, spatial_shape)) is not None:
         raise RuntimeError(f"mila_attention: backend='triton' cannot run here: {reason}; take backend='auto'")
     # A trace for ONNX or for counting operations must see plain operators, and other devices have no kernel.
     if backend == 'reference' or torch.jit.is_tracing() or device not in ('cpu', 'cuda', 'meta'):

@@ -24,23 +24,26 @@ _library.define(f'dwc_silu_forward({_DWC_SILU}, {_SIZE}) -> Tensor')
 _library.define(f'dwc_silu_backward(Tensor grad_y, {_DWC_SILU}, {_SIZE}) -> (Tensor, Tensor, Tensor)')
 
 
-def why_not_triton_stencil(x: Tensor) -> str | None:
-    """Return None where the Triton kernels can run on tokens x (B, N, C), else one line, 'expected ..., got ...'."""
+def why_not_triton_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> str | None:
+    """Return None where the Triton kernels can run on tokens x (B, N, C), else one line, 'expected ..., got ...'.
+
+    Without a ``spatial_shape`` nothing is asked of the map, whose sides have a limit too (65,535 tokens).
+    """
     if not x.is_cuda:
         return f'expected CUDA tensors, got {x.device.type}'
     try:
         from . import triton
     except ImportError as error:
         return f'expected the package triton, got {error}'
-    return triton.why_not_stencil(x)
+    return triton.why_not_stencil(x, spatial_shape)
 
 
-def _by_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels serve x."""
+def _by_triton(x: Tensor, height: int, width: int) -> bool:
+    """Whether the Triton kernels serve x (B, height * width, C)."""
     if not x.is_cuda:
         return False
     from . import triton
-    if triton.why_not_stencil(x) is None:
+    if triton.why_not_stencil(x, (height, width)) is None:
         return True
     triton.warn_of_what_is_missing(x.device)
     return False
@@ -106,7 +109,7 @@ def dwc_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: t
 def _cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
                       height: int, width: int, eps: float,
                       dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _by_triton(x):
+    if _by_triton(x, height, width):
         from .triton import stencil_launch
         return stencil_launch.cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps,
                                                dtype)
@@ -123,7 +126,7 @@ def _cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_we
 def _cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: Tensor, conv_bias: Tensor,
                        norm_weight: Tensor, norm_bias: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, height: int,
                        width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _by_triton(x):
+    if _by_triton(x, height, width):
         from .triton import stencil_launch
         return stencil_launch.cpe_norm_backward(grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias,
                                                 out, mean, rstd, height, width)
@@ -141,7 +144,7 @@ def _cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight:
 
 
 def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    if _by_triton(x):
+    if _by_triton(x, height, width):
         from .triton import stencil_launch
         return stencil_launch.dwc_silu_forward(x, weight, bias, height, width)
     return dwc_silu_reference(x, weight, bias, (height, width)).contiguous()
@@ -149,7 +152,7 @@ def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, widt
 
 def _dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int,
                        width: int) -> tuple[Tensor, Tensor, Tensor]:
-    if _by_triton(x):
+    if _by_triton(x, height, width):
         from .triton import stencil_launch
         return stencil_launch.dwc_silu_backward(grad_y, x, weight, bias, height, width)
     compute = _compute_dtype(x)
@@ -244,7 +247,7 @@ def _check(name: str, x: Tensor, weight: Tensor, vectors: dict[str, Tensor], spa
     for key, vector in vectors.items():
         if tuple(vector.shape) != (channels,):
             raise ValueError(f'{name}: expected {key} of shape {(channels,)}, got {tuple(vector.shape)}')
-    if backend == 'triton' and (reason := why_not_triton_stencil(x)) is not None:
+    if backend == 'triton' and (reason := why_not_triton_stencil(x, spatial_shape)) is not None:
         raise RuntimeError(f"{name}: backend='triton' cannot run here: {reason}; take backend='auto'")
 
 

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip('triton')
+triton = pytest.importorskip('triton')
+tl = pytest.importorskip('triton.language')
+
+from mila_mm.ops.triton.common import run_positions  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('poisoned_memory')
 interpreted = pytest.mark.interpreted  # see conftest.py
@@ -202,6 +205,35 @@ def test_several_splits(height: int, width: int, monkeypatch: pytest.MonkeyPatch
 
 
 @interpreted
+@pytest.mark.parametrize('shape', [(2, 7, 11, 64, 2), (1, 5, 9, 96, 3), (1, 9, 13, 64, 1)], ids=str)
+def test_tiles_of_hopper(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mila_mm.ops.triton import configs
+
+    monkeypatch.setattr(configs, 'is_hopper', lambda device: True)
+    Problem(*shape, torch.float16).check()
+
+
+@triton.jit
+def positions_kernel(row_ptr, column_ptr, first, width, BLOCK: tl.constexpr):
+    """Rows and columns of BLOCK tokens from ``first`` on."""
+    local = tl.arange(0, BLOCK)
+    row, column = run_positions(first, local, width)
+    tl.store(row_ptr + local, row)
+    tl.store(column_ptr + local, column)
+
+
+@interpreted
+def test_positions_in_a_run() -> None:
+    local = torch.arange(1024)
+    for width in [1, 2, 3, 7, 333, 1000, 1023, 1024, 1025, 40961, 65521, 65535]:
+        for first in [0, 1, width - 1, width, 12345 * width - 512, 12345 * width - 1]:
+            row, column = torch.empty(2, 1024, dtype=torch.int32)
+            positions_kernel[(1,)](row, column, max(first, 0), width, BLOCK=1024)
+            token = max(first, 0) + local
+            assert torch.equal(row.long(), token // width) and torch.equal(column.long(), token % width), (first, width)
+
+
+@interpreted
 @pytest.mark.parametrize('dots', ['tf32x3', 'tf32', 'ieee'])
 def test_fp32_products(dots: str) -> None:
     # The interpreter takes all three alike; each has tiles of its own in the table.
@@ -317,6 +349,11 @@ def test_predicate_names_what_it_expected() -> None:
     assert why_not(torch.zeros(1, 4, 128), x, 2) is None
     assert why_not(torch.zeros(1, 4, 128), x, 8) == 'expected heads of 16, 24, 32, 48, 64 channels, got 8'
     assert 'got torch.float64' in (why_not(torch.zeros(1, 4, 128).double(), x.double(), 2) or '')
+    for batch, size in [(1, (65536, 1)), (1, (1, 65536)), (65536, (2, 2))]:
+        x = torch.zeros(1, 1, 64).expand(batch, size[0] * size[1], 64)
+        reason = why_not(torch.zeros(1, 1, 128).expand(*x.shape[:2], 128), x, 2, size)
+        assert reason == ('expected at most 65535 images and 65535 tokens on a side, '
+                          f'got {batch}, {size[0]} x {size[1]}')
 
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter takes tensors of any device')

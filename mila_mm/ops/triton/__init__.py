@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .configs import DTYPES, HEAD_WIDTHS, MAX_STENCIL_CHANNELS, interpreted
+from .configs import DTYPES, HEAD_WIDTHS, MAX_GRID, MAX_SIDE, MAX_STENCIL_CHANNELS, interpreted
 
 MINIMUM_TRITON = (3, 5)
 """The first whose loops can keep invariant code inside, which saves registers in the query kernel."""
@@ -117,11 +117,19 @@ def warn_of_what_is_missing(device: torch.device) -> None:
         warnings.warn(f'mila_mm.ops: {reason}; the slower form in plain PyTorch runs on this GPU instead', stacklevel=2)
 
 
-def why_not(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
+def _why_not_size(batch: int, spatial_shape: tuple[int, int] | None) -> str | None:
+    height, width = spatial_shape or (1, 1)
+    if batch > MAX_GRID or height > MAX_SIDE or width > MAX_SIDE:
+        return f'expected at most {MAX_GRID} images and {MAX_SIDE} tokens on a side, got {batch}, {height} x {width}'
+    return None
+
+
+def why_not(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[int, int] | None = None) -> str | None:
     """Say why the kernels cannot take these tensors.
 
     Args:
         qk: (B, N, 2C). v: (B, N, C). num_heads: Heads; C is a multiple of it.
+        spatial_shape: (H, W) with N = H * W, or None for no question about the map.
 
     Returns:
         None where they can, else one line, 'expected ..., got ...'.
@@ -135,18 +143,21 @@ def why_not(qk: Tensor, v: Tensor, num_heads: int) -> str | None:
     head_width = v.shape[-1] // num_heads
     if head_width not in HEAD_WIDTHS:
         return f'expected heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head_width}'
-    return None
+    return _why_not_size(v.shape[0], spatial_shape)
 
 
-def why_not_stencil(x: Tensor) -> str | None:
-    """Say why the kernels of :mod:`.stencil_kernels` cannot take tokens x (B, N, C); None where they can."""
+def why_not_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> str | None:
+    """Say why the kernels of :mod:`.stencil_kernels` cannot take tokens x (B, N, C); None where they can.
+
+    ``spatial_shape`` is (H, W) with N = H * W, or None for no question about the map.
+    """
     if (reason := _why_not_here(x.device)) is not None:
         return reason
     if x.dtype not in DTYPES:
         return f'expected float32, float16 or bfloat16, got {x.dtype}'
     if x.shape[-1] > MAX_STENCIL_CHANNELS:
         return f'expected at most {MAX_STENCIL_CHANNELS} channels, got {x.shape[-1]}'
-    return None
+    return _why_not_size(x.shape[0], spatial_shape)
 
 
 def attention_forward(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:

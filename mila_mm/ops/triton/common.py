@@ -7,6 +7,41 @@ head along axis 1; ``PADDED`` is the head width ``WIDTH`` rounded up to a power 
 import triton
 import triton.language as tl
 
+from .configs import interpreted
+
+INLINE = tl.constexpr(not interpreted())
+"""Whether there is PTX: the interpreter takes the same functions in Triton's own terms."""
+
+
+@triton.jit
+def widen(x):
+    """``x`` in fp32. Two bf16 take two instructions; Triton's own conversion takes three."""
+    if INLINE and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            'shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;', '=r,=r,r', [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return x.to(tl.float32)
+
+
+@triton.jit
+def reciprocal(x, ACCURATE: tl.constexpr):
+    """1 / x; unless ``ACCURATE`` to 1 ulp, and 0 where it would be below the normal numbers."""
+    if INLINE and not ACCURATE:
+        return tl.inline_asm_elementwise(
+            'rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def power_of_2(x):
+    """2^x, 0 where that is below the normal numbers: this spares the three instructions that would scale it."""
+    if INLINE:
+        return tl.inline_asm_elementwise(
+            'ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
 
 @triton.jit
 def exponential(x, ACCURATE: tl.constexpr):
@@ -17,7 +52,7 @@ def exponential(x, ACCURATE: tl.constexpr):
         rest = tl.fma(x, 1.44269502162933349609375, -product) + x * 1.92596299112661746887e-8
         power = tl.exp2(product)
         return power + power * (rest * 0.693147180559945309417)
-    return tl.exp(x)
+    return power_of_2(x * 1.44269502162933349609375)
 
 
 @triton.jit
@@ -35,9 +70,11 @@ def feature_slope(mapped):
 
 @triton.jit
 def sigmoid(x, ACCURATE: tl.constexpr):
-    """1 / (1 + exp(-x)), from an exponential that cannot overflow."""
-    decay = exponential(-tl.abs(x), ACCURATE)
-    return tl.where(x >= 0.0, 1.0, decay) / (1.0 + decay)
+    """1 / (1 + exp(-x)); where ``ACCURATE`` from an exponential that cannot overflow, to keep its smallest values."""
+    if ACCURATE:
+        decay = exponential(-tl.abs(x), True)
+        return tl.where(x >= 0.0, 1.0, decay) / (1.0 + decay)
+    return reciprocal(1.0 + power_of_2(x * -1.44269502162933349609375), False)
 
 
 @triton.jit
@@ -95,45 +132,123 @@ def load_square(ptr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def tile_tokens(tile, tiles_across, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """First row and column of a tile, then row, column and 'lies inside the map' of its tokens, in row-major order."""
-    first_row = tile // tiles_across * ROWS
-    first_column = tile % tiles_across * COLUMNS
+def run_positions(first, local, width):
+    """Row and column of the tokens ``local`` of a run that begins at token ``first``, where an image has ``width``.
+
+    In fp32, where one division serves the whole run. Exact while ``width`` + ``local`` is below 2**20: the quotient is
+    at least 1 / (2 width) away from an integer, and its error, three roundings, is less.
+    """
+    first_column = first % width
+    down = ((first_column + local).to(tl.float32) + 0.5) * (1.0 / width.to(tl.float32))
+    down = down.to(tl.int32)
+    return first // width + down, first_column + local - down * width
+
+
+@triton.jit
+def tile_tokens(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row and column, in the tile, of its tokens: first those of all even rows, then those of all odd ones.
+
+    So :func:`stencil`, which computes two rows at a time, has both where the other kernels expect them.
+    """
+    HALF: tl.constexpr = ROWS // 2 * COLUMNS
     index = tl.arange(0, ROWS * COLUMNS)
-    row = first_row + index // COLUMNS
-    column = first_column + index % COLUMNS
-    return first_row, first_column, row, column, (row < height) & (column < width)
+    return index % HALF // COLUMNS * 2 + index // HALF, index % COLUMNS
+
+
+@triton.jit
+def tile_place(heads, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a program's tile is: head, first row, first column, first token, image, and the head's number in the batch.
+
+    Grid: tiles across * heads, tiles down, batch.
+    """
+    program = tl.program_id(0)  # heads fastest: neighbours share the lines that hold both their channels
+    head = program % heads
+    first_column = program // heads * COLUMNS
+    first_row = tl.program_id(1) * ROWS
+    batch = tl.program_id(2).to(tl.int64)
+    return head, first_row, first_column, (first_row * width + first_column).to(tl.int64), batch, batch * heads + head
+
+
+@triton.jit
+def next_tile(down, across, tiles_across):
+    """The tile after (down, across), row by row."""
+    wraps = across + 1 == tiles_across
+    return tl.where(wraps, down + 1, down), tl.where(wraps, 0, across + 1)
+
+
+@triton.jit
+def tile_mask(
+    first_row, first_column, height, width,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Of a tile: tokens (TOKENS, 1) counted from its first, channels (1, PADDED) from the head's first, what exists."""
+    row, column = tile_tokens(ROWS, COLUMNS)
+    live = (first_row + row < height) & (first_column + column < width)
+    channel = tl.arange(0, PADDED)
+    return (row * width + column)[:, None], channel[None, :], live[:, None] & (channel < WIDTH)[None, :]
+
+
+@triton.jit
+def load_row(x_ptr, row_stride, row, columns, live, first_row, height, channel, channel_live):
+    """x (tokens, channels) in fp32 at ``row``, counted from ``first_row``; zero outside the map.
+
+    ``columns`` are the offsets of the tokens' columns: with four rows and three columns, twelve sums are all that
+    the offsets of a pair's neighbours take.
+    """
+    live = live & (first_row + row >= 0) & (first_row + row < height)
+    offset = row * row_stride + columns
+    mask = live[:, None] & channel_live[None, :]
+    return widen(tl.load(x_ptr + offset[:, None] + channel[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def load_tap(taps_ptr, tap_stride, channel, channel_live, TAP: tl.constexpr, FLIPPED: tl.constexpr):
+    """The weights (1, channels) of one of nine taps, counted from the other end where ``FLIPPED``."""
+    tap: tl.constexpr = 8 - TAP if FLIPPED else TAP
+    return tl.load(taps_ptr + tap * tap_stride + channel, mask=channel_live, other=0.0)[None, :]
+
+
+@triton.jit
+def joined(upper, lower, HALF: tl.constexpr, PADDED: tl.constexpr):
+    """The even and the odd rows of a tile as one block, in the order of :func:`tile_tokens`."""
+    return tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (2 * HALF, PADDED))
 
 
 @triton.jit
 def stencil(
-    x_ptr, taps_ptr, x_token_stride, channels, row, column, first_token, height, width, channel, channel_live,
-    FLIPPED: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr,
+    start, x_ptr, x_token_stride, taps_ptr, tap_stride, first_row, first_column, height, width, channel, channel_live,
+    FLIPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
 ):
-    """Depthwise 3x3 convolution (``FLIPPED``: its transpose) with zero padding, at the tokens of a tile, in fp32.
+    """``start`` + depthwise 3x3 convolution (``FLIPPED``: its transpose), zero padding, at a tile's tokens, in fp32.
+
+    Two rows at a time, so that of the four rows that these need the inner two are loaded and widened once, not twice,
+    and a weight serves both.
 
     Args:
-        x_ptr: Channel 0 of the image's token ``first_token``, which all offsets count from: they stay below 2**31.
-        taps_ptr: (9, channels) weights, tap after tap.
-        row, column: Positions of the tokens. first_token: ``row * width + column`` of the first of them.
-        channel: (PADDED,) channel numbers; channel_live: which of them exist.
+        start: What the sums begin with, a number or (1, PADDED): a bias costs nothing here.
+        x_ptr: The tile's first token, which all offsets count from: they stay below 2**31.
+        taps_ptr: The first of nine weights, which are ``tap_stride`` apart.
+        channel: (PADDED,) channel numbers, counted from where both pointers stand; channel_live: which of them exist.
     """
-    total = tl.zeros((TOKENS, PADDED), tl.float32)
-    token = row * width + column - first_token
-    # Rolled rows: unrolling all nine taps keeps nine loads alive at once and costs about seventy registers.
-    for down in tl.range(0, 3, num_stages=1):
-        near_row = row + (down - 1)
-        row_live = (near_row >= 0) & (near_row < height)
-        for right in tl.static_range(3):
-            near_column = column + (right - 1)
-            live = row_live & (near_column >= 0) & (near_column < width)
-            offset = (token + (down - 1) * width + (right - 1)) * x_token_stride
-            x = tl.load(
-                x_ptr + offset[:, None] + channel[None, :], mask=live[:, None] & channel_live[None, :], other=0.0
-            )
-            tap = down * 3 + right
-            if FLIPPED:
-                tap = 8 - tap
-            weight = tl.load(taps_ptr + tap * channels + channel, mask=channel_live, other=0.0)
-            total += x.to(tl.float32) * weight.to(tl.float32)[None, :]
-    return total
+    HALF: tl.constexpr = ROWS // 2 * COLUMNS
+    index = tl.arange(0, HALF)
+    row = index // COLUMNS * 2
+    row_stride = width * x_token_stride
+    upper = tl.zeros((HALF, PADDED), tl.float32) + start
+    lower = upper
+    for right in tl.static_range(3):
+        w0 = load_tap(taps_ptr, tap_stride, channel, channel_live, right, FLIPPED)
+        w1 = load_tap(taps_ptr, tap_stride, channel, channel_live, 3 + right, FLIPPED)
+        w2 = load_tap(taps_ptr, tap_stride, channel, channel_live, 6 + right, FLIPPED)
+        column = index % COLUMNS + (right - 1)
+        live = (first_column + column >= 0) & (first_column + column < width)
+        place = (column * x_token_stride, live, first_row, height, channel, channel_live)
+        upper += load_row(x_ptr, row_stride, row - 1, *place) * w0
+        x = load_row(x_ptr, row_stride, row, *place)
+        upper += x * w1
+        lower += x * w0
+        x = load_row(x_ptr, row_stride, row + 1, *place)
+        upper += x * w2
+        lower += x * w1
+        lower += load_row(x_ptr, row_stride, row + 2, *place) * w2
+    return joined(upper, lower, HALF, PADDED)

@@ -4,12 +4,17 @@ The entries come from the register counts that ptxas reports (``benchmarks/compi
 largest tile of tokens at which no kernel spills on sm_80, sm_90 and sm_100.
 """
 
+import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 HEAD_WIDTHS = (16, 24, 32, 48, 64)
+MAX_GRID = 65535
+"""Programs on CUDA's second and third axes of a grid: splits or rows of tiles, and images."""
+MAX_SIDE = 65535
+"""Tokens on a side of a map: rows of tiles fit the grid, and rows and columns of tokens are exact in fp32."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -64,6 +69,12 @@ def interpreted() -> bool:
     return os.environ.get('TRITON_INTERPRET', '0') not in {'', '0'}
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has compute capability 9.0."""
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def tf32_allowed() -> bool:
     """Whether the user let PyTorch's own fp32 matrix products use TF32, by either of its interfaces."""
     backend = torch.backends.cuda.matmul
@@ -105,84 +116,106 @@ def tokens_per_split(tokens: int) -> int:
     runs for larger images keep the traffic of the partial sums at about a twentieth of that of the inputs.
     """
     run = 256
-    while run < 1024 and tokens > 256 * run:
+    while (run < 1024 and tokens > 256 * run) or tokens > MAX_GRID * run:
         run *= 2
     return run
+
+
+def tiles_per_split(tiles: int, least: int) -> int:
+    """Tiles that one program of a kernel for weight gradients takes: a function of the image size alone."""
+    return max(least, -(-tiles // MAX_GRID))
 
 
 TILES_PER_LEPE_SPLIT = 8
 REDUCE_CHUNK, REDUCE_ROWS, REDUCE_WARPS = 128, 32, 4
 LEPE_CHANNELS = 32
 
-# kernel -> products -> head width, or else padded head width -> Launch. Eight elements per thread and tensor, one
-# 128-bit access in 16 bits, wherever registers decide how many programs run at a time.
+# kernel -> head width, or else padded head width -> Launch. Sixteen elements per thread and tensor: what a thread does
+# only once, addresses, weights and the head's matrix, then counts little beside what it does for each element.
 _STATE = {16: Launch(4, 16, 4, 2), 32: Launch(4, 16, 4, 2), 64: Launch(4, 8, 8)}
-_TILE = {16: Launch(8, 8, 4), 24: Launch(8, 8, 8, 1, 128), 32: Launch(8, 8, 8), 64: Launch(4, 8, 8)}
-_KEY_VALUE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(4, 4, 8)}
-_QUERY = {16: Launch(4, 8, 4, 2), 32: Launch(4, 8, 4, 2), 64: Launch(2, 8, 8, 2)}
-_EXACT_STATE = {16: Launch(4, 8, 4, 1, 168), 32: Launch(4, 8, 4, 1, 168), 64: Launch(4, 8, 8)}
-_EXACT_TILE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(2, 8, 4, registers=248)}
-_EXACT_KEY_VALUE = {16: Launch(8, 8, 4), 32: Launch(8, 8, 8), 64: Launch(4, 4, 8)}
-# Three TF32 terms of a 64 x 64 operand do not fit the registers of sm_80; plain fp32 products do, and are as exact.
-_EXACT_QUERY = {16: Launch(4, 8, 4), 32: Launch(2, 8, 4), 64: Launch(2, 8, 8, 1, 128, 'ieee')}
-
-
-def _rows(fast: dict[int, Launch], exact: dict[int, Launch]) -> dict[str, dict[int, Launch]]:
-    return {'low': fast, 'tf32': fast, 'tf32x3': exact, 'ieee': exact}
-
-
+_TILE = {16: Launch(8, 8, 2), 32: Launch(4, 8, 2), 64: Launch(4, 8, 4)}
+_QUERY = {16: Launch(8, 8, 2, 2), 24: Launch(4, 8, 2), 32: Launch(4, 8, 2, 2), 64: Launch(4, 8, 4)}
+_EXACT_STATE = {16: Launch(4, 8, 2), 32: Launch(4, 8, 4, 1, 168), 64: Launch(4, 8, 8)}
+_EXACT_TILE = {16: Launch(8, 8, 2), 32: Launch(4, 8, 2), 64: Launch(2, 8, 4, registers=248)}
+_EXACT_KEY_VALUE = {16: Launch(8, 8, 2), 32: Launch(4, 8, 2), 64: Launch(4, 4, 8)}
+# Three TF32 terms of a square operand, or one of 64 x 64 on sm_80, do not fit the registers beside the sum that this
+# kernel keeps; plain fp32 products do, and are as exact.
+_PLAIN_QUERY = Launch(2, 8, 8, 1, 128, 'ieee')
+_EXACT_QUERY = {16: Launch(4, 8, 2), 32: Launch(4, 8, 4, precision='ieee'), 64: _PLAIN_QUERY}
+_FAST = {
+    'state': _STATE, 'output': _TILE, 'gate_backward': _TILE, 'query_backward': _QUERY, 'key_value_backward': _TILE
+}
+_EXACT = {
+    'state': _EXACT_STATE, 'output': _EXACT_TILE, 'gate_backward': _EXACT_TILE, 'query_backward': _EXACT_QUERY,
+    'key_value_backward': _EXACT_KEY_VALUE,
+}
+# On sm_90 a warp group multiplies 64 rows at once. sm_100 could too, but through a memory of its own, which for
+# products as small as these costs more than it saves.
+_HOPPER: dict[str, dict[int, Launch]] = {
+    'output': {32: Launch(4, 16, 4), 64: Launch(8, 8, 8)},
+    'gate_backward': {32: Launch(8, 8, 4), 64: Launch(8, 8, 8)},
+    'query_backward': {64: Launch(4, 8, 4)},
+    'key_value_backward': {32: Launch(8, 8, 4), 64: Launch(8, 8, 8)},
+}
+_TF32_TILE = {**_TILE, 64: Launch(4, 8, 8)}
 _TABLE: dict[str, dict[str, dict[int, Launch]]] = {
-    # Triton 3.6 fails on sm_100 where a single TF32 product has a transposed operand 64 wide; three terms compile.
-    'state': {**_rows(_STATE, _EXACT_STATE), 'tf32': {**_STATE, 64: Launch(4, 8, 8, precision='tf32x3')}},
-    'output': _rows(_TILE, _EXACT_TILE),
-    'gate_backward': _rows(_TILE, _EXACT_TILE),
-    'query_backward': _rows(_QUERY, _EXACT_QUERY),
-    # On sm_80 ptxas spills to stay at 128 registers, with 8 warps and an odd number of 24-wide heads. In TF32 it does
-    # so with 4 warps, to stay at 96.
-    'key_value_backward': {**_rows(_KEY_VALUE, _EXACT_KEY_VALUE), 'low': {**_KEY_VALUE, 24: Launch(8, 8, 4)}},
+    'low': _FAST,
+    'tf32': {
+        # Triton 3.6 fails on sm_100 where a single TF32 product has a transposed operand 64 wide; three terms compile.
+        'state': {**_STATE, 64: Launch(4, 8, 8, precision='tf32x3')},
+        'output': _TF32_TILE,
+        'gate_backward': _TF32_TILE,
+        'query_backward': {**_QUERY, 24: Launch(4, 8, 4, 2), 64: _PLAIN_QUERY},
+        'key_value_backward': {**_TILE, 64: Launch(8, 8, 8)},
+    },
+    'tf32x3': _EXACT,
+    'ieee': _EXACT,
 }
 
 
-def lepe_launch(dtype: torch.dtype, channels: int) -> Launch:
-    """The settings of the kernel that sums the LePE gradients; its nine sums stay in registers."""
-    # In fp32, and where tokens are not aligned to 16 elements, addresses take more registers.
-    roomy = dtype == torch.float32 or channels % 16 != 0
-    return Launch(8, 8, 8, registers=None if roomy else 128)
+def lepe_launch(dtype: torch.dtype) -> Launch:
+    """The settings of the kernel that sums the LePE gradients; its ten sums stay in registers."""
+    return Launch(8, 8, 4, registers=None if dtype == torch.float32 else 168)
 
 
-def launch(kernel: str, products: str, head_width: int) -> Launch:
+def launch(kernel: str, products: str, head_width: int, straddles: bool, hopper: bool) -> Launch:
     """The settings of one kernel.
 
     Args:
         kernel: 'state', 'output', 'gate_backward', 'query_backward' or 'key_value_backward'.
         products: :attr:`Arithmetic.name`.
         head_width: Channels per head, one of ``HEAD_WIDTHS``.
+        straddles: Whether the number of heads is odd, so that one turns by rows and by columns.
+        hopper: Whether the device has compute capability 9.0.
     """
-    by_width = _TABLE[kernel][products]
-    return by_width.get(head_width) or by_width[padded_width(head_width)]
+    by_width = _TABLE[products][kernel]
+    if hopper and _TABLE[products] is not _EXACT:
+        by_width = {**by_width, **_HOPPER.get(kernel, {})}
+    setting = by_width.get(head_width) or by_width[padded_width(head_width)]
+    # A pipeline would take the scattered loads of a straddling head's tables through shared memory, one by one.
+    return replace(setting, stages=1) if straddles else setting
 
 
 MAX_STENCIL_CHANNELS = 1024
 """Widest tokens of the block's stencils: a LayerNorm holds all channels of a token in one program."""
 STENCIL_CHANNELS = 32
 """Channels of one program of the stencils that need no sum over channels."""
-TILES_PER_STENCIL_SPLIT = 4
-_ROW_ELEMENTS = 4096
+TILES_PER_STENCIL_SPLIT = 8
+_ROW_ELEMENTS = 2048
 
 
 def norm_launch(channels: int) -> Launch:
     """The settings of the kernels that hold all channels of a token: 16 elements a thread, at most 64 tokens."""
-    tokens = max(1, min(64, _ROW_ELEMENTS // padded_width(channels)))
-    columns = 1 << (tokens.bit_length() // 2)
-    return Launch(tokens // columns, columns, 8, registers=128)
+    tokens = max(2, min(64, _ROW_ELEMENTS // padded_width(channels)))  # two rows at least, see `stencil`
+    columns = 1 << ((tokens.bit_length() - 1) // 2)
+    return Launch(tokens // columns, columns, 4)
 
 
 def norm_tokens_per_split(channels: int) -> int:
-    """Tokens that one program of the norm's backward takes: as many as four steps hold, whatever the map."""
+    """Tokens that one program of the norm's backward takes: as many as eight steps hold, whatever the map."""
     setting = norm_launch(channels)
-    return 4 * setting.rows * setting.columns
+    return 8 * setting.rows * setting.columns
 
 
-STENCIL = Launch(8, 8, 8)
-# Ten sums and, at a time, up to nine weights and neighbours: four elements a thread.
-STENCIL_BACKWARD = Launch(8, 8, 16)
+STENCIL = Launch(8, 8, 4)
+STENCIL_BACKWARD = Launch(8, 8, 4)

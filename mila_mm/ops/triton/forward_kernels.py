@@ -9,16 +9,21 @@ from .common import (
     load_rotation,
     load_square,
     multiply,
+    reciprocal,
     rotate,
+    run_positions,
     sigmoid,
     stencil,
+    tile_mask,
+    tile_place,
     tile_tokens,
+    widen,
 )
 
 # Sizes of the image change from batch to batch: no binary may depend on whether one of them divides by 16. Strides of
 # tokens and the number of channels are not listed, since their divisibility is what allows 128-bit loads. Batch strides
 # are products of both; what loads need to know of them is in `ALIGNED`.
-SIZES = ['height', 'width', 'tokens', 'splits', 'tokens_per_split', 'tiles', 'tiles_across', 'heads',
+SIZES = ['height', 'width', 'tokens', 'splits', 'tokens_per_split', 'heads',
          'qk_batch_stride', 'v_batch_stride', 'gate_batch_stride', 'grad_y_batch_stride', 'grad_out_batch_stride']
 
 
@@ -26,20 +31,18 @@ SIZES = ['height', 'width', 'tokens', 'splits', 'tokens_per_split', 'tiles', 'ti
 def state_kernel(
     qk_ptr, v_ptr, cos_ptr, sin_ptr, state_ptr, mean_ptr,
     qk_batch_stride, qk_token_stride, v_batch_stride, v_token_stride, table_stride,
-    width, tokens, heads, splits, tokens_per_split, scale,
+    width, tokens, heads, tokens_per_split, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Parts of S = mean of k~ v^T and of the mean of k^, over one run of tokens of one head.
 
-    Grid: batch * splits * heads, heads fastest, so that neighbours share the lines that hold both their channels.
+    Grid: heads, splits, batch; neighbours share the lines that hold both their channels.
     Writes state (batch, splits, heads, WIDTH, WIDTH) and mean (batch, splits, heads, WIDTH), both times ``scale``.
     """
-    program = tl.program_id(0)
-    head = program % heads
-    split = program // heads % splits
-    batch = (program // heads // splits).to(tl.int64)
-    first = split * tokens_per_split
+    head = tl.program_id(0)
+    batch = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * tokens_per_split
     count = tl.minimum(tokens_per_split, tokens - first)
 
     channel = tl.arange(0, PADDED)
@@ -56,19 +59,18 @@ def state_kernel(
         mask = live[:, None] & channel_live[None, :]
         k = tl.load(k_ptr + local[:, None] * qk_token_stride + channel[None, :], mask=mask, other=0.0)
         v = tl.load(v_ptr + local[:, None] * v_token_stride + channel[None, :], mask=mask, other=0.0)
-        token = first + local
+        row, column = run_positions(first, local, width)
         cos, sin = load_rotation(
-            cos_ptr, sin_ptr, table_stride, token // width, token % width, live, head, heads,
-            WIDTH, PADDED, STRADDLES,
+            cos_ptr, sin_ptr, table_stride, row, column, live, head, heads, WIDTH, PADDED, STRADDLES
         )
         # Masked after the feature map: phi(0) is 1, not 0.
-        mapped = tl.where(mask, feature_map(k.to(tl.float32), ACCURATE), 0.0)
+        mapped = tl.where(mask, feature_map(widen(k), ACCURATE), 0.0)
         mapped_sum += mapped
         turned = rotate(mapped, cos, sin, BLOCK, PADDED)
         # The product with `scale` keeps this sum outside the tensor cores, whose own accumulation truncates.
         state += multiply(tl.trans(turned), v, LOW, PRECISION, v_ptr.dtype.element_ty) * scale
 
-    part = program.to(tl.int64)
+    part = (batch * tl.num_programs(1) + tl.program_id(1)) * heads + head
     index = tl.arange(0, PADDED)
     square = state_ptr + part * (WIDTH * WIDTH) + index[:, None] * WIDTH + index[None, :]
     tl.store(square, state, mask=(index < WIDTH)[:, None] & (index < WIDTH)[None, :])
@@ -114,31 +116,34 @@ def reduce_kernel(
 @triton.jit
 def attend(
     q_ptr, v_ptr, taps_ptr, bias_ptr, cos_ptr, sin_ptr, state_ptr, mean_ptr,
-    q_token_stride, v_token_stride, table_stride, height, width, heads, eps, head,
-    first_token, row, column, live, channel, channel_live,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, HAS_LEPE: tl.constexpr,
+    q_token_stride, v_token_stride, table_stride, height, width, heads, eps, head, first_row, first_column,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_LEPE: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Output before the gate, o = S^T P + lepe(v), at the tokens of a tile; pointers stand at its first token."""
-    local = row * width + column - first_token
-    mask = live[:, None] & channel_live[None, :]
-    q = tl.load(q_ptr + local[:, None] * q_token_stride + channel[None, :], mask=mask, other=0.0)
+    row, column = tile_tokens(ROWS, COLUMNS)
+    live = (first_row + row < height) & (first_column + column < width)
+    channel = tl.arange(0, PADDED)
+    channel_live = channel < WIDTH
+    offset = (row * width + column)[:, None] * q_token_stride + channel[None, :]
+    q = tl.load(q_ptr + offset, mask=live[:, None] & channel_live[None, :], other=0.0)
     cos, sin = load_rotation(
-        cos_ptr, sin_ptr, table_stride, row, column, live, head, heads, WIDTH, PADDED, STRADDLES
+        cos_ptr, sin_ptr, table_stride, first_row + row, first_column + column, live, head, heads,
+        WIDTH, PADDED, STRADDLES,
     )
-    mean = tl.load(mean_ptr + tl.arange(0, PADDED), mask=tl.arange(0, PADDED) < WIDTH, other=0.0)
+    mean = tl.load(mean_ptr + channel, mask=channel_live, other=0.0)
     state = load_square(state_ptr, WIDTH, PADDED)
-    mapped = feature_map(q.to(tl.float32), ACCURATE)
-    normaliser = 1.0 / (tl.sum(mapped * mean[None, :], axis=1) + eps)
+    mapped = feature_map(widen(q), ACCURATE)
+    normaliser = reciprocal(tl.sum(mapped * mean[None, :], axis=1) + eps, ACCURATE)
     # Scaled before it becomes an operand: its entries then stay O(1) in 16 bits, whatever the size of q and k.
-    query = rotate(mapped, cos, sin, TOKENS, PADDED) * normaliser[:, None]
+    query = rotate(mapped, cos, sin, ROWS * COLUMNS, PADDED) * normaliser[:, None]
     out = multiply(query, state, LOW, PRECISION, q_ptr.dtype.element_ty)
     if HAS_LEPE:
+        bias = tl.load(bias_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
         out += stencil(
-            v_ptr, taps_ptr, v_token_stride, heads * WIDTH, row, column, first_token, height, width,
-            channel, channel_live, False, TOKENS, PADDED,
+            bias[None, :], v_ptr, v_token_stride, taps_ptr, WIDTH, first_row, first_column, height, width,
+            channel, channel_live, False, ROWS, COLUMNS, PADDED,
         )
-        out += tl.load(bias_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)[None, :]
     return out
 
 
@@ -146,38 +151,26 @@ def attend(
 def output_kernel(
     qk_ptr, v_ptr, taps_ptr, bias_ptr, gate_ptr, cos_ptr, sin_ptr, state_ptr, mean_ptr, y_ptr,
     qk_batch_stride, qk_token_stride, v_batch_stride, v_token_stride, gate_batch_stride, gate_token_stride,
-    table_stride, height, width, heads, tiles, tiles_across, eps,
+    table_stride, height, width, heads, eps,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_LEPE: tl.constexpr, HAS_GATE: tl.constexpr, ALIGNED: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """y = (S^T P + lepe(v)) * silu(gate) for one tile of tokens and one head. Grid: batch * tiles * heads."""
-    program = tl.program_id(0)
-    head = program % heads
-    tile = program // heads % tiles
-    batch = (program // heads // tiles).to(tl.int64)
-    first_row, first_column, row, column, live = tile_tokens(tile, tiles_across, height, width, ROWS, COLUMNS)
-    first_token = first_row * width + first_column
-    first = first_token.to(tl.int64)
-    local_channel = tl.arange(0, PADDED)
-    channel = head * WIDTH + local_channel
-    channel_live = local_channel < WIDTH
-    owner = batch * heads + head
-
+    """y = (S^T P + lepe(v)) * silu(gate) for one tile and one head. Grid: tiles across * heads, tiles down, batch."""
+    head, first_row, first_column, first, batch, owner = tile_place(heads, width, ROWS, COLUMNS)
+    qk_ptr += image_offset(batch, qk_batch_stride, ALIGNED) + first * qk_token_stride + head * WIDTH
+    v_ptr += image_offset(batch, v_batch_stride, ALIGNED) + first * v_token_stride + head * WIDTH
     out = attend(
-        qk_ptr + image_offset(batch, qk_batch_stride, ALIGNED) + first * qk_token_stride,
-        v_ptr + image_offset(batch, v_batch_stride, ALIGNED) + first * v_token_stride,
-        taps_ptr, bias_ptr, cos_ptr, sin_ptr, state_ptr + owner * (WIDTH * WIDTH), mean_ptr + owner * WIDTH,
-        qk_token_stride, v_token_stride, table_stride, height, width, heads, eps, head,
-        first_token, row, column, live, channel, channel_live,
-        WIDTH, PADDED, ROWS * COLUMNS, HAS_LEPE, STRADDLES, ACCURATE, LOW, PRECISION,
+        qk_ptr, v_ptr, taps_ptr + head * (9 * WIDTH), bias_ptr + head * WIDTH, cos_ptr, sin_ptr,
+        state_ptr + owner * (WIDTH * WIDTH), mean_ptr + owner * WIDTH,
+        qk_token_stride, v_token_stride, table_stride, height, width, heads, eps, head, first_row, first_column,
+        WIDTH, PADDED, ROWS, COLUMNS, HAS_LEPE, STRADDLES, ACCURATE, LOW, PRECISION,
     )
-    mask = live[:, None] & channel_live[None, :]
-    local = (row * width + column - first_token)[:, None]
+    local, channel, mask = tile_mask(first_row, first_column, height, width, WIDTH, PADDED, ROWS, COLUMNS)
     if HAS_GATE:
-        gate_ptr += image_offset(batch, gate_batch_stride, ALIGNED) + first * gate_token_stride
-        gate = tl.load(gate_ptr + local * gate_token_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate_ptr += image_offset(batch, gate_batch_stride, ALIGNED) + first * gate_token_stride + head * WIDTH
+        gate = widen(tl.load(gate_ptr + local * gate_token_stride + channel, mask=mask, other=0.0))
         out *= gate * sigmoid(gate, ACCURATE)
     channels = heads * WIDTH
-    y_ptr += (batch * height * width + first) * channels
-    tl.store(y_ptr + local * channels + channel[None, :], out.to(y_ptr.dtype.element_ty), mask=mask)
+    y_ptr += (batch * height * width + first) * channels + head * WIDTH
+    tl.store(y_ptr + local * channels + channel, out.to(y_ptr.dtype.element_ty), mask=mask)

@@ -29,13 +29,20 @@ def aligned(*tensors: Tensor) -> bool:
     return all(x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 for x in tensors)
 
 
-def depthwise_taps(lepe_weight: Tensor | None, like: Tensor) -> Tensor:
-    """The (C, 1, 3, 3) weight as (9, C) fp32: one tap of adjacent channels is then a wide load."""
+def depthwise_taps(lepe_weight: Tensor | None, like: Tensor, width: int) -> Tensor:
+    """The (C, 1, 3, 3) weight as (C / width, 9, width) fp32, zero behind C.
+
+    One tap of adjacent channels is then a wide load, and nine of them lie at constant distances.
+    """
     if lepe_weight is None:
         return like
     channels = lepe_weight.shape[0]
-    taps = torch.empty((9, channels), dtype=torch.float32, device=lepe_weight.device)
-    return taps.copy_(lepe_weight.detach().reshape(channels, 9).t())
+    blocks = -(-channels // width)
+    weight = lepe_weight.detach().reshape(channels, 9)
+    if blocks * width != channels:
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, blocks * width - channels))
+    taps = torch.empty((blocks, 9, width), dtype=torch.float32, device=lepe_weight.device)
+    return taps.copy_(weight.view(blocks, width, 9).transpose(1, 2))
 
 
 class _Plan:
@@ -72,19 +79,23 @@ class _Plan:
             'PRECISION': setting.precision or self.arithmetic.precision,
         }
 
-    def run(self, kernel: str) -> tuple[tuple[int], dict[str, object]]:
-        """Grid and settings of a kernel that walks runs of tokens."""
-        setting = configs.launch(kernel, self.arithmetic.name, self.head_width)
-        options = {'BLOCK': setting.rows * setting.columns, 'STAGES': setting.stages, **setting.options()}
-        return (self.batch * self.splits * self.heads,), {**self.constants(setting), **options}
+    def setting(self, kernel: str) -> configs.Launch:
+        """The launch settings of a kernel on this device."""
+        straddles, hopper = self.heads % 2 == 1, configs.is_hopper(self.device)
+        return configs.launch(kernel, self.arithmetic.name, self.head_width, straddles, hopper)
 
-    def tile(self, kernel: str) -> tuple[tuple[int], tuple[int, int], dict[str, object]]:
-        """Grid, (tiles per image, tiles across) and settings of a kernel with one tile per program."""
-        setting = configs.launch(kernel, self.arithmetic.name, self.head_width)
-        across = -(-self.width // setting.columns)
-        tiles = across * -(-self.height // setting.rows)
+    def run(self, kernel: str) -> tuple[tuple[int, int, int], dict[str, object]]:
+        """Grid and settings of a kernel that walks runs of tokens."""
+        setting = self.setting(kernel)
+        options = {'BLOCK': setting.rows * setting.columns, 'STAGES': setting.stages, **setting.options()}
+        return (self.heads, self.splits, self.batch), {**self.constants(setting), **options}
+
+    def tile(self, kernel: str) -> tuple[tuple[int, int, int], dict[str, object]]:
+        """Grid and settings of a kernel with one tile per program."""
+        setting = self.setting(kernel)
+        across, down = -(-self.width // setting.columns), -(-self.height // setting.rows)
         options = {'ROWS': setting.rows, 'COLUMNS': setting.columns, **setting.options()}
-        return (self.batch * tiles * self.heads,), (tiles, across), {**self.constants(setting), **options}
+        return (across * self.heads, down, self.batch), {**self.constants(setting), **options}
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Room for the sums of the splits: a (d, d) matrix and a (d,) vector for each split and head."""
@@ -145,18 +156,18 @@ def attention_forward(
         forward_kernels.state_kernel[grid](
             qk, v, plan.cos, plan.sin, *parts,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), plan.table_stride,
-            width, plan.tokens, num_heads, plan.splits, plan.tokens_per_split, 1.0 / plan.tokens,
+            width, plan.tokens, num_heads, plan.tokens_per_split, 1.0 / plan.tokens,
             ALIGNED=aligned(qk, v), **options,
         )
         state, mean = plan.reduce(*parts)
 
-        grid, tiles, options = plan.tile('output')
+        grid, options = plan.tile('output')
         gated = v if gate is None else gate
         forward_kernels.output_kernel[grid](
-            qk, v, depthwise_taps(lepe_weight, v), vector_or(lepe_bias, v), gated,
+            qk, v, depthwise_taps(lepe_weight, v, d), vector_or(lepe_bias, v), gated,
             plan.cos, plan.sin, state, mean, y,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), gated.stride(0), gated.stride(1), plan.table_stride,
-            height, width, num_heads, *tiles, eps,
+            height, width, num_heads, eps,
             HAS_LEPE=lepe_weight is not None, HAS_GATE=gate is not None, ALIGNED=aligned(qk, v, gated), **options,
         )
     return y, state, mean
@@ -200,7 +211,7 @@ def attention_backward(
     taps, grad_weight, grad_bias, grad_gate = v, None, None, None
     with on_device(v):
         if lepe_weight is not None:
-            taps = depthwise_taps(lepe_weight, v)
+            taps = depthwise_taps(lepe_weight, v, plan.head_width)
         grad_out = grad_y
         if gate is not None:
             grad_out, grad_gate = _gate_backward(
@@ -227,12 +238,12 @@ def _gate_backward(
     """Gradients of the output before the gate and of the gate, both (B, N, C) contiguous."""
     grad_out = plan.result(plan.batch, plan.tokens, plan.channels)
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    grid, tiles, options = plan.tile('gate_backward')
+    grid, options = plan.tile('gate_backward')
     backward_kernels.gate_backward_kernel[grid](
         grad_y, qk, v, taps, vector_or(lepe_bias, v), gate, plan.cos, plan.sin, state, key_mean,
         grad_out, grad_gate,
         grad_y.stride(0), grad_y.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
-        gate.stride(0), gate.stride(1), plan.table_stride, plan.height, plan.width, plan.heads, *tiles, eps,
+        gate.stride(0), gate.stride(1), plan.table_stride, plan.height, plan.width, plan.heads, eps,
         HAS_LEPE=lepe_bias is not None, ALIGNED=aligned(grad_y, qk, v, gate), **options,
     )
     return grad_out, grad_gate
@@ -257,15 +268,15 @@ def _query_key_value_backward(
     backward_kernels.query_backward_kernel[grid](
         grad_out, qk, plan.cos, plan.sin, state, key_mean, grad_qk, *parts,
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), plan.table_stride,
-        plan.width, plan.tokens, plan.heads, plan.splits, plan.tokens_per_split, 1.0 / plan.tokens, eps,
+        plan.width, plan.tokens, plan.heads, plan.tokens_per_split, 1.0 / plan.tokens, eps,
         ALIGNED=aligned(grad_out, qk), **options,
     )
     grad_state, grad_mean = plan.reduce(*parts)
-    grid, tiles, options = plan.tile('key_value_backward')
+    grid, options = plan.tile('key_value_backward')
     backward_kernels.key_value_backward_kernel[grid](
         grad_out, qk, v, taps, plan.cos, plan.sin, grad_state, grad_mean, grad_qk, grad_v,
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
-        plan.table_stride, plan.height, plan.width, plan.heads, *tiles,
+        plan.table_stride, plan.height, plan.width, plan.heads,
         HAS_LEPE=lepe_weight is not None, ALIGNED=aligned(grad_out, qk, v), **options,
     )
 
@@ -274,15 +285,16 @@ def _lepe_backward(
     plan: _Plan, grad_out: Tensor, v: Tensor, lepe_weight: Tensor, lepe_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the LePE weight (C, 1, 3, 3) and bias (C,), in their dtypes, from sums in fp32."""
-    setting, run = configs.lepe_launch(v.dtype, plan.channels), configs.TILES_PER_LEPE_SPLIT
+    setting = configs.lepe_launch(v.dtype)
     across = -(-plan.width // setting.columns)
     tiles = across * -(-plan.height // setting.rows)
+    run = configs.tiles_per_split(tiles, configs.TILES_PER_LEPE_SPLIT)
     splits = -(-tiles // run)
     blocks = -(-plan.channels // configs.LEPE_CHANNELS)
     parts = plan.fp32(plan.batch * splits, 10, plan.channels)
-    lepe_kernels.lepe_backward_kernel[(plan.batch * splits * blocks,)](
+    lepe_kernels.lepe_backward_kernel[(blocks, splits, plan.batch)](
         grad_out, v, parts, grad_out.stride(0), grad_out.stride(1), v.stride(0), v.stride(1),
-        plan.height, plan.width, plan.channels, tiles, across, splits, run,
+        plan.height, plan.width, plan.channels, tiles, across, run,
         ROWS=setting.rows, COLUMNS=setting.columns, CHANNELS=configs.LEPE_CHANNELS, ALIGNED=aligned(grad_out, v),
         **setting.options(),
     )

@@ -3,24 +3,30 @@
 import triton
 import triton.language as tl
 
-from .common import image_offset, tile_tokens
+from .common import image_offset, load_row, next_tile
 
-SIZES = ['height', 'width', 'tiles', 'tiles_across', 'splits', 'tiles_per_split', 'parts', 'v_batch_stride',
+SIZES = ['height', 'width', 'tiles', 'tiles_across', 'tiles_per_split', 'parts', 'v_batch_stride',
          'grad_out_batch_stride']
 
 
 @triton.jit
-def shifted_product(
-    v_ptr, v_token_stride, grad_out, row, column, live, first_token, height, width, channel, channel_live,
-    DOWN: tl.constexpr, RIGHT: tl.constexpr,
+def column_products(
+    above, middle, below, upper, lower, index, v_ptr, v_token_stride, row_stride, row, first_row, first_column,
+    height, width, channel, channel_live, RIGHT: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    """do_n * v_{n + (DOWN, RIGHT)} at the tokens of a tile, zero where the neighbour lies outside the map."""
-    near_row = row + DOWN
-    near_column = column + RIGHT
-    live = live & (near_row >= 0) & (near_row < height) & (near_column >= 0) & (near_column < width)
-    offset = (near_row * width + near_column - first_token) * v_token_stride
-    mask = live[:, None] & channel_live[None, :]
-    return grad_out * tl.load(v_ptr + offset[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    """Add do_n v_{n+t} to the sums of the three taps t of one column, for pairs of rows with gradients of both."""
+    column = index % COLUMNS + RIGHT
+    live = (first_column + column >= 0) & (first_column + column < width)
+    place = (column * v_token_stride, live, first_row, height, channel, channel_live)
+    above += upper * load_row(v_ptr, row_stride, row - 1, *place)
+    v = load_row(v_ptr, row_stride, row, *place)
+    middle += upper * v
+    above += lower * v
+    v = load_row(v_ptr, row_stride, row + 1, *place)
+    below += upper * v
+    middle += lower * v
+    below += lower * load_row(v_ptr, row_stride, row + 2, *place)
+    return above, middle, below
 
 
 @triton.jit
@@ -33,52 +39,48 @@ def store_sum(ptr, products, index: tl.constexpr, channels, channel, channel_liv
 def lepe_backward_kernel(
     grad_out_ptr, v_ptr, parts_ptr,
     grad_out_batch_stride, grad_out_token_stride, v_batch_stride, v_token_stride,
-    height, width, channels, tiles, tiles_across, splits, tiles_per_split,
+    height, width, channels, tiles, tiles_across, tiles_per_split,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """Parts of dw_t = sum of do_n v_{n+t} (rows 0 to 8) and db = sum of do_n (row 9) over a run of tiles.
 
-    Grid: batch * splits * channel blocks, channel blocks fastest. Writes parts (batch * splits, 10, channels).
+    Grid: channel blocks, splits, batch. Writes parts (batch * splits, 10, channels).
     The nine sums stay in registers, a product per token and channel, until the run ends: reducing over tokens tap by
-    tap and tile by tile would cost more instructions than the products themselves.
+    tap and tile by tile would cost more instructions than the products themselves. Two rows at a time, as
+    :func:`stencil` does, share neighbours and sums.
     """
-    program = tl.program_id(0)
-    blocks = (channels + CHANNELS - 1) // CHANNELS
-    block = program % blocks
-    part = (program // blocks).to(tl.int64)
-    split = program // blocks % splits
-    batch = part // splits
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     channel_live = channel < channels
+    batch = tl.program_id(2).to(tl.int64)
     v_ptr += image_offset(batch, v_batch_stride, ALIGNED)
     grad_out_ptr += image_offset(batch, grad_out_batch_stride, ALIGNED)
+    index = tl.arange(0, ROWS // 2 * COLUMNS)
+    row = index // COLUMNS * 2
+    grad_row_stride, v_row_stride = width * grad_out_token_stride, width * v_token_stride
 
-    zero = tl.zeros((ROWS * COLUMNS, CHANNELS), tl.float32)
+    zero = tl.zeros((ROWS // 2 * COLUMNS, CHANNELS), tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    first_tile = split * tiles_per_split
-    for tile in tl.range(first_tile, tl.minimum(first_tile + tiles_per_split, tiles), num_stages=1):
-        first_row, first_column, row, column, live = tile_tokens(tile, tiles_across, height, width, ROWS, COLUMNS)
-        first_token = first_row * width + first_column
-        local = row * width + column - first_token
-        x = grad_out_ptr + first_token.to(tl.int64) * grad_out_token_stride
-        grad_out = tl.load(
-            x + local[:, None] * grad_out_token_stride + channel[None, :],
-            mask=live[:, None] & channel_live[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        x = v_ptr + first_token.to(tl.int64) * v_token_stride
-        place = (row, column, live, first_token, height, width, channel, channel_live)
-        s0 += shifted_product(x, v_token_stride, grad_out, *place, -1, -1)
-        s1 += shifted_product(x, v_token_stride, grad_out, *place, -1, 0)
-        s2 += shifted_product(x, v_token_stride, grad_out, *place, -1, 1)
-        s3 += shifted_product(x, v_token_stride, grad_out, *place, 0, -1)
-        s4 += shifted_product(x, v_token_stride, grad_out, *place, 0, 0)
-        s5 += shifted_product(x, v_token_stride, grad_out, *place, 0, 1)
-        s6 += shifted_product(x, v_token_stride, grad_out, *place, 1, -1)
-        s7 += shifted_product(x, v_token_stride, grad_out, *place, 1, 0)
-        s8 += shifted_product(x, v_token_stride, grad_out, *place, 1, 1)
-        s9 += grad_out
+    first_tile = tl.program_id(1) * tiles_per_split
+    down, across = first_tile // tiles_across, first_tile % tiles_across
+    for _ in tl.range(first_tile, tl.minimum(first_tile + tiles_per_split, tiles), num_stages=1):
+        first_row, first_column = down * ROWS, across * COLUMNS
+        first = (first_row * width + first_column).to(tl.int64)
+        column = index % COLUMNS
+        live = first_column + column < width
+        x = grad_out_ptr + first * grad_out_token_stride
+        place = (column * grad_out_token_stride, live, first_row, height, channel, channel_live)
+        upper = load_row(x, grad_row_stride, row, *place)
+        lower = load_row(x, grad_row_stride, row + 1, *place)
+        x = v_ptr + first * v_token_stride
+        place = (index, x, v_token_stride, v_row_stride, row, first_row, first_column, height, width, channel,
+                 channel_live)
+        s0, s3, s6 = column_products(s0, s3, s6, upper, lower, *place, -1, COLUMNS)
+        s1, s4, s7 = column_products(s1, s4, s7, upper, lower, *place, 0, COLUMNS)
+        s2, s5, s8 = column_products(s2, s5, s8, upper, lower, *place, 1, COLUMNS)
+        s9 += upper + lower
+        down, across = next_tile(down, across, tiles_across)
 
+    part = batch * tl.num_programs(1) + tl.program_id(1)
     parts_ptr += part * (10 * channels)
     store_sum(parts_ptr, s0, 0, channels, channel, channel_live)
     store_sum(parts_ptr, s1, 1, channels, channel, channel_live)

@@ -26,48 +26,57 @@ The sums over tokens take two stages of fixed order, as those of the attention d
 import triton
 import triton.language as tl
 
-from .common import image_offset, sigmoid, stencil, tile_tokens
+from .common import (
+    image_offset,
+    joined,
+    load_row,
+    load_tap,
+    next_tile,
+    sigmoid,
+    stencil,
+    tile_mask,
+    tile_place,
+    tile_tokens,
+    widen,
+)
 from .lepe_kernels import store_sum
 
-SIZES = ['height', 'width', 'tokens', 'tiles', 'tiles_across', 'splits', 'tokens_per_split', 'tiles_per_split',
+SIZES = ['height', 'width', 'tokens', 'tiles', 'tiles_across', 'blocks', 'tokens_per_split', 'tiles_per_split',
          'x_batch_stride', 'grad_out_batch_stride', 'grad_y_batch_stride', 'out_batch_stride']
 
 
 @triton.jit(do_not_specialize=SIZES)
 def cpe_norm_kernel(
     x_ptr, taps_ptr, bias_ptr, gamma_ptr, beta_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
-    x_batch_stride, x_token_stride, height, width, tiles, tiles_across, eps,
+    x_batch_stride, x_token_stride, height, width, eps,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
-    """x' and its LayerNorm y for a tile of tokens with all their channels. Grid: batch * tiles."""
-    program = tl.program_id(0)
-    tile = program % tiles
-    batch = (program // tiles).to(tl.int64)
-    first_row, first_column, row, column, live = tile_tokens(tile, tiles_across, height, width, ROWS, COLUMNS)
-    first_token = first_row * width + first_column
-    local = row * width + column - first_token
+    """x' and its LayerNorm y for a tile of tokens with all their channels. Grid: tiles across, tiles down, batch."""
+    _, first_row, first_column, first, batch, _ = tile_place(1, width, ROWS, COLUMNS)
+    local, channels, mask = tile_mask(first_row, first_column, height, width, CHANNELS, PADDED, ROWS, COLUMNS)
     channel = tl.arange(0, PADDED)
     channel_live = channel < CHANNELS
-    mask = live[:, None] & channel_live[None, :]
-    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + first_token.to(tl.int64) * x_token_stride
-    first = batch * height * width + first_token
+    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + first * x_token_stride
+    first += batch * height * width
 
+    bias = tl.load(bias_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
     total = stencil(
-        x_ptr, taps_ptr, x_token_stride, CHANNELS, row, column, first_token, height, width, channel, channel_live,
-        False, ROWS * COLUMNS, PADDED,
+        bias[None, :], x_ptr, x_token_stride, taps_ptr, CHANNELS, first_row, first_column, height, width,
+        channel, channel_live, False, ROWS, COLUMNS, PADDED,
     )
-    x = tl.load(x_ptr + local[:, None] * x_token_stride + channel[None, :], mask=mask, other=0.0)
-    total += x.to(tl.float32) + tl.load(bias_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)[None, :]
+    total += widen(tl.load(x_ptr + local * x_token_stride + channels, mask=mask, other=0.0))
     out = total.to(out_ptr.dtype.element_ty)
-    offset = local[:, None] * CHANNELS + channel[None, :]
+    offset = local * CHANNELS + channels
     tl.store(out_ptr + first * CHANNELS + offset, out, mask=mask)
 
-    value = out.to(tl.float32)
+    value = widen(out)
     mean = tl.sum(tl.where(mask, value, 0.0), axis=1) / CHANNELS
     centred = tl.where(mask, value - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps)
-    tl.store(mean_ptr + first + local, mean, mask=live)
-    tl.store(rstd_ptr + first + local, rstd, mask=live)
+    row, column = tile_tokens(ROWS, COLUMNS)
+    live = (first_row + row < height) & (first_column + column < width)
+    tl.store(mean_ptr + first + row * width + column, mean, mask=live)
+    tl.store(rstd_ptr + first + row * width + column, rstd, mask=live)
     gamma = tl.load(gamma_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
     y = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
@@ -78,16 +87,16 @@ def cpe_norm_kernel(
 def norm_backward_kernel(
     grad_out_ptr, grad_y_ptr, out_ptr, mean_ptr, rstd_ptr, gamma_ptr, grad_ptr, gamma_parts_ptr, beta_parts_ptr,
     grad_out_batch_stride, grad_out_token_stride, grad_y_batch_stride, grad_y_token_stride,
-    out_batch_stride, out_token_stride, tokens, splits, tokens_per_split,
+    out_batch_stride, out_token_stride, tokens, tokens_per_split,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """Gradient g of x' from both its uses, and parts (batch * splits, CHANNELS) of dgamma and dbeta.
 
-    Grid: batch * splits, each a run of tokens of one image.
+    Grid: splits, 1, batch, each a run of tokens of one image.
     """
-    program = tl.program_id(0).to(tl.int64)
-    batch = program // splits
-    first = program % splits * tokens_per_split
+    batch = tl.program_id(2).to(tl.int64)
+    program = batch * tl.num_programs(0) + tl.program_id(0)
+    first = tl.program_id(0).to(tl.int64) * tokens_per_split
     count = tl.minimum(tokens_per_split, tokens - first)
     channel = tl.arange(0, PADDED)
     channel_live = channel < CHANNELS
@@ -103,13 +112,13 @@ def norm_backward_kernel(
         local = begin + tl.arange(0, BLOCK)
         live = local < count
         mask = live[:, None] & channel_live[None, :]
-        grad_y = tl.load(
+        grad_y = widen(tl.load(
             grad_y_ptr + local[:, None] * grad_y_token_stride + channel[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
+        ))
         out = tl.load(out_ptr + local[:, None] * out_token_stride + channel[None, :], mask=mask, other=0.0)
         mean = tl.load(mean_ptr + first + local, mask=live, other=0.0)
         rstd = tl.load(rstd_ptr + first + local, mask=live, other=0.0)
-        normal = tl.where(mask, (out.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
+        normal = tl.where(mask, (widen(out) - mean[:, None]) * rstd[:, None], 0.0)
         beta_sum += grad_y
         gamma_sum += grad_y * normal
         inner = grad_y * gamma[None, :]
@@ -117,7 +126,7 @@ def norm_backward_kernel(
         slope = tl.sum(inner * normal, axis=1) / CHANNELS
         inner = (inner - constant[:, None] - normal * slope[:, None]) * rstd[:, None]
         grad = tl.load(grad_out_ptr + local[:, None] * grad_out_token_stride + channel[None, :], mask=mask, other=0.0)
-        inner += grad.to(tl.float32)
+        inner += widen(grad)
         target = grad_ptr + first * CHANNELS + local[:, None] * CHANNELS + channel[None, :]
         tl.store(target, inner.to(grad_ptr.dtype.element_ty), mask=mask)
 
@@ -127,134 +136,152 @@ def norm_backward_kernel(
 
 @triton.jit
 def before_silu(
-    x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
+    x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """p at one tile of tokens and one block of channels, then: image, first token, offsets in the tile, channels, mask.
 
-    Program number: batch * tiles * channel blocks, channel blocks fastest.
+    Grid: tiles across * channel blocks, tiles down, batch.
     """
-    program = tl.program_id(0)
-    blocks = (channels + CHANNELS - 1) // CHANNELS
-    channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    channel_live = channel < channels
-    tile = program // blocks % tiles
-    batch = (program // blocks // tiles).to(tl.int64)
-    first_row, first_column, row, column, live = tile_tokens(tile, tiles_across, height, width, ROWS, COLUMNS)
-    first_token = first_row * width + first_column
+    block, first_row, first_column, first, batch, _ = tile_place(blocks, width, ROWS, COLUMNS)
+    local, index, mask = tile_mask(first_row, first_column, height, width, CHANNELS, CHANNELS, ROWS, COLUMNS)
+    first_channel = block * CHANNELS
+    channel_live = first_channel + tl.arange(0, CHANNELS) < channels
+    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + first * x_token_stride + first_channel
+    channel = first_channel + index
+    bias = tl.load(bias_ptr + channel, mask=channel_live[None, :], other=0.0).to(tl.float32)
     total = stencil(
-        x_ptr + image_offset(batch, x_batch_stride, ALIGNED) + first_token.to(tl.int64) * x_token_stride, taps_ptr,
-        x_token_stride, channels, row, column, first_token, height, width, channel, channel_live,
-        False, ROWS * COLUMNS, CHANNELS,
+        bias, x_ptr, x_token_stride, taps_ptr + block * (9 * CHANNELS), CHANNELS, first_row, first_column, height,
+        width, tl.arange(0, CHANNELS), channel_live, False, ROWS, COLUMNS, CHANNELS,
     )
-    total += tl.load(bias_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)[None, :]
-    local = row * width + column - first_token
-    return total, batch, first_token.to(tl.int64), local, channel, live[:, None] & channel_live[None, :]
+    return total, batch, first, local, channel, mask & channel_live[None, :]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def dwc_silu_kernel(
-    x_ptr, taps_ptr, bias_ptr, y_ptr, x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
+    x_ptr, taps_ptr, bias_ptr, y_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
 ):
-    """u = silu(p). Grid: batch * tiles * channel blocks."""
+    """u = silu(p). Grid: tiles across * channel blocks, tiles down, batch."""
     total, batch, first, local, channel, mask = before_silu(
-        x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
+        x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
         ROWS, COLUMNS, CHANNELS, ALIGNED,
     )
     y = total * sigmoid(total, ACCURATE)
     y_ptr += (batch * height * width + first) * channels
-    tl.store(y_ptr + local[:, None] * channels + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + local * channels + channel, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def silu_backward_kernel(
     grad_y_ptr, x_ptr, taps_ptr, bias_ptr, grad_ptr, grad_y_batch_stride, grad_y_token_stride,
-    x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
+    x_batch_stride, x_token_stride, channels, height, width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
 ):
-    """g = du silu'(p), with p computed again. Grid: batch * tiles * channel blocks."""
+    """g = du silu'(p), with p computed again. Grid: tiles across * channel blocks, tiles down, batch."""
     total, batch, first, local, channel, mask = before_silu(
-        x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, tiles, tiles_across,
+        x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
         ROWS, COLUMNS, CHANNELS, ALIGNED,
     )
     grad_y_ptr += image_offset(batch, grad_y_batch_stride, ALIGNED) + first * grad_y_token_stride
-    grad = tl.load(grad_y_ptr + local[:, None] * grad_y_token_stride + channel[None, :], mask=mask, other=0.0)
+    grad = widen(tl.load(grad_y_ptr + local * grad_y_token_stride + channel, mask=mask, other=0.0))
     part = sigmoid(total, ACCURATE)
-    grad = grad.to(tl.float32) * part * (1.0 + total * (1.0 - part))
+    grad = grad * part * (1.0 + total * (1.0 - part))
     grad_ptr += (batch * height * width + first) * channels
-    tl.store(grad_ptr + local[:, None] * channels + channel[None, :], grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_ptr + local * channels + channel, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def pull(
-    total, products, grad_ptr, taps_ptr, x, row, column, live, first_token, height, width, channels, channel,
-    channel_live, TAP: tl.constexpr,
+def pull_column(
+    upper, lower, above, middle, below, upper_x, lower_x, index, grad_ptr, channels, taps_ptr, row, first_row,
+    first_column, height, width, channel, channel_live, RIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    """``total`` + g w and ``products`` + g x for the gradient g at the tokens n - t of tap t; and g."""
-    near_row = row - (TAP // 3 - 1)
-    near_column = column - (TAP % 3 - 1)
-    live = live & (near_row >= 0) & (near_row < height) & (near_column >= 0) & (near_column < width)
-    offset = (near_row * width + near_column - first_token) * channels
-    mask = live[:, None] & channel_live[None, :]
-    grad = tl.load(grad_ptr + offset[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(taps_ptr + TAP * channels + channel, mask=channel_live, other=0.0)
-    return total + grad * weight[None, :], products + grad * x, grad
+    """What g in one column of neighbours, at the tokens n - t of three taps t, adds.
+
+    To c^T(g) in ``upper`` and ``lower``, the even and the odd rows, and to g x of the taps ``above``, ``middle`` and
+    ``below``. Also returns g at the two rows themselves.
+    """
+    column = index % COLUMNS - RIGHT
+    live = (first_column + column >= 0) & (first_column + column < width)
+    place = (column * channels, live, first_row, height, channel, channel_live)
+    w0 = load_tap(taps_ptr, CHANNELS, channel, channel_live, 1 + RIGHT, False)
+    w1 = load_tap(taps_ptr, CHANNELS, channel, channel_live, 4 + RIGHT, False)
+    w2 = load_tap(taps_ptr, CHANNELS, channel, channel_live, 7 + RIGHT, False)
+    grad = load_row(grad_ptr, width * channels, row - 1, *place)
+    upper += grad * w2
+    below += grad * upper_x
+    upper_grad = load_row(grad_ptr, width * channels, row, *place)
+    upper += upper_grad * w1
+    middle += upper_grad * upper_x
+    lower += upper_grad * w2
+    below += upper_grad * lower_x
+    lower_grad = load_row(grad_ptr, width * channels, row + 1, *place)
+    upper += lower_grad * w0
+    above += lower_grad * upper_x
+    lower += lower_grad * w1
+    middle += lower_grad * lower_x
+    grad = load_row(grad_ptr, width * channels, row + 2, *place)
+    lower += grad * w0
+    above += grad * lower_x
+    return upper, lower, above, middle, below, upper_grad, lower_grad
 
 
 @triton.jit(do_not_specialize=SIZES)
 def stencil_backward_kernel(
     grad_ptr, x_ptr, taps_ptr, grad_x_ptr, parts_ptr, x_batch_stride, x_token_stride, channels,
-    height, width, tiles, tiles_across, splits, tiles_per_split,
+    height, width, tiles, tiles_across, tiles_per_split,
     RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """dx, and parts (batch * splits, 10, channels) of dw (rows 0 to 8) and db (row 9), over a run of tiles.
 
-    g at a token's nine neighbours serves all three, so it is loaded once. Grid: batch * splits * channel blocks,
-    channel blocks fastest. g and dx are contiguous.
+    g at a token's nine neighbours serves all three, so it is loaded once, and for two rows at a time. Grid: channel
+    blocks, splits, batch. g and dx are contiguous.
     """
-    program = tl.program_id(0)
-    blocks = (channels + CHANNELS - 1) // CHANNELS
-    channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    channel_live = channel < channels
-    part = (program // blocks).to(tl.int64)
-    batch = part // splits
-    x_ptr += image_offset(batch, x_batch_stride, ALIGNED)
-    grad_ptr += batch * height * width * channels
-    grad_x_ptr += batch * height * width * channels
+    block = tl.program_id(0)
+    index = tl.arange(0, ROWS // 2 * COLUMNS)
+    row = index // COLUMNS * 2
+    channel = tl.arange(0, CHANNELS)
+    channel_live = block * CHANNELS + channel < channels
+    batch = tl.program_id(2).to(tl.int64)
+    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + block * CHANNELS
+    grad_ptr += batch * height * width * channels + block * CHANNELS
+    grad_x_ptr += batch * height * width * channels + block * CHANNELS
+    taps_ptr += block * (9 * CHANNELS)
 
-    zero = tl.zeros((ROWS * COLUMNS, CHANNELS), tl.float32)
+    zero = tl.zeros((ROWS // 2 * COLUMNS, CHANNELS), tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    first_tile = program // blocks % splits * tiles_per_split
-    last_tile = tl.minimum(first_tile + tiles_per_split, tiles)
-    for tile in tl.range(first_tile, last_tile, num_stages=1):
-        first_row, first_column, row, column, live = tile_tokens(tile, tiles_across, height, width, ROWS, COLUMNS)
-        first_token = first_row * width + first_column
-        first = first_token.to(tl.int64)
-        local = row * width + column - first_token
-        mask = live[:, None] & channel_live[None, :]
-        x = tl.load(
-            x_ptr + first * x_token_stride + local[:, None] * x_token_stride + channel[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
+    first_tile = tl.program_id(1) * tiles_per_split
+    down, across = first_tile // tiles_across, first_tile % tiles_across
+    for _ in tl.range(first_tile, tl.minimum(first_tile + tiles_per_split, tiles), num_stages=1):
+        first_row, first_column = down * ROWS, across * COLUMNS
+        first = (first_row * width + first_column).to(tl.int64)
+        column = index % COLUMNS
+        live = first_column + column < width
+        place = (column * x_token_stride, live, first_row, height, channel, channel_live)
+        upper_x = load_row(x_ptr + first * x_token_stride, width * x_token_stride, row, *place)
+        lower_x = load_row(x_ptr + first * x_token_stride, width * x_token_stride, row + 1, *place)
         place = (
-            grad_ptr + first * channels, taps_ptr, x,
-            row, column, live, first_token, height, width, channels, channel, channel_live,
+            upper_x, lower_x, index, grad_ptr + first * channels, channels, taps_ptr, row, first_row, first_column,
+            height, width, channel, channel_live,
         )
-        total, s4, grad = pull(zero, s4, *place, 4)
-        s9 += grad
+        upper, lower, s1, s4, s7, upper_grad, lower_grad = pull_column(
+            zero, zero, s1, s4, s7, *place, 0, COLUMNS, CHANNELS
+        )
+        s9 += upper_grad + lower_grad
         if RESIDUAL:
-            total += grad
-        total, s0, _ = pull(total, s0, *place, 0)
-        total, s1, _ = pull(total, s1, *place, 1)
-        total, s2, _ = pull(total, s2, *place, 2)
-        total, s3, _ = pull(total, s3, *place, 3)
-        total, s5, _ = pull(total, s5, *place, 5)
-        total, s6, _ = pull(total, s6, *place, 6)
-        total, s7, _ = pull(total, s7, *place, 7)
-        total, s8, _ = pull(total, s8, *place, 8)
-        target = grad_x_ptr + first * channels + local[:, None] * channels + channel[None, :]
-        tl.store(target, total.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            upper += upper_grad
+            lower += lower_grad
+        upper, lower, s0, s3, s6, _, _ = pull_column(upper, lower, s0, s3, s6, *place, -1, COLUMNS, CHANNELS)
+        upper, lower, s2, s5, s8, _, _ = pull_column(upper, lower, s2, s5, s8, *place, 1, COLUMNS, CHANNELS)
+        local, inner, mask = tile_mask(first_row, first_column, height, width, CHANNELS, CHANNELS, ROWS, COLUMNS)
+        target = grad_x_ptr + first * channels + local * channels + inner
+        total = joined(upper, lower, ROWS // 2 * COLUMNS, CHANNELS)
+        tl.store(target, total.to(grad_x_ptr.dtype.element_ty), mask=mask & channel_live[None, :])
+        down, across = next_tile(down, across, tiles_across)
 
+    part = batch * tl.num_programs(1) + tl.program_id(1)
+    channel += block * CHANNELS
     parts_ptr += part * 10 * channels
     store_sum(parts_ptr, s0, 0, channels, channel, channel_live)
     store_sum(parts_ptr, s1, 1, channels, channel, channel_live)

@@ -13,9 +13,8 @@ def _fp32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _tiles(setting: configs.Launch, height: int, width: int) -> tuple[int, int]:
-    """Tiles of an image, and tiles across it."""
-    across = -(-width // setting.columns)
-    return across * -(-height // setting.rows), across
+    """Tiles across an image, and down."""
+    return -(-width // setting.columns), -(-height // setting.rows)
 
 
 def _tile_options(setting: configs.Launch) -> dict[str, int]:
@@ -43,12 +42,12 @@ def cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_wei
         return out, y, mean, rstd
     x = dense_channels(x)
     setting = configs.norm_launch(channels)
-    tiles, across = _tiles(setting, height, width)
+    across, down = _tiles(setting, height, width)
     with on_device(x):
-        stencil_kernels.cpe_norm_kernel[(batch * tiles,)](
-            x, depthwise_taps(conv_weight, x), conv_bias.contiguous(), norm_weight.contiguous(),
+        stencil_kernels.cpe_norm_kernel[(across, down, batch)](
+            x, depthwise_taps(conv_weight, x, channels), conv_bias.contiguous(), norm_weight.contiguous(),
             norm_bias.contiguous(), out, y, mean, rstd,
-            x.stride(0), x.stride(1), height, width, tiles, across, eps,
+            x.stride(0), x.stride(1), height, width, eps,
             CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(x), **_tile_options(setting),
         )
     return out, y, mean, rstd
@@ -77,11 +76,11 @@ def cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: 
     gamma_parts, beta_parts = _fp32(x, batch * splits, channels), _fp32(x, batch * splits, channels)
     setting = configs.norm_launch(channels)
     with on_device(x):
-        stencil_kernels.norm_backward_kernel[(batch * splits,)](
+        stencil_kernels.norm_backward_kernel[(splits, 1, batch)](
             grad_out, grad_y, out, mean.contiguous(), rstd.contiguous(), norm_weight.contiguous(), grad,
             gamma_parts, beta_parts,
             grad_out.stride(0), grad_out.stride(1), grad_y.stride(0), grad_y.stride(1), out.stride(0), out.stride(1),
-            tokens, splits, run, CHANNELS=channels, PADDED=configs.padded_width(channels),
+            tokens, run, CHANNELS=channels, PADDED=configs.padded_width(channels),
             BLOCK=setting.rows * setting.columns, ALIGNED=aligned(grad_out, grad_y, out), **setting.options(),
         )
     grads = _stencil_backward(grad, x, conv_weight, conv_bias, height, width, residual=True)
@@ -104,12 +103,12 @@ def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width
         return y
     x = dense_channels(x)
     setting = configs.STENCIL
-    tiles, across = _tiles(setting, height, width)
+    across, down = _tiles(setting, height, width)
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     with on_device(x):
-        stencil_kernels.dwc_silu_kernel[(batch * tiles * blocks,)](
-            x, depthwise_taps(weight, x), bias.contiguous(), y, x.stride(0), x.stride(1),
-            channels, height, width, tiles, across,
+        stencil_kernels.dwc_silu_kernel[(across * blocks, down, batch)](
+            x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), bias.contiguous(), y, x.stride(0), x.stride(1),
+            channels, height, width, blocks,
             CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(x), ACCURATE=x.dtype == torch.float32,
             **_tile_options(setting),
         )
@@ -125,12 +124,12 @@ def dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h
     x, grad_y = dense_channels(x), dense_channels(grad_y)
     grad = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     setting = configs.STENCIL
-    tiles, across = _tiles(setting, height, width)
+    across, down = _tiles(setting, height, width)
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     with on_device(x):
-        stencil_kernels.silu_backward_kernel[(batch * tiles * blocks,)](
-            grad_y, x, depthwise_taps(weight, x), bias.contiguous(), grad, grad_y.stride(0), grad_y.stride(1),
-            x.stride(0), x.stride(1), channels, height, width, tiles, across,
+        stencil_kernels.silu_backward_kernel[(across * blocks, down, batch)](
+            grad_y, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), bias.contiguous(), grad,
+            grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), channels, height, width, blocks,
             CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(grad_y, x), ACCURATE=x.dtype == torch.float32,
             **_tile_options(setting),
         )
@@ -143,8 +142,9 @@ def _stencil_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, hei
     batch, tokens, channels = x.shape
     x = dense_channels(x)
     setting = configs.STENCIL_BACKWARD
-    tiles, across = _tiles(setting, height, width)
-    run = configs.TILES_PER_STENCIL_SPLIT
+    across, down = _tiles(setting, height, width)
+    tiles = across * down
+    run = configs.tiles_per_split(tiles, configs.TILES_PER_STENCIL_SPLIT)
     splits = -(-tiles // run)
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     grad_x = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
@@ -152,9 +152,9 @@ def _stencil_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, hei
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     with on_device(x):
-        stencil_kernels.stencil_backward_kernel[(batch * splits * blocks,)](
-            grad, x, depthwise_taps(weight, x), grad_x, parts, x.stride(0), x.stride(1), channels,
-            height, width, tiles, across, splits, run,
+        stencil_kernels.stencil_backward_kernel[(blocks, splits, batch)](
+            grad, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), grad_x, parts, x.stride(0), x.stride(1),
+            channels, height, width, tiles, across, run,
             RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(x), **_tile_options(setting),
         )
         lepe_kernels.lepe_reduce_kernel[(10 * -(-channels // configs.LEPE_CHANNELS),)](
