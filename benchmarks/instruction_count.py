@@ -7,6 +7,7 @@ latencies, so a measurement can only be lower.
     python benchmarks/instruction_count.py                       # bf16 on sm_90, heads of 32 channels
     python benchmarks/instruction_count.py --capability 80 --mode fp16 --sms 108 --ghz 1.41 --tb-per-s 1.7
     python benchmarks/instruction_count.py --lines output        # one kernel, by line of its source
+    python benchmarks/instruction_count.py --out benchmarks/results/instruction_count.json --docs docs/attention_op.md
 
 The defaults for clock, multiprocessors and copy bandwidth are an H200's: 132, 1.755 GHz under load, 4.3 TB/s.
 """
@@ -113,8 +114,20 @@ def by_line(lines: list[Line], elements: float) -> str:
         for (name, number), count in total.most_common(40))
 
 
-def main() -> None:
-    """Print the table; write the JSON."""
+def into_docs(rows: dict[str, dict[str, float]], page: Path) -> None:
+    """Write the rows as a table between the page's marks."""
+    table = '\n'.join([
+        '| kernel | instructions | bytes | bound |', '| --- | --- | --- | --- |',
+        *(f'| `{name}` | {row["instructions"]:.0f} | {row["bytes"]} | {row["bound"]:.0%} |'
+          for name, row in rows.items())])
+    begin, end = '<!-- instructions -->', '<!-- /instructions -->'
+    text = page.read_text(encoding='utf-8')
+    before, rest = text.split(begin)
+    page.write_text(f'{before}{begin}\n{table}\n{end}{rest.split(end)[1]}', encoding='utf-8')
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--mode', choices=[mode for mode, *_ in matrix.MODES], default='bf16')
     parser.add_argument('--capability', type=int, choices=matrix.CAPABILITIES, default=90)
@@ -125,8 +138,13 @@ def main() -> None:
     parser.add_argument('--tb-per-s', type=float, default=4.3, help='measured copy bandwidth, reads and writes')
     parser.add_argument('--lines', metavar='KERNEL', help='one kernel by lines of its source')
     parser.add_argument('--out', type=Path, help='JSON file to write')
-    args = parser.parse_args()
+    parser.add_argument('--docs', type=Path, help='page to write the table into, between its marks')
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Print the table; write the JSON and the page."""
+    args = arguments()
     dtype, dots = next((dtype, dots) for mode, dtype, dots in matrix.MODES if mode == args.mode)
     items = matrix.record(args.mode, dtype, dots, args.head_width, 2, True, True, capability=args.capability)
     items += matrix.record_stencils(args.mode, dtype, args.channels, capability=args.capability)
@@ -150,8 +168,10 @@ def main() -> None:
         print(f'{name:20} {count:12.1f}  {size:<5} {bound:5.0%}')
     if args.out is not None:
         document = {'triton': triton.__version__, 'commit': measure.commit(), **{
-            key: value for key, value in vars(args).items() if key not in ('out', 'lines')}, 'kernels': rows}
+            key: value for key, value in vars(args).items() if key not in ('out', 'docs', 'lines')}, 'kernels': rows}
         args.out.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
+    if args.docs is not None:
+        into_docs(rows, args.docs)
 
 
 if __name__ == '__main__':

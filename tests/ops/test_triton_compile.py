@@ -69,3 +69,16 @@ def test_no_spills_and_wide_loads(reports: list[dict[str, Any]], mode: str, capa
     assert {report['kernel'] for report in mine} == (KERNELS if mode == 'fp32-tf32' else KERNELS | STENCILS)
     bad = [report for report in mine if report['error'] or report['spill_bytes'] or report['narrow']]
     assert not bad, '\n'.join(map(str, bad))
+
+
+def test_issue_slots_allow_most_of_the_bandwidth(tmp_path: Path) -> None:
+    """In bf16 on an H200: a kernel that issued more could not be fast, whatever else was done."""
+    out = tmp_path / 'count.json'
+    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    command = [sys.executable, str(ROOT / 'benchmarks' / 'instruction_count.py'), '--out', str(out)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kernels = json.loads(out.read_text(encoding='utf-8'))['kernels']
+    attention = {name for name in (kernel.removesuffix('_kernel') for kernel in KERNELS) if 'reduce' not in name}
+    assert attention <= set(kernels)
+    assert all(kernels[name]['bound'] >= 0.75 for name in attention), kernels
