@@ -116,7 +116,7 @@ class Report:
         """
         if 'channels' in self.case:
             # With four elements a thread, activations of 16 bits move 64 bits at a time; what is wide are the weights.
-            return self.wide_loads < 0.4 * self.loads
+            return self.wide_loads < 1 / 3 * self.loads
         least = 0.4 if self.mode == 'fp32' else 2 / 3
         return 'd32 even heads lepe' in self.case and self.wide_loads < least * self.loads
 

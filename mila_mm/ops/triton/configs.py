@@ -141,7 +141,9 @@ _EXACT_KEY_VALUE = {16: Launch(8, 8, 2), 32: Launch(4, 8, 2), 64: Launch(4, 4, 8
 # Three TF32 terms of a square operand, or one of 64 x 64 on sm_80, do not fit the registers beside the sum that this
 # kernel keeps; plain fp32 products do, and are as exact.
 _PLAIN_QUERY = Launch(2, 8, 8, 1, 128, 'ieee')
-_EXACT_QUERY = {16: Launch(4, 8, 2), 32: Launch(4, 8, 4, precision='ieee'), 64: _PLAIN_QUERY}
+_EXACT_QUERY = {
+    16: Launch(4, 8, 2), 24: Launch(4, 8, 2, precision='ieee'), 32: Launch(4, 8, 4, precision='ieee'), 64: _PLAIN_QUERY
+}
 _FAST = {
     'state': _STATE, 'output': _TILE, 'gate_backward': _TILE, 'query_backward': _QUERY, 'key_value_backward': _TILE
 }
@@ -173,8 +175,10 @@ _TABLE: dict[str, dict[str, dict[int, Launch]]] = {
 }
 
 
-def lepe_launch(dtype: torch.dtype) -> Launch:
+def lepe_launch(dtype: torch.dtype, channels: int) -> Launch:
     """The settings of the kernel that sums the LePE gradients; its ten sums stay in registers."""
+    if channels % 16:  # unaligned tokens are loaded channel by channel, at an address each
+        return Launch(8, 8, 8)
     return Launch(8, 8, 4, registers=None if dtype == torch.float32 else 168)
 
 
@@ -218,4 +222,5 @@ def norm_tokens_per_split(channels: int) -> int:
 
 
 STENCIL = Launch(8, 8, 4)
-STENCIL_BACKWARD = Launch(8, 8, 4)
+STENCIL_BACKWARD = Launch(4, 8, 4)
+"""Ten sums, two rows of x and of results: eight elements a thread."""

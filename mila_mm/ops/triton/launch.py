@@ -285,7 +285,7 @@ def _lepe_backward(
     plan: _Plan, grad_out: Tensor, v: Tensor, lepe_weight: Tensor, lepe_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the LePE weight (C, 1, 3, 3) and bias (C,), in their dtypes, from sums in fp32."""
-    setting = configs.lepe_launch(v.dtype)
+    setting = configs.lepe_launch(v.dtype, plan.channels)
     across = -(-plan.width // setting.columns)
     tiles = across * -(-plan.height // setting.rows)
     run = configs.tiles_per_split(tiles, configs.TILES_PER_LEPE_SPLIT)
