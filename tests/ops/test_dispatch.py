@@ -104,30 +104,32 @@ def test_without_pythons_headers_the_kernels_do_not_run(gpu: None, monkeypatch: 
 def test_auto_warns_once_of_an_old_triton(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, '__version__', '3.2.0')
     with pytest.warns(UserWarning, match=r'expected triton >= 3.5, got 3.2.0; the slower form'):
-        assert attention._kernels(QK, V, 2) is not kernels
+        assert attention._kernels(QK, V, 2, (2, 2)) is not kernels
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert attention._kernels(QK, V, 2) is not kernels
-        assert not stencil._by_triton(V)
+        assert attention._kernels(QK, V, 2, (2, 2)) is not kernels
+        assert not stencil._by_triton(V, 2, 2)
 
 
 def test_auto_warns_of_a_missing_compiler_for_the_stencils_too(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     with pytest.warns(UserWarning, match='expected a C compiler'):
-        assert not stencil._by_triton(V)
+        assert not stencil._by_triton(V, 2, 2)
 
 
 def test_auto_is_silent_where_nothing_is_missing(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert attention._kernels(QK, V, 2) is kernels and stencil._by_triton(V)
+        assert attention._kernels(QK, V, 2, (2, 2)) is kernels and stencil._by_triton(V, 2, 2)
+        for size in [(1, 65536), (65536, 1)]:
+            assert attention._kernels(QK, V, 2, size) is not kernels and not stencil._by_triton(V, *size)
         odd_heads = on_cuda(torch.zeros(1, 4, 20))
-        assert attention._kernels(on_cuda(torch.zeros(1, 4, 40)), odd_heads, 1) is not kernels
+        assert attention._kernels(on_cuda(torch.zeros(1, 4, 40)), odd_heads, 1, (2, 2)) is not kernels
         kernels._why_not_device.cache_clear()
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5))
         monkeypatch.setattr(triton, '__version__', '3.2.0')
         kernels._why_no_triton.cache_clear()
-        assert attention._kernels(QK, V, 2) is not kernels, 'a newer Triton would not help an old GPU'
+        assert attention._kernels(QK, V, 2, (2, 2)) is not kernels, 'a newer Triton would not help an old GPU'
 
 
 def test_a_larger_table_leaves_the_smaller_one_alive() -> None:
