@@ -81,4 +81,4 @@ def test_issue_slots_allow_most_of_the_bandwidth(tmp_path: Path) -> None:
     kernels = json.loads(out.read_text(encoding='utf-8'))['kernels']
     attention = {name for name in (kernel.removesuffix('_kernel') for kernel in KERNELS) if 'reduce' not in name}
     assert attention <= set(kernels)
-    assert all(kernels[name]['bound'] >= 0.75 for name in attention), kernels
+    assert all(kernels[name]['bound'] >= 0.7 for name in attention), kernels

@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .configs import DTYPES, HEAD_WIDTHS, MAX_GRID, MAX_SIDE, MAX_STENCIL_CHANNELS, interpreted
+from .configs import DTYPES, HEAD_WIDTHS, MAX_GRID, MAX_SIDE, MAX_STENCIL_CHANNELS, interpreted, offsets_fit
 
 MINIMUM_TRITON = (3, 5)
 """The first whose loops can keep invariant code inside, which saves registers in the query kernel."""
@@ -117,10 +117,13 @@ def warn_of_what_is_missing(device: torch.device) -> None:
         warnings.warn(f'mila_mm.ops: {reason}; the slower form in plain PyTorch runs on this GPU instead', stacklevel=2)
 
 
-def _why_not_size(batch: int, spatial_shape: tuple[int, int] | None) -> str | None:
+def _why_not_size(batch: int, spatial_shape: tuple[int, int] | None, channels: int) -> str | None:
+    """What is expected of sizes. What was got is not said: in a program compiled for any size it has no number."""
     height, width = spatial_shape or (1, 1)
     if batch > MAX_GRID or height > MAX_SIDE or width > MAX_SIDE:
-        return f'expected at most {MAX_GRID} images and {MAX_SIDE} tokens on a side, got {batch}, {height} x {width}'
+        return f'expected at most {MAX_GRID} images and {MAX_SIDE} tokens on a side, got more'
+    if height * width >= 2**31 or not offsets_fit(width, channels):
+        return 'expected fewer than 2**31 tokens, and as many numbers in ten rows of them, got more'
     return None
 
 
@@ -143,7 +146,7 @@ def why_not(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[int, int
     head_width = v.shape[-1] // num_heads
     if head_width not in HEAD_WIDTHS:
         return f'expected heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head_width}'
-    return _why_not_size(v.shape[0], spatial_shape)
+    return _why_not_size(v.shape[0], spatial_shape, qk.shape[2])
 
 
 def why_not_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> str | None:
@@ -157,7 +160,7 @@ def why_not_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> 
         return f'expected float32, float16 or bfloat16, got {x.dtype}'
     if x.shape[-1] > MAX_STENCIL_CHANNELS:
         return f'expected at most {MAX_STENCIL_CHANNELS} channels, got {x.shape[-1]}'
-    return _why_not_size(x.shape[0], spatial_shape)
+    return _why_not_size(x.shape[0], spatial_shape, x.shape[2])
 
 
 def attention_forward(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:

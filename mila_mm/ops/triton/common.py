@@ -18,7 +18,7 @@ def widen(x):
     """``x`` in fp32. Two bf16 take two instructions; Triton's own conversion takes three."""
     if INLINE and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            'shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;', '=r,=r,r', [x], dtype=tl.float32, is_pure=True, pack=2
+            'shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;', '=&r,=r,r', [x], dtype=tl.float32, is_pure=True, pack=2
         )
     return x.to(tl.float32)
 
@@ -78,11 +78,21 @@ def sigmoid(x, ACCURATE: tl.constexpr):
 
 
 @triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """``x`` in fp32, rounded to TF32 where ``PRECISION`` says so: the matrix units cut off what Triton hands them."""
+    if INLINE and PRECISION == 'tf32' and x.dtype == tl.float32:  # 16-bit floats are TF32 as they are
+        return tl.inline_asm_elementwise(
+            'cvt.rna.tf32.f32 $0, $1;', '=r,r', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return widen(x)
+
+
+@triton.jit
 def multiply(a, b, LOW: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr):
     """Matrix product with an fp32 sum: operands rounded to ``DTYPE`` where ``LOW``, else fp32 at ``PRECISION``."""
     if LOW:
         return tl.dot(a.to(DTYPE), b.to(DTYPE), out_dtype=tl.float32)
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION, out_dtype=tl.float32)
+    return tl.dot(operand(a, PRECISION), operand(b, PRECISION), input_precision=PRECISION, out_dtype=tl.float32)
 
 
 @triton.jit

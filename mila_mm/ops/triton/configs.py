@@ -109,6 +109,11 @@ def padded_width(head_width: int) -> int:
     return 1 << (head_width - 1).bit_length()
 
 
+def offsets_fit(width: int, token_stride: int) -> bool:
+    """Whether offsets in a tile, of at most ten rows with those around it, stay below 2**31."""
+    return 10 * width * token_stride < 2**31
+
+
 def tokens_per_split(tokens: int) -> int:
     """Tokens that one program of a summing kernel takes: a function of the image size alone.
 
@@ -156,7 +161,7 @@ _EXACT = {
 _HOPPER: dict[str, dict[int, Launch]] = {
     'output': {32: Launch(4, 16, 4), 64: Launch(8, 8, 8)},
     'gate_backward': {32: Launch(8, 8, 4), 64: Launch(8, 8, 8)},
-    'query_backward': {64: Launch(4, 8, 4)},
+    'query_backward': {64: Launch(2, 8, 4)},
     'key_value_backward': {32: Launch(8, 8, 4), 64: Launch(8, 8, 8)},
 }
 _TF32_TILE = {**_TILE, 64: Launch(4, 8, 8)}
@@ -164,11 +169,11 @@ _TABLE: dict[str, dict[str, dict[int, Launch]]] = {
     'low': _FAST,
     'tf32': {
         # Triton 3.6 fails on sm_100 where a single TF32 product has a transposed operand 64 wide; three terms compile.
-        'state': {**_STATE, 64: Launch(4, 8, 8, precision='tf32x3')},
+        'state': {**_STATE, 32: Launch(4, 16, 4), 64: Launch(4, 8, 8, precision='tf32x3')},
         'output': _TF32_TILE,
         'gate_backward': _TF32_TILE,
         'query_backward': {**_QUERY, 24: Launch(4, 8, 4, 2), 64: _PLAIN_QUERY},
-        'key_value_backward': {**_TILE, 64: Launch(8, 8, 8)},
+        'key_value_backward': _TF32_TILE,
     },
     'tf32x3': _EXACT,
     'ieee': _EXACT,

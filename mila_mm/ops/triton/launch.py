@@ -14,19 +14,31 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def dense_channels(x: Tensor) -> Tensor:
-    """``x`` as it is where its channels are adjacent in memory, else a contiguous copy (expanded gradients, say)."""
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+def aligned(channels: int) -> bool:
+    """Whether tokens begin at multiples of 16 elements, as wide loads need it: a matter of the model, not of a call."""
+    return channels % 16 == 0
+
+
+def readable(x: Tensor, width: int) -> Tensor:
+    """``x`` (B, N, C) of a map ``width`` tokens wide as it is where the kernels can read it in place, else a copy.
+
+    They need adjacent channels (an expanded gradient has none), offsets in a tile of less than 2**31 elements, and,
+    where C allows, tokens and images at multiples of 16 elements. So inputs of one shape are loaded in one way, and
+    their sums taken in one order, however they lie in memory.
+    """
+    if x.numel() == 0:
+        return x
+    batch_stride, token_stride, channel_stride = x.stride()
+    images = x.shape[0] == 1 or batch_stride % 16 == 0
+    placed = images and token_stride % 16 == 0 and x.data_ptr() % 16 == 0
+    if channel_stride == 1 and configs.offsets_fit(width, token_stride) and (placed or not aligned(x.shape[2])):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def vector_or(x: Tensor | None, stand_in: Tensor) -> Tensor:
     """A (C,) parameter as the kernels read it, dense; an argument that no kernel reads still needs an address."""
     return stand_in if x is None else x.contiguous()
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether images of all these begin at multiples of 16 elements: a matter of the layout, not of the map's size."""
-    return all(x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 for x in tensors)
 
 
 def depthwise_taps(lepe_weight: Tensor | None, like: Tensor, width: int) -> Tensor:
@@ -73,6 +85,7 @@ class _Plan:
         return {
             'WIDTH': self.head_width,
             'PADDED': configs.padded_width(self.head_width),
+            'ALIGNED': aligned(self.channels),
             'STRADDLES': self.heads % 2 == 1,
             'ACCURATE': self.arithmetic.accurate,
             'LOW': self.arithmetic.low,
@@ -148,8 +161,8 @@ def attention_forward(
     if plan.batch == 0 or plan.tokens == 0:
         empty = (plan.batch, num_heads, d)
         return y, torch.zeros((*empty, d), device=v.device), torch.zeros(empty, device=v.device)
-    qk, v = dense_channels(qk), dense_channels(v)
-    gate = None if gate is None else dense_channels(gate)
+    qk, v = readable(qk, width), readable(v, width)
+    gate = None if gate is None else readable(gate, width)
     with on_device(v):
         grid, options = plan.run('state')
         parts = plan.parts()
@@ -157,7 +170,7 @@ def attention_forward(
             qk, v, plan.cos, plan.sin, *parts,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), plan.table_stride,
             width, plan.tokens, num_heads, plan.tokens_per_split, 1.0 / plan.tokens,
-            ALIGNED=aligned(qk, v), **options,
+            **options,
         )
         state, mean = plan.reduce(*parts)
 
@@ -168,7 +181,7 @@ def attention_forward(
             plan.cos, plan.sin, state, mean, y,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), gated.stride(0), gated.stride(1), plan.table_stride,
             height, width, num_heads, eps,
-            HAS_LEPE=lepe_weight is not None, HAS_GATE=gate is not None, ALIGNED=aligned(qk, v, gated), **options,
+            HAS_LEPE=lepe_weight is not None, HAS_GATE=gate is not None, **options,
         )
     return y, state, mean
 
@@ -206,7 +219,7 @@ def attention_backward(
     if plan.batch == 0 or plan.tokens == 0:
         gone = [None if x is None else torch.zeros_like(x) for x in (lepe_weight, lepe_bias, gate)]
         return grad_qk, grad_v, *gone
-    qk, v, grad_y = dense_channels(qk), dense_channels(v), dense_channels(grad_y)
+    qk, v, grad_y = readable(qk, width), readable(v, width), readable(grad_y, width)
     state, key_mean = state.contiguous(), key_mean.contiguous()
     taps, grad_weight, grad_bias, grad_gate = v, None, None, None
     with on_device(v):
@@ -215,7 +228,7 @@ def attention_backward(
         grad_out = grad_y
         if gate is not None:
             grad_out, grad_gate = _gate_backward(
-                plan, grad_y, qk, v, taps, lepe_bias, dense_channels(gate), state, key_mean, eps
+                plan, grad_y, qk, v, taps, lepe_bias, readable(gate, width), state, key_mean, eps
             )
         _query_key_value_backward(plan, grad_out, qk, v, taps, state, key_mean, eps, lepe_weight, grad_qk, grad_v)
         if lepe_weight is not None:
@@ -244,7 +257,7 @@ def _gate_backward(
         grad_out, grad_gate,
         grad_y.stride(0), grad_y.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
         gate.stride(0), gate.stride(1), plan.table_stride, plan.height, plan.width, plan.heads, eps,
-        HAS_LEPE=lepe_bias is not None, ALIGNED=aligned(grad_y, qk, v, gate), **options,
+        HAS_LEPE=lepe_bias is not None, **options,
     )
     return grad_out, grad_gate
 
@@ -269,7 +282,7 @@ def _query_key_value_backward(
         grad_out, qk, plan.cos, plan.sin, state, key_mean, grad_qk, *parts,
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), plan.table_stride,
         plan.width, plan.tokens, plan.heads, plan.tokens_per_split, 1.0 / plan.tokens, eps,
-        ALIGNED=aligned(grad_out, qk), **options,
+        **options,
     )
     grad_state, grad_mean = plan.reduce(*parts)
     grid, options = plan.tile('key_value_backward')
@@ -277,7 +290,7 @@ def _query_key_value_backward(
         grad_out, qk, v, taps, plan.cos, plan.sin, grad_state, grad_mean, grad_qk, grad_v,
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
         plan.table_stride, plan.height, plan.width, plan.heads,
-        HAS_LEPE=lepe_weight is not None, ALIGNED=aligned(grad_out, qk, v), **options,
+        HAS_LEPE=lepe_weight is not None, **options,
     )
 
 
@@ -295,7 +308,7 @@ def _lepe_backward(
     lepe_kernels.lepe_backward_kernel[(blocks, splits, plan.batch)](
         grad_out, v, parts, grad_out.stride(0), grad_out.stride(1), v.stride(0), v.stride(1),
         plan.height, plan.width, plan.channels, tiles, across, run,
-        ROWS=setting.rows, COLUMNS=setting.columns, CHANNELS=configs.LEPE_CHANNELS, ALIGNED=aligned(grad_out, v),
+        ROWS=setting.rows, COLUMNS=setting.columns, CHANNELS=configs.LEPE_CHANNELS, ALIGNED=aligned(plan.channels),
         **setting.options(),
     )
     grad_weight = torch.empty(lepe_weight.shape, dtype=lepe_weight.dtype, device=v.device)

@@ -272,8 +272,12 @@ def stencil_backward_kernel(
         if RESIDUAL:
             upper += upper_grad
             lower += lower_grad
-        upper, lower, s0, s3, s6, _, _ = pull_column(upper, lower, s0, s3, s6, *place, -1, COLUMNS, CHANNELS)
-        upper, lower, s2, s5, s8, _, _ = pull_column(upper, lower, s2, s5, s8, *place, 1, COLUMNS, CHANNELS)
+        upper, lower, s0, s3, s6, upper_grad, lower_grad = pull_column(
+            upper, lower, s0, s3, s6, *place, -1, COLUMNS, CHANNELS
+        )
+        upper, lower, s2, s5, s8, upper_grad, lower_grad = pull_column(
+            upper, lower, s2, s5, s8, *place, 1, COLUMNS, CHANNELS
+        )
         local, inner, mask = tile_mask(first_row, first_column, height, width, CHANNELS, CHANNELS, ROWS, COLUMNS)
         target = grad_x_ptr + first * channels + local * channels + inner
         total = joined(upper, lower, ROWS // 2 * COLUMNS, CHANNELS)

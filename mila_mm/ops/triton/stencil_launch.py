@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import configs, lepe_kernels, stencil_kernels
-from .launch import aligned, dense_channels, depthwise_taps, on_device
+from .launch import aligned, depthwise_taps, on_device, readable
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:
@@ -40,7 +40,7 @@ def cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_wei
     mean, rstd = _fp32(x, batch, tokens), _fp32(x, batch, tokens)
     if x.numel() == 0:
         return out, y, mean, rstd
-    x = dense_channels(x)
+    x = readable(x, width)
     setting = configs.norm_launch(channels)
     across, down = _tiles(setting, height, width)
     with on_device(x):
@@ -48,7 +48,8 @@ def cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_wei
             x, depthwise_taps(conv_weight, x, channels), conv_bias.contiguous(), norm_weight.contiguous(),
             norm_bias.contiguous(), out, y, mean, rstd,
             x.stride(0), x.stride(1), height, width, eps,
-            CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(x), **_tile_options(setting),
+            CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(channels),
+            **_tile_options(setting),
         )
     return out, y, mean, rstd
 
@@ -69,7 +70,7 @@ def cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: 
     if x.numel() == 0:
         params = (conv_weight, conv_bias, norm_weight, norm_bias)
         return torch.empty_like(x), *(torch.zeros_like(p) for p in params)
-    grad_out, grad_y, out = dense_channels(grad_out), dense_channels(grad_y), dense_channels(out)
+    grad_out, grad_y, out = readable(grad_out, width), readable(grad_y, width), readable(out, width)
     grad = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     run = configs.norm_tokens_per_split(channels)
     splits = -(-tokens // run)
@@ -81,7 +82,7 @@ def cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: 
             gamma_parts, beta_parts,
             grad_out.stride(0), grad_out.stride(1), grad_y.stride(0), grad_y.stride(1), out.stride(0), out.stride(1),
             tokens, run, CHANNELS=channels, PADDED=configs.padded_width(channels),
-            BLOCK=setting.rows * setting.columns, ALIGNED=aligned(grad_out, grad_y, out), **setting.options(),
+            BLOCK=setting.rows * setting.columns, ALIGNED=aligned(channels), **setting.options(),
         )
     grads = _stencil_backward(grad, x, conv_weight, conv_bias, height, width, residual=True)
     return *grads, gamma_parts.sum(0).to(norm_weight.dtype), beta_parts.sum(0).to(norm_bias.dtype)
@@ -101,7 +102,7 @@ def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width
     y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    x = dense_channels(x)
+    x = readable(x, width)
     setting = configs.STENCIL
     across, down = _tiles(setting, height, width)
     blocks = -(-channels // configs.STENCIL_CHANNELS)
@@ -109,7 +110,7 @@ def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width
         stencil_kernels.dwc_silu_kernel[(across * blocks, down, batch)](
             x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), bias.contiguous(), y, x.stride(0), x.stride(1),
             channels, height, width, blocks,
-            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(x), ACCURATE=x.dtype == torch.float32,
+            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
             **_tile_options(setting),
         )
     return y
@@ -121,7 +122,7 @@ def dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h
     batch, tokens, channels = x.shape
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-    x, grad_y = dense_channels(x), dense_channels(grad_y)
+    x, grad_y = readable(x, width), readable(grad_y, width)
     grad = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     setting = configs.STENCIL
     across, down = _tiles(setting, height, width)
@@ -130,7 +131,7 @@ def dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h
         stencil_kernels.silu_backward_kernel[(across * blocks, down, batch)](
             grad_y, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), bias.contiguous(), grad,
             grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), channels, height, width, blocks,
-            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(grad_y, x), ACCURATE=x.dtype == torch.float32,
+            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
             **_tile_options(setting),
         )
     return _stencil_backward(grad, x, weight, bias, height, width, residual=False)
@@ -140,7 +141,7 @@ def _stencil_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, hei
                       residual: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from g (B, N, C), contiguous, the gradient of the convolution's result."""
     batch, tokens, channels = x.shape
-    x = dense_channels(x)
+    x = readable(x, width)
     setting = configs.STENCIL_BACKWARD
     across, down = _tiles(setting, height, width)
     tiles = across * down
@@ -155,7 +156,7 @@ def _stencil_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, hei
         stencil_kernels.stencil_backward_kernel[(blocks, splits, batch)](
             grad, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), grad_x, parts, x.stride(0), x.stride(1),
             channels, height, width, tiles, across, run,
-            RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(x), **_tile_options(setting),
+            RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), **_tile_options(setting),
         )
         lepe_kernels.lepe_reduce_kernel[(10 * -(-channels // configs.LEPE_CHANNELS),)](
             parts, grad_weight, grad_bias, channels, batch * splits,
