@@ -62,6 +62,24 @@ for channels, heads in ((24, 1), (72, 3), (48, 2), (64, 2)):
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+def test_operands_of_tf32_products_are_rounded() -> None:
+    """Triton hands fp32 over as it is, and the matrix units cut off what they do not take: a bias of 3e-4."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / 'benchmarks')!r})
+import compile_matrix as matrix
+for mode, dtype, dots in matrix.MODES:
+    if dots == 'tf32':
+        for capability in (80, 90):
+            launches = matrix.record(mode, dtype, dots, 32, 2, False, False, capability=capability)
+            for item in (item for item in launches if item.kernel in ('state_kernel', 'output_kernel')):
+                assert 'cvt.rna.tf32' in matrix.compile_launch(item, capability).asm['ptx'], item
+"""
+    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    run = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 @pytest.mark.parametrize('capability', [80, 90, 100])
 @pytest.mark.parametrize('mode', ['fp32', 'fp32-tf32', 'fp16', 'bf16'])
 def test_no_spills_and_wide_loads(reports: list[dict[str, Any]], mode: str, capability: int) -> None:
