@@ -301,11 +301,13 @@ def main() -> int:
                         help='only heads of 32 channels, an even number, with LePE, and stencils of two widths')
     parser.add_argument('--head-widths', type=int, nargs='+', default=configs.HEAD_WIDTHS)
     parser.add_argument('--only', default='', help='only kernels whose name contains this')
-    parser.add_argument('--jobs', type=int, default=2)
+    parser.add_argument('--jobs', type=int, default=2, help='processes (default: %(default)s)')
     parser.add_argument('--out', type=Path, help='JSON file to write')
     args = parser.parse_args()
 
     wanted = [task for task in tasks(args.quick, args.head_widths) if args.only in task[0].kernel]
+    if not wanted:
+        parser.error(f'expected --only to be part of the name of a kernel, got {args.only!r}')
     with multiprocessing.get_context('spawn').Pool(args.jobs) as pool:
         reports = pool.map(compile_one, wanted, chunksize=4)
     print(table(reports))

@@ -13,6 +13,7 @@ from . import closed_form
 from .reference import mila_attention_reference
 
 BACKENDS = ('auto', 'triton', 'reference')
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # define + impl costs less Python time for each call than torch.library.custom_op; at batch 1 it exceeds the GPU's time.
 _library = torch.library.Library('mila_mm', 'DEF')
@@ -122,48 +123,72 @@ torch.library.register_autograd('mila_mm::attention_forward', _differentiate, se
 torch.library.register_autograd('mila_mm::attention_backward', _differentiate_twice, lib=_library)
 
 
-def _check(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
-           spatial_shape: tuple[int, int], num_heads: int, gate: Tensor | None, backend: str) -> None:
-    """Raise ValueError, with what was expected and got, for arguments that do not fit together.
-
-    Messages are made only when needed: printing a size would pin it in a program compiled for any size.
-    """
-    def fail(expected: str, got: object) -> None:
-        raise ValueError(f'mila_attention: expected {expected}, got {got}')
-
-    if backend not in BACKENDS:
-        fail(f'backend to be one of {", ".join(BACKENDS)}', repr(backend))
-    if v.dim() != 3:
-        fail('v of shape (B, N, C)', tuple(v.shape))
-    batch, tokens, channels = v.shape
+def check_map(name: str, tensor: str, tokens: int, spatial_shape: tuple[int, int]) -> None:
+    """Raise ValueError unless ``spatial_shape`` is (H, W) of a map of the tokens that a tensor has."""
+    if not isinstance(spatial_shape, (tuple, list)) or len(spatial_shape) != 2:
+        raise ValueError(f'{name}: expected spatial_shape to be (H, W), got {spatial_shape!r}')
     height, width = spatial_shape
-    if tokens != height * width:
-        fail(f'N = H * W tokens for spatial_shape {(height, width)}', tokens)
+    if not all(isinstance(side, (int, torch.SymInt)) for side in (height, width)):
+        raise ValueError(f'{name}: expected spatial_shape to be two integers, got {spatial_shape!r}')
+    if height < 0 or width < 0 or tokens != height * width:
+        raise ValueError(f'{name}: expected {tensor} of N = H * W tokens for spatial_shape {(height, width)}, '
+                         f'got {tokens}')
+
+
+def _fail(expected: str, got: object) -> None:
+    """Messages are made only when needed: printing a size would pin it in a program compiled for any size."""
+    raise ValueError(f'mila_attention: expected {expected}, got {got}')
+
+
+def _check(qk: Tensor, v: Tensor, spatial_shape: tuple[int, int], num_heads: int, backend: str) -> None:
+    """Raise ValueError, with what was expected and got, where these do not fit together."""
+    if backend not in BACKENDS:
+        _fail(f'backend to be one of {", ".join(BACKENDS)}', repr(backend))
+    if v.dim() != 3:
+        _fail('v of shape (B, N, C); images (B, C, H, W) are v.flatten(2).transpose(1, 2)', tuple(v.shape))
+    batch, tokens, channels = v.shape
+    check_map('mila_attention', 'v', tokens, spatial_shape)
     if qk.dim() != 3 or qk.shape[0] != batch or qk.shape[1] != tokens or qk.shape[2] != 2 * channels:
-        fail(f'qk of shape {(batch, tokens, 2 * channels)}', tuple(qk.shape))
+        _fail(f'qk of shape (B, N, 2C) = {(batch, tokens, 2 * channels)} to go with v', tuple(qk.shape))
     if channels % 4:
-        fail('a width C divisible by 4 (RoPE turns pairs of channels on two axes)', channels)
+        _fail('a width C divisible by 4 (RoPE turns pairs of channels on two axes)', channels)
+    if not isinstance(num_heads, int):
+        _fail('num_heads to be an integer', repr(num_heads))
     if num_heads < 1 or channels % num_heads:
-        fail(f'num_heads to divide the width {channels}', num_heads)
-    if qk.dtype != v.dtype or not v.is_floating_point():
-        fail('qk and v of one floating dtype', (qk.dtype, v.dtype))
+        _fail(f'num_heads to divide the width {channels}', num_heads)
+    if qk.dtype != v.dtype or v.dtype not in _DTYPES:
+        _fail('qk and v both fp16, bf16, fp32 or fp64', (qk.dtype, v.dtype))
+    if qk.device != v.device:
+        _fail('qk and v on one device', (qk.device, v.device))
+
+
+def _check_rest(v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, gate: Tensor | None) -> None:
+    """The same for what need not be given."""
+    channels = v.shape[2]
     if (lepe_weight is None) != (lepe_bias is None):
-        fail('lepe_weight and lepe_bias, or neither', 'one of them')
+        _fail('lepe_weight and lepe_bias, or neither', 'one of them')
     if lepe_weight is not None and tuple(lepe_weight.shape) != (channels, 1, 3, 3):
-        fail(f'lepe_weight of shape {(channels, 1, 3, 3)}', tuple(lepe_weight.shape))
+        _fail(f'lepe_weight of shape {(channels, 1, 3, 3)}', tuple(lepe_weight.shape))
     if lepe_bias is not None and tuple(lepe_bias.shape) != (channels,):
-        fail(f'lepe_bias of shape {(channels,)}', tuple(lepe_bias.shape))
+        _fail(f'lepe_bias of shape {(channels,)}', tuple(lepe_bias.shape))
+    if lepe_weight is not None and not (lepe_weight.is_floating_point() and lepe_bias.is_floating_point()):
+        _fail('lepe_weight and lepe_bias of floating dtypes', (lepe_weight.dtype, lepe_bias.dtype))
     if gate is not None and gate.shape != v.shape:
-        fail(f'gate of the shape of v, {tuple(v.shape)}', tuple(gate.shape))
+        _fail(f'gate of the shape of v, {tuple(v.shape)}', tuple(gate.shape))
     if gate is not None and gate.dtype != v.dtype:
-        fail(f'gate of the dtype of v, {v.dtype}', gate.dtype)
+        _fail(f'gate of the dtype of v, {v.dtype}', gate.dtype)
 
 
 def _eager_on_cpu(v: Tensor) -> bool:
     """True where nothing has to see one op: plain tensors, and neither a compiler nor a mode that watches."""
     plain = v.device.type == 'cpu' and type(v) is Tensor and v.dtype in (torch.float32, torch.float64)
-    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _are_functorch_transforms_active()
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     return plain and torch.is_grad_enabled() and not watched
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` transforms the call: its forward mode takes what has no rule for it for a constant."""
+    return not torch.compiler.is_compiling() and _are_functorch_transforms_active()
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -181,7 +206,7 @@ def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias:
     Computes ``(z * rope(f(q)) @ (rope(f(k))^T v / N) + lepe(v)) * silu(gate)`` per head with f = elu + 1 and
     z = 1 / (f(q) . mean f(k) + eps), the normaliser without RoPE (MILA, arXiv 2405.16605, section 4). For 16-bit inputs
     accumulation, RoPE tables and the normaliser are in fp32. Differentiable once in every tensor argument; for higher
-    orders take ``backend='reference'``.
+    orders take ``backend='reference'``, as ``torch.func`` does by itself.
 
     Args:
         qk: (B, N, 2C), as it leaves the Linear, q first; fp16, bf16, fp32 or fp64. Under autocast, qk, v and gate are
@@ -208,14 +233,15 @@ def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias:
     device = v.device.type
     if (dtype := autocast_dtype(device)) is not None and v.dtype != torch.float64:
         qk, v, gate = qk.to(dtype), v.to(dtype), None if gate is None else gate.to(dtype)
-    _check(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate, backend)
+    _check(qk, v, spatial_shape, num_heads, backend)
+    _check_rest(v, lepe_weight, lepe_bias, gate)
     if backend == 'triton' and (reason := why_not_triton(qk, v, num_heads, spatial_shape)) is not None:
         raise RuntimeError(f"mila_attention: backend='triton' cannot run here: {reason}; take backend='auto'")
-    # A trace for ONNX or for counting operations must see plain operators, and other devices have no kernel.
-    if backend == 'reference' or torch.jit.is_tracing() or device not in ('cpu', 'cuda', 'meta'):
+    # A trace for ONNX or for counting operations and torch.func need plain operators; other devices have no kernel.
+    if backend == 'reference' or torch.jit.is_tracing() or transformed() or device not in ('cpu', 'cuda', 'meta'):
         return mila_attention_reference(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate,
                                         eps=eps, rope_base=rope_base)
     args = (qk, v, lepe_weight, lepe_bias, gate, *spatial_shape, num_heads, eps, rope_base)
     if _eager_on_cpu(v):
-        return closed_form.ClosedFormAttention.apply(*args)
+        return closed_form.ClosedFormAttention.attend(*args)
     return torch.ops.mila_mm.attention_forward(*args)[0]

@@ -192,10 +192,10 @@ def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tenso
 
 
 class _FirstOrderOnly(torch.autograd.Function):
-    """The identity, which cannot be differentiated."""
+    """The identity of its first argument, which cannot be differentiated with respect to any of them."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, grad: Tensor, *sources: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -210,25 +210,33 @@ class ClosedFormAttention(torch.autograd.Function):
     activation of the size of v.
     """
 
+    @classmethod
+    def attend(cls, qk: Tensor, *rest: Tensor | float | None) -> Tensor:
+        """Compute y (B, N, C) from the arguments of the registered op."""
+        # Nothing of qk is kept; a second differentiation finds it through this copy of none of its numbers.
+        return cls.apply(qk[:, :0].clone(), qk, *rest)
+
     @staticmethod
-    def forward(ctx: FunctionCtx, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
-                gate: Tensor | None, *options: int | float) -> Tensor:
-        """Compute y (B, N, C)."""
+    def forward(ctx: FunctionCtx, source: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None,
+                lepe_bias: Tensor | None, gate: Tensor | None, *options: int | float) -> Tensor:
+        """Compute y (B, N, C); ``source`` stands for qk where the gradients are differentiated."""
         features = _feature_map(qk, qk.dtype).unflatten(-1, (2, v.shape[-1]))
         out, *rest = _attend(features, v, lepe_weight, lepe_bias, options, keep=True)
         ctx.options = options
-        ctx.save_for_backward(features, v, lepe_weight, lepe_bias, gate, None if gate is None else out, *rest)
+        kept = None if gate is None else out
+        ctx.save_for_backward(source, features, v, lepe_weight, lepe_bias, gate, kept, *rest)
         return out if gate is None else F.silu(gate).mul_(out)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of the five tensors."""
-        saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
+        source, *saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
         with torch.no_grad(), torch.autocast('cpu', enabled=False):
             *grads, grad_weight, grad_bias, grad_gate = _differentiate(grad_y, *saved, ctx.options)
             if (weight := saved[2]) is not None:
                 grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(saved[3].dtype)
         grads += grad_weight, grad_bias, grad_gate
         if torch.is_grad_enabled():  # create_graph=True
-            grads = [None if grad is None else _FirstOrderOnly.apply(grad.requires_grad_()) for grad in grads]
-        return *grads, *(None,) * len(ctx.options)
+            sources = (grad_y, source, *saved[1:5])
+            grads = [None if grad is None else _FirstOrderOnly.apply(grad, *sources) for grad in grads]
+        return None, *grads, *(None,) * len(ctx.options)

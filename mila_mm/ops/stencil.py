@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import BACKENDS, as_written, autocast_dtype
+from .attention import BACKENDS, as_written, autocast_dtype, check_map, transformed
 
 _NO_SECOND_ORDER = "{}: expected one differentiation, got a second; take backend='reference' for it"
 _library = torch.library.Library('mila_mm', 'FRAGMENT')
@@ -238,13 +238,13 @@ def _check(name: str, x: Tensor, weight: Tensor, vectors: dict[str, Tensor], spa
         raise ValueError(f'{name}: expected backend to be one of {", ".join(BACKENDS)}, got {backend!r}')
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f'{name}: expected x of shape (B, N, C) and a floating dtype, got {tuple(x.shape)}, {x.dtype}')
-    height, width = spatial_shape
-    if x.shape[1] != height * width:
-        raise ValueError(f'{name}: expected N = H * W tokens for spatial_shape {(height, width)}, got {x.shape[1]}')
+    check_map(name, 'x', x.shape[1], spatial_shape)
     channels = x.shape[2]
     if tuple(weight.shape) != (channels, 1, 3, 3):
         raise ValueError(f'{name}: expected a weight of shape {(channels, 1, 3, 3)}, got {tuple(weight.shape)}')
     for key, vector in vectors.items():
+        if vector is None:
+            raise ValueError(f'{name}: expected {key} of shape {(channels,)}, got None')
         if tuple(vector.shape) != (channels,):
             raise ValueError(f'{name}: expected {key} of shape {(channels,)}, got {tuple(vector.shape)}')
     if backend == 'triton' and (reason := why_not_triton_stencil(x, spatial_shape)) is not None:
@@ -252,8 +252,9 @@ def _check(name: str, x: Tensor, weight: Tensor, vectors: dict[str, Tensor], spa
 
 
 def _plain(x: Tensor, backend: str) -> bool:
-    """Whether plain operators must do: asked for, in a trace, which must see them, and where no kernel is."""
-    return backend == 'reference' or torch.jit.is_tracing() or x.device.type not in ('cpu', 'cuda', 'meta')
+    """Whether plain operators must do: asked for, in a trace and torch.func, which need them, and without a kernel."""
+    return (backend == 'reference' or torch.jit.is_tracing() or transformed()
+            or x.device.type not in ('cpu', 'cuda', 'meta'))
 
 
 def cpe_norm(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,

@@ -105,12 +105,35 @@ def test_gradcheck(function):
     assert torch.autograd.gradcheck(lambda *t: function(*t[:4], (2, 3), 2, t[4]), inputs, fast_mode=True)
 
 
-def test_second_order_says_that_there_is_none():
-    inputs = [t.requires_grad_() for t in draw(1, 2, 3, 8)]
-    y = mila_attention(*inputs[:4], (2, 3), 2, inputs[4])
-    (grad,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('loss', [torch.sum, lambda y: y.square().sum()], ids=['linear', 'square'])
+def test_second_order_says_that_there_is_none(loss, dtype):
+    """Also where qk alone is differentiated, by functions that take a gradient without a graph for zero."""
+    qk, v, weight, bias, gate = draw(1, 2, 3, 8, dtype)
+
+    def attend(qk):
+        return loss(mila_attention(qk, v, weight, bias, (2, 3), 2, gate))
+
+    (grad,) = torch.autograd.grad(attend(qk.requires_grad_()), qk, create_graph=True)
     with pytest.raises(RuntimeError, match='expected one differentiation, got a second'):
         grad.sum().backward()
+    with pytest.raises(RuntimeError, match='expected one differentiation, got a second'):
+        torch.autograd.functional.hessian(attend, qk.detach())
+
+
+def test_torch_func_takes_the_reference():
+    qk, v, weight, bias, gate = draw(2, 2, 3, 8)
+
+    def attend(qk, backend='auto'):
+        return mila_attention(qk, v, weight, bias, (2, 3), 2, gate, backend=backend)
+
+    direction = torch.randn(qk.shape, dtype=qk.dtype)
+    for transform in (lambda f: torch.func.jvp(f, (qk,), (direction,))[1],
+                      lambda f: torch.func.grad(lambda x: f(x).square().sum())(qk),
+                      lambda f: torch.func.vmap(f)(torch.stack((qk, -qk)))):
+        got = transform(attend)
+        assert got.abs().sum() > 0
+        torch.testing.assert_close(got, transform(lambda x: attend(x, 'reference')))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -295,14 +318,21 @@ def test_rope_tables_grow_and_hold_the_definition():
 
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(backend='cuda'), 'backend to be one of auto, triton, reference'),
-    (dict(spatial_shape=(4, 6)), r'N = H \* W tokens for spatial_shape \(4, 6\), got 20'),
+    (dict(spatial_shape=(4, 6)), r'v of N = H \* W tokens for spatial_shape \(4, 6\), got 20'),
+    (dict(spatial_shape=20), r'spatial_shape to be \(H, W\), got 20'),
+    (dict(spatial_shape=(4.0, 5.0)), r'spatial_shape to be two integers, got \(4.0, 5.0\)'),
+    (dict(spatial_shape=(-4, -5)), r'spatial_shape \(-4, -5\), got 20'),
+    (dict(num_heads='2'), "num_heads to be an integer, got '2'"),
+    (dict(v=torch.zeros(1, 32, 4, 5)), r'images \(B, C, H, W\) are v.flatten\(2\).transpose\(1, 2\), got'),
+    (dict(qk=torch.zeros(1, 20, 64, device='meta')), 'qk and v on one device, got'),
+    (dict(lepe_bias=torch.zeros(32, dtype=torch.long)), 'lepe_weight and lepe_bias of floating dtypes, got'),
     (dict(num_heads=3), 'num_heads to divide the width 32, got 3'),
-    (dict(qk=torch.zeros(1, 20, 32)), r'qk of shape \(1, 20, 64\), got \(1, 20, 32\)'),
+    (dict(qk=torch.zeros(1, 20, 32)), r'qk of shape \(B, N, 2C\) = \(1, 20, 64\) to go with v, got \(1, 20, 32\)'),
     (dict(lepe_bias=None), 'lepe_weight and lepe_bias, or neither'),
     (dict(lepe_weight=torch.zeros(32, 3, 3)), r'lepe_weight of shape \(32, 1, 3, 3\)'),
     (dict(gate=torch.zeros(1, 20, 16)), 'gate of the shape of v'),
     (dict(gate=torch.zeros(1, 20, 32, dtype=torch.half)), 'gate of the dtype of v'),
-    (dict(v=torch.zeros(1, 20, 32, dtype=torch.half)), 'one floating dtype'),
+    (dict(v=torch.zeros(1, 20, 32, dtype=torch.half)), 'qk and v both fp16, bf16, fp32 or fp64, got'),
 ], ids=lambda x: '' if isinstance(x, str) else next(iter(x)))
 def test_a_wrong_argument_says_expected_and_got(change, message):
     qk, v, weight, bias, gate = draw(1, 4, 5, 32, torch.float32)

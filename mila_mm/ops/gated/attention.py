@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention import transformed
 from . import parallel
 from .reference import gated_linear_attention_reference
 from .scan import LENGTH, scan_backward, scan_forward, states_shape
@@ -126,7 +127,8 @@ def gated_linear_attention(
         causal: Whether token i sees only tokens up to i. Defaults to whether there is a forget gate, which needs it.
         eps: Added to the mean over tokens of q . k, the divisor.
         chunk_size: Most tokens of a chunk of the scan; the backward keeps a state of d x C for each chunk.
-        backend: 'auto', or 'reference' for :func:`gated_linear_attention_reference`, token by token.
+        backend: 'auto', or 'reference' for :func:`gated_linear_attention_reference`, token by token, which with a
+            forget gate also serves ``torch.func``.
 
     Returns:
         (B, N, C) in v's dtype; under autocast in fp32, because without normalisation sums outgrow fp16.
@@ -139,7 +141,7 @@ def gated_linear_attention(
     if chunk_size < 1:
         raise ValueError(f'gated_linear_attention: expected chunk_size above 0, got {chunk_size}')
     device = v.device.type
-    if backend == 'reference':
+    if backend == 'reference' or (forget_gate is not None and transformed()):
         return gated_linear_attention_reference(
             q, k, v, num_heads=num_heads, input_gate=input_gate, forget_gate=forget_gate, shortcut=shortcut, x=x,
             normalize=normalize, norm_q=norm_q, norm_k=norm_k, causal=causal, eps=eps)
