@@ -173,7 +173,7 @@ _TABLE: dict[str, dict[str, dict[int, Launch]]] = {
         'output': _TF32_TILE,
         'gate_backward': _TF32_TILE,
         'query_backward': {**_QUERY, 24: Launch(4, 8, 4, 2), 64: _PLAIN_QUERY},
-        'key_value_backward': {**_TILE, 64: Launch(4, 4, 8)},
+        'key_value_backward': {**_TILE, 64: Launch(4, 4, 4)},
     },
     'tf32x3': _EXACT,
     'ieee': _EXACT,
