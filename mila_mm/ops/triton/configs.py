@@ -117,8 +117,8 @@ def offsets_fit(width: int, token_stride: int) -> bool:
 def tokens_per_split(tokens: int) -> int:
     """Tokens that one program of a summing kernel takes: a function of the image size alone.
 
-    Neither the batch nor the device enters, so an image's result is bitwise the same in any batch on any GPU. Longer
-    runs for larger images keep the traffic of the partial sums at about a twentieth of that of the inputs.
+    The batch does not enter, so an image's result is bitwise the same in any batch. Longer runs for larger images keep
+    the traffic of the partial sums at about a twentieth of that of the inputs.
     """
     run = 256
     while (run < 1024 and tokens > 256 * run) or tokens > MAX_GRID * run:
