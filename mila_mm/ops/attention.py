@@ -128,7 +128,8 @@ def check_map(name: str, tensor: str, tokens: int, spatial_shape: tuple[int, int
     if not isinstance(spatial_shape, (tuple, list)) or len(spatial_shape) != 2:
         raise ValueError(f'{name}: expected spatial_shape to be (H, W), got {spatial_shape!r}')
     height, width = spatial_shape
-    if not all(isinstance(side, (int, torch.SymInt)) for side in (height, width)):
+    # Under torch.jit.trace sizes are tensors.
+    if not all(isinstance(side, (int, torch.SymInt, Tensor)) for side in (height, width)):
         raise ValueError(f'{name}: expected spatial_shape to be two integers, got {spatial_shape!r}')
     if height < 0 or width < 0 or tokens != height * width:
         raise ValueError(f'{name}: expected {tensor} of N = H * W tokens for spatial_shape {(height, width)}, '

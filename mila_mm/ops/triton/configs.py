@@ -228,4 +228,4 @@ def norm_tokens_per_split(channels: int) -> int:
 
 STENCIL = Launch(8, 8, 4)
 STENCIL_BACKWARD = Launch(4, 8, 4)
-"""Ten sums, two rows of x and of results: eight elements a thread."""
+"""Ten sums, two rows of x and of results: eight elements a thread is what registers hold."""
