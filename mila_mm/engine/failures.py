@@ -82,6 +82,7 @@ def _watch(handler: logging.FileHandler) -> None:
     usual, said = handler.handleError, []
 
     def handle(record: logging.LogRecord) -> None:
+        """Say once that the disk is full; leave every other error to logging."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError) or error.errno not in _FULL:
             usual(record)

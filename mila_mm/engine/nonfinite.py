@@ -171,6 +171,7 @@ class Tracer:
 
     def _output_hook(self, module: nn.Module) -> Any:
         def check(grad: Tensor) -> None:
+            """Note the gradient of the module's output; one that is not finite comes from behind the module."""
             if self.found is not None:
                 return
             name, kind = self._describe_module(module)
@@ -187,6 +188,7 @@ class Tracer:
 
     def _input_hook(self, module: nn.Module) -> Any:
         def check(grad: Tensor) -> None:
+            """Blame the module for a gradient of its input that is not finite."""
             if self.found is None and not is_finite(grad):
                 name, kind = self._describe_module(module)
                 came = self._gradients.get(id(module), 'unknown')
@@ -197,6 +199,7 @@ class Tracer:
 
     def _parameter_hook(self, parameter: str) -> Any:
         def check(grad: Tensor) -> None:
+            """Blame the module that used the parameter for a gradient of it that is not finite."""
             if self.found is None and not is_finite(grad):
                 name = parameter.rpartition('.')[0]
                 while name and self.model.get_submodule(name) not in self._called:
