@@ -1,19 +1,19 @@
 """MILA's models and their layers."""
 
-from .arch import ARCHS, Arch, resolve_arch
-from .classifier import MILAClassifier
-from .study import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
-from .trunk import MILATrunk
+from mila_mm.models.arch import ARCHS, Arch, resolve_arch
+from mila_mm.models.classifier import MILAClassifier
+from mila_mm.models.study import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
+from mila_mm.models.trunk import MILATrunk
 
 __all__ = ['ARCHS', 'MILA', 'STUDY_ROWS', 'Arch', 'LinearAttentionClassifier', 'LinearAttentionTransformer',
            'LinearAttentionTrunk', 'MILAClassifier', 'MILAImageClassifier', 'MILATrunk', 'TiledSegmentor',
            'resolve_arch']
 
 try:
-    from .image_classifier import MILAImageClassifier
-    from .mila import MILA
-    from .study.transformer import LinearAttentionTransformer
-    from .tiled import TiledSegmentor
+    from mila_mm.models.image_classifier import MILAImageClassifier
+    from mila_mm.models.mila import MILA
+    from mila_mm.models.study.transformer import LinearAttentionTransformer
+    from mila_mm.models.tiled import TiledSegmentor
 except ModuleNotFoundError as error:
     # Without OpenMMLab the trunk alone is there, for plain PyTorch; asking for MILA says what is missing.
     if error.name is None or error.name.partition('.')[0] not in ('mmengine', 'mmcv'):
@@ -26,6 +26,6 @@ except ModuleNotFoundError as error:
                                       f"pip install 'mila-mm[onedl]', or use mila_mm.models.MILATrunk", name=_missing)
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 else:
-    from ..weights import register_loaders
+    from mila_mm.weights import register_loaders
 
     register_loaders()  # from now on mmengine reads checkpoints without running code in them

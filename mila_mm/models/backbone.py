@@ -10,8 +10,8 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import nn
 
-from ..weights.pretrained import init_pretrained
-from .layers import NormLayer
+from mila_mm.models.layers import NormLayer
+from mila_mm.weights.pretrained import init_pretrained
 
 
 class Backbone(BaseModule):

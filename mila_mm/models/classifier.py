@@ -11,9 +11,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from ..weights.names import to_project
-from .layers import NormLayer, to_image
-from .trunk import MILATrunk
+from mila_mm.models.layers import NormLayer, to_image
+from mila_mm.models.trunk import MILATrunk
+from mila_mm.weights.names import to_project
 
 
 class MILAClassifier(MILATrunk):
@@ -187,7 +187,7 @@ class MILAClassifier(MILATrunk):
             MismatchError: If the weights do not fit otherwise.
             CheckpointError: If the file cannot be used.
         """
-        from ..weights.load import load_model, read_checkpoint
+        from mila_mm.weights.load import load_model, read_checkpoint
 
         checkpoint = read_checkpoint(source)
         tensors = checkpoint['state_dict']

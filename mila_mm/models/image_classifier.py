@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from ..registry import MODELS
-from .classifier import MILAClassifier
+from mila_mm.models.classifier import MILAClassifier
+from mila_mm.registry import MODELS
 
 
 def mesa_loss(logits: Tensor, averaged_logits: Tensor) -> Tensor:

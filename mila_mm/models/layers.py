@@ -13,8 +13,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import cpe_norm, dwc_silu, mila_attention
-from ..ops.attention import autocast_dtype
+from mila_mm.ops import cpe_norm, dwc_silu, mila_attention
+from mila_mm.ops.attention import autocast_dtype
 
 NormLayer = Callable[[int], nn.Module]
 FUSIONS = ('cpe_norm', 'dwc_silu', 'projections')

@@ -7,9 +7,9 @@ from typing import Any
 
 from mmengine.registry import MODELS as ROOT_MODELS
 
-from ..registry import MODELS
-from .backbone import Backbone, norm_factory
-from .trunk import MILATrunk
+from mila_mm.models.backbone import Backbone, norm_factory
+from mila_mm.models.trunk import MILATrunk
+from mila_mm.registry import MODELS
 
 
 # In mmengine's own registry as well: mmdet and mmseg fall back to it for a bare ``type='MILA'``.

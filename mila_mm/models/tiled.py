@@ -10,7 +10,7 @@ from mmengine.model import BaseTTAModel
 from mmengine.structures import PixelData
 from torch import Tensor
 
-from ..registry import MODELS
+from mila_mm.registry import MODELS
 
 
 def tile_starts(length: int, tile: int, stride: int) -> list[int]:

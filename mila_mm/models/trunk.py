@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.attention import BACKENDS
-from .arch import Arch, resolve_arch
-from .layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
+from mila_mm.models.arch import Arch, resolve_arch
+from mila_mm.models.layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
+from mila_mm.ops.attention import BACKENDS
 
 
 class Trunk(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import closed_form
-from .reference import mila_attention_reference
+from mila_mm.ops import closed_form
+from mila_mm.ops.reference import mila_attention_reference
 
 BACKENDS = ('auto', 'triton', 'reference')
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,7 +27,7 @@ _library.define(f'attention_backward(Tensor grad_y, {_INPUTS}, Tensor state, Ten
 def _kernels(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[int, int]):
     """Return the module whose ``attention_forward`` and ``attention_backward`` serve these tensors."""
     if v.is_cuda:
-        from . import triton
+        from mila_mm.ops import triton
         if triton.why_not(qk, v, num_heads, spatial_shape) is None:
             return triton
         triton.warn_of_what_is_missing(v.device)
@@ -43,7 +43,7 @@ def why_not_triton(qk: Tensor, v: Tensor, num_heads: int,
     if not v.is_cuda:
         return f'expected CUDA tensors, got {v.device.type}'
     try:
-        from . import triton
+        from mila_mm.ops import triton
     except ImportError as error:
         return f'expected the package triton, got {error}'
     return triton.why_not(qk, v, num_heads, spatial_shape)

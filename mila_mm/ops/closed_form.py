@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .rope import rope_grid, to_device
+from mila_mm.ops.rope import rope_grid, to_device
 
 NO_SECOND_ORDER = "mila_attention: expected one differentiation, got a second; take backend='reference' for it"
 Options = tuple[int, int, int, float, float]  # height, width, num_heads, eps, rope_base

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rope import grid_for
+from mila_mm.ops.rope import grid_for
 
 
 def feature_map(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import BACKENDS, as_written, autocast_dtype, check_map, transformed
+from mila_mm.ops.attention import BACKENDS, as_written, autocast_dtype, check_map, transformed
 
 _NO_SECOND_ORDER = "{}: expected one differentiation, got a second; take backend='reference' for it"
 _library = torch.library.Library('mila_mm', 'FRAGMENT')
@@ -32,7 +32,7 @@ def why_not_triton_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = No
     if not x.is_cuda:
         return f'expected CUDA tensors, got {x.device.type}'
     try:
-        from . import triton
+        from mila_mm.ops import triton
     except ImportError as error:
         return f'expected the package triton, got {error}'
     return triton.why_not_stencil(x, spatial_shape)
@@ -42,7 +42,7 @@ def _by_triton(x: Tensor, height: int, width: int) -> bool:
     """Whether the Triton kernels serve x (B, height * width, C)."""
     if not x.is_cuda:
         return False
-    from . import triton
+    from mila_mm.ops import triton
     if triton.why_not_stencil(x, (height, width)) is None:
         return True
     triton.warn_of_what_is_missing(x.device)
@@ -110,7 +110,7 @@ def _cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_we
                       height: int, width: int, eps: float,
                       dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from .triton import stencil_launch
+        from mila_mm.ops.triton import stencil_launch
         return stencil_launch.cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps,
                                                dtype)
     compute = _compute_dtype(x)
@@ -127,7 +127,7 @@ def _cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight:
                        norm_weight: Tensor, norm_bias: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, height: int,
                        width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from .triton import stencil_launch
+        from mila_mm.ops.triton import stencil_launch
         return stencil_launch.cpe_norm_backward(grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias,
                                                 out, mean, rstd, height, width)
     compute = mean.dtype
@@ -145,7 +145,7 @@ def _cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight:
 
 def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     if _by_triton(x, height, width):
-        from .triton import stencil_launch
+        from mila_mm.ops.triton import stencil_launch
         return stencil_launch.dwc_silu_forward(x, weight, bias, height, width)
     return dwc_silu_reference(x, weight, bias, (height, width)).contiguous()
 
@@ -153,7 +153,7 @@ def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, widt
 def _dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int,
                        width: int) -> tuple[Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from .triton import stencil_launch
+        from mila_mm.ops.triton import stencil_launch
         return stencil_launch.dwc_silu_backward(grad_y, x, weight, bias, height, width)
     compute = _compute_dtype(x)
     with as_written(x):

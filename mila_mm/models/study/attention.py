@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops import gated_linear_attention, mila_attention
-from ...ops.reference import feature_map, rotate
-from ...ops.rope import grid_for
-from ..layers import DepthwiseConv
-from .design import Design
+from mila_mm.models.layers import DepthwiseConv
+from mila_mm.models.study.design import Design
+from mila_mm.ops import gated_linear_attention, mila_attention
+from mila_mm.ops.reference import feature_map, rotate
+from mila_mm.ops.rope import grid_for
 
 _ROPE_BASE = 10000.0
 

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import Block, DepthwiseConv, Mlp, add_branch, pad_to_multiple, to_image, to_tokens
+from mila_mm.models.layers import Block, DepthwiseConv, Mlp, add_branch, pad_to_multiple, to_image, to_tokens
 
 
 class PatchEmbed(nn.Module):

@@ -7,9 +7,9 @@ from typing import Any
 
 from mmengine.registry import MODELS as ROOT_MODELS
 
-from ...registry import MODELS
-from ..backbone import Backbone, norm_factory
-from .trunk import LinearAttentionTrunk
+from mila_mm.models.backbone import Backbone, norm_factory
+from mila_mm.models.study.trunk import LinearAttentionTrunk
+from mila_mm.registry import MODELS
 
 
 @ROOT_MODELS.register_module()

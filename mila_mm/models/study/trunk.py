@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..arch import ARCHS, Arch, resolve_arch
-from ..layers import Downsample, NormLayer, Stem
-from ..trunk import Trunk
-from .attention import Delta, StudyAttention
-from .design import LAYOUTS, NAME, SWIN_ARCHS, Design, resolve_design
-from .layers import AbsolutePositions, MambaBlock, PatchEmbed, PatchMerging, TransformerBlock
+from mila_mm.models.arch import ARCHS, Arch, resolve_arch
+from mila_mm.models.layers import Downsample, NormLayer, Stem
+from mila_mm.models.study.attention import Delta, StudyAttention
+from mila_mm.models.study.design import LAYOUTS, NAME, SWIN_ARCHS, Design, resolve_design
+from mila_mm.models.study.layers import AbsolutePositions, MambaBlock, PatchEmbed, PatchMerging, TransformerBlock
+from mila_mm.models.trunk import Trunk
 
 
 class LinearAttentionTrunk(Trunk):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention import transformed
-from . import parallel
-from .reference import gated_linear_attention_reference
-from .scan import LENGTH, scan_backward, scan_forward, states_shape
+from mila_mm.ops.attention import transformed
+from mila_mm.ops.gated import parallel
+from mila_mm.ops.gated.reference import gated_linear_attention_reference
+from mila_mm.ops.gated.scan import LENGTH, scan_backward, scan_forward, states_shape
 
 BACKENDS = ('auto', 'reference')
 

@@ -41,7 +41,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .configs import DTYPES, HEAD_WIDTHS, MAX_GRID, MAX_SIDE, MAX_STENCIL_CHANNELS, interpreted, offsets_fit
+from mila_mm.ops.triton.configs import (
+    DTYPES,
+    HEAD_WIDTHS,
+    MAX_GRID,
+    MAX_SIDE,
+    MAX_STENCIL_CHANNELS,
+    interpreted,
+    offsets_fit,
+)
 
 MINIMUM_TRITON = (3, 5)
 """The first whose loops can keep invariant code inside, which saves registers in the query kernel."""
@@ -165,14 +173,14 @@ def why_not_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> 
 
 def attention_forward(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mila_mm.ops.triton.launch.attention_forward`; Triton is imported by the first call."""
-    from . import launch
+    from mila_mm.ops.triton import launch
 
     return launch.attention_forward(*args, **kwargs)
 
 
 def attention_backward(*args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
     """See :func:`mila_mm.ops.triton.launch.attention_backward`; Triton is imported by the first call."""
-    from . import launch
+    from mila_mm.ops.triton import launch
 
     return launch.attention_backward(*args, **kwargs)
 

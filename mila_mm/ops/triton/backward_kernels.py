@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import (
+from mila_mm.ops.triton.common import (
     feature_map,
     feature_slope,
     image_offset,
@@ -20,7 +20,7 @@ from .common import (
     tile_tokens,
     widen,
 )
-from .forward_kernels import SIZES, attend
+from mila_mm.ops.triton.forward_kernels import SIZES, attend
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -7,7 +7,7 @@ head along axis 1; ``PADDED`` is the head width ``WIDTH`` rounded up to a power 
 import triton
 import triton.language as tl
 
-from .configs import interpreted
+from mila_mm.ops.triton.configs import interpreted
 
 INLINE = tl.constexpr(not interpreted())
 """Whether there is PTX: the interpreter takes the same functions in Triton's own terms."""

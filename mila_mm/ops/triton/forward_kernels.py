@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import (
+from mila_mm.ops.triton.common import (
     feature_map,
     image_offset,
     load_rotation,

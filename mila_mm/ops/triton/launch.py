@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..rope import rope_tables
-from . import backward_kernels, configs, forward_kernels, lepe_kernels
+from mila_mm.ops.rope import rope_tables
+from mila_mm.ops.triton import backward_kernels, configs, forward_kernels, lepe_kernels
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import image_offset, load_row, next_tile
+from mila_mm.ops.triton.common import image_offset, load_row, next_tile
 
 SIZES = ['height', 'width', 'tiles', 'tiles_across', 'tiles_per_split', 'parts', 'v_batch_stride',
          'grad_out_batch_stride']

@@ -26,7 +26,7 @@ The sums over tokens take two stages of fixed order, as those of the attention d
 import triton
 import triton.language as tl
 
-from .common import (
+from mila_mm.ops.triton.common import (
     image_offset,
     joined,
     load_row,
@@ -39,7 +39,7 @@ from .common import (
     tile_tokens,
     widen,
 )
-from .lepe_kernels import store_sum
+from mila_mm.ops.triton.lepe_kernels import store_sum
 
 SIZES = ['height', 'width', 'tokens', 'tiles', 'tiles_across', 'blocks', 'tokens_per_split', 'tiles_per_split',
          'x_batch_stride', 'grad_out_batch_stride', 'grad_y_batch_stride', 'out_batch_stride']

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import configs, lepe_kernels, stencil_kernels
-from .launch import aligned, depthwise_taps, on_device, readable
+from mila_mm.ops.triton import configs, lepe_kernels, stencil_kernels
+from mila_mm.ops.triton.launch import aligned, depthwise_taps, on_device, readable
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:
