@@ -59,6 +59,7 @@ test-classic: $(VENV_CLASSIC)/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 GPU_TESTS = tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py tests/ops/test_stencil_gpu.py \
   tests/ops/test_gated_gpu.py

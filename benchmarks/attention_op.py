@@ -44,8 +44,9 @@ LIMITS = {'bf16': (8e-3, 2e-2), 'fp16': (1e-3, 3e-3), 'fp32': (1e-5, 1e-4)}
 Op = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
 
 
-def transcribed(qk: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, height: int, width: int,
-                heads: int) -> Tensor:
+def transcribed(
+    qk: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, height: int, width: int, heads: int
+) -> Tensor:
     """The formula as ``transcription.LinearAttention`` writes it, behind its qk projection, with the gate."""
     b, n, c = v.shape
 
@@ -64,8 +65,9 @@ def transcribed(qk: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gate: Tenso
     return (out + lepe.permute(0, 2, 3, 1).reshape(b, n, c)) * F.silu(gate)
 
 
-def ours(qk: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, height: int, width: int,
-         heads: int) -> Tensor:
+def ours(
+    qk: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, height: int, width: int, heads: int
+) -> Tensor:
     """The op, by Triton or not at all."""
     return mila_attention(qk, v, weight, bias, (height, width), heads, gate, backend='triton')
 
@@ -78,8 +80,11 @@ def draw(batch: int, height: int, width: int, channels: int, dtype: torch.dtype)
         return torch.randn(shape, device='cuda', dtype=dtype)
 
     inputs = [
-        normal(batch, tokens, 2 * channels, dtype=dtype), normal(batch, tokens, channels, dtype=dtype),
-        normal(channels, 1, 3, 3) / 3, normal(channels), normal(batch, tokens, channels, dtype=dtype),
+        normal(batch, tokens, 2 * channels, dtype=dtype),
+        normal(batch, tokens, channels, dtype=dtype),
+        normal(channels, 1, 3, 3) / 3,
+        normal(channels),
+        normal(batch, tokens, channels, dtype=dtype),
     ]
     return [x.requires_grad_() for x in inputs], normal(batch, tokens, channels, dtype=dtype)
 
@@ -112,9 +117,12 @@ def measure_one(op: Op, inputs: list[Tensor], grad_y: Tensor, size: tuple[int, i
         torch.autograd.grad(op(*inputs, *size), inputs, grad_y)
 
     return {
-        'forward': measure.timed(forward), 'both': measure.timed(both),
-        'forward_graph': measure.timed_graph(forward), 'both_graph': measure.timed_graph(both),
-        'forward_peak_bytes': measure.peak_bytes(forward), 'both_peak_bytes': measure.peak_bytes(both),
+        'forward': measure.timed(forward),
+        'both': measure.timed(both),
+        'forward_graph': measure.timed_graph(forward),
+        'both_graph': measure.timed_graph(both),
+        'forward_peak_bytes': measure.peak_bytes(forward),
+        'both_peak_bytes': measure.peak_bytes(both),
     }
 
 
@@ -126,8 +134,15 @@ def percent_of_copy(elements: int, passes: int, dtype: torch.dtype, milliseconds
 def describe(dtype: str, stage: int, name: str, size: tuple[int, int, int]) -> dict[str, Any]:
     """What is known of a row before anything runs; the stem and each downsampling round up."""
     height, width, batch = size
-    return {'dtype': dtype, 'stage': stage, 'implementation': name, 'image': [height, width], 'batch': batch,
-            'map': [-(-side // 2 ** (stage + 1)) for side in (height, width)], 'channels': CHANNELS[stage - 1]}
+    return {
+        'dtype': dtype,
+        'stage': stage,
+        'implementation': name,
+        'image': [height, width],
+        'batch': batch,
+        'map': [-(-side // 2 ** (stage + 1)) for side in (height, width)],
+        'channels': CHANNELS[stage - 1],
+    }
 
 
 def measure_rows(rows: list[dict[str, Any]], bandwidth: float) -> Iterator[dict[str, Any]]:
@@ -137,8 +152,10 @@ def measure_rows(rows: list[dict[str, Any]], bandwidth: float) -> Iterator[dict[
     op = {'eager': transcribed, 'compiled': torch.compile(transcribed, dynamic=False), 'ours': ours}[name]
     errors = worst_errors(op, dtype, channels, heads)
     correct = all(e <= limit for e, limit in zip(errors, LIMITS[dtype_name], strict=True))
-    print(f'{dtype_name} stage {stage} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
-          f'{"" if correct else " TOO LARGE, not timed"}')
+    print(
+        f'{dtype_name} stage {stage} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
+        f'{"" if correct else " TOO LARGE, not timed"}'
+    )
     for row in rows:
         row.update(errors=errors, correct=correct)
         if correct:
@@ -151,9 +168,11 @@ def measure_rows(rows: list[dict[str, Any]], bandwidth: float) -> Iterator[dict[
                 print(f'{title}: out of memory')
             else:
                 row.update(result | shares_of_copy(result, grad_y.numel(), dtype, bandwidth))
-                print(f'{title}: forward {result["forward"]["median"]:.3f} ms '
-                      f'({row["forward_percent_of_copy"]:.0f} % of copy), both {result["both"]["median"]:.3f} ms '
-                      f'({row["both_percent_of_copy"]:.0f} %)')
+                print(
+                    f'{title}: forward {result["forward"]["median"]:.3f} ms '
+                    f'({row["forward_percent_of_copy"]:.0f} % of copy), both {result["both"]["median"]:.3f} ms '
+                    f'({row["both_percent_of_copy"]:.0f} %)'
+                )
         yield row
 
 
@@ -199,8 +218,9 @@ def main() -> int:
     parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
     parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
     parser.add_argument('--stages', type=int, nargs='+', default=[1, 2, 3, 4], choices=[1, 2, 3, 4])
-    parser.add_argument('--implementations', nargs='+', default=['ours', 'eager', 'compiled'],
-                        choices=['eager', 'compiled', 'ours'])
+    parser.add_argument(
+        '--implementations', nargs='+', default=['ours', 'eager', 'compiled'], choices=['eager', 'compiled', 'ours']
+    )
     parser.add_argument('--out', type=Path, default=measure.RESULTS / 'attention_op.json')
     measure.add_resume(parser)
     args = parser.parse_args()

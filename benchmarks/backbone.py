@@ -94,7 +94,8 @@ def measure_one(model: nn.Module, size: tuple[int, int, int], dtype: torch.dtype
 
     model.eval()
     result: dict[str, Any] = {
-        'forward': measure.timed(forward), 'forward_graph': measure.timed_graph(forward),
+        'forward': measure.timed(forward),
+        'forward_graph': measure.timed_graph(forward),
         'forward_peak_bytes': measure.peak_bytes(forward),
     }
     model.train()
@@ -105,8 +106,10 @@ def measure_rows(args: argparse.Namespace, dtype_name: str, result: measure.Resu
     """Add the rows of one dtype that are not there yet."""
     dtype, wanted = DTYPES[dtype_name], {}
     for name in args.implementations:
-        rows = [{'dtype': dtype_name, 'arch': args.arch, 'implementation': name, 'image': [height, width],
-                 'batch': batch} for height, width, batch in args.sizes]
+        rows = [
+            {'dtype': dtype_name, 'arch': args.arch, 'implementation': name, 'image': [height, width], 'batch': batch}
+            for height, width, batch in args.sizes
+        ]
         if missing := result.missing(rows):
             wanted[name] = missing
     if not wanted:
@@ -124,10 +127,15 @@ def measure_rows(args: argparse.Namespace, dtype_name: str, result: measure.Resu
                 image = *row['image'], row['batch']
                 times = measure.out_of_memory_as_none(lambda: measure_one(model, image, dtype))  # noqa: B023
                 row.update(times or {})
-                print(f'  {"x".join(map(str, image))}: ' + (
-                    'out of memory' if times is None else
-                    f'forward {times["forward"]["median"]:.2f} ms, both {times["both"]["median"]:.2f} ms, '
-                    f'peak {times["both_peak_bytes"] / 2**30:.2f} GiB'))
+                print(
+                    f'  {"x".join(map(str, image))}: '
+                    + (
+                        'out of memory'
+                        if times is None
+                        else f'forward {times["forward"]["median"]:.2f} ms, both {times["both"]["median"]:.2f} ms, '
+                        f'peak {times["both_peak_bytes"] / 2**30:.2f} GiB'
+                    )
+                )
             result.add(row)
 
 
@@ -137,8 +145,12 @@ def main() -> int:
     parser.add_argument('--arch', default='tiny', choices=['tiny', 'small', 'base'])
     parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
     parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
-    parser.add_argument('--implementations', nargs='+', default=['ours', 'ours-fused', 'eager', 'compiled'],
-                        choices=['eager', 'compiled', 'ours', 'ours-fused'])
+    parser.add_argument(
+        '--implementations',
+        nargs='+',
+        default=['ours', 'ours-fused', 'eager', 'compiled'],
+        choices=['eager', 'compiled', 'ours', 'ours-fused'],
+    )
     parser.add_argument('--backend', default='triton', choices=['triton', 'reference'], help='of ours')
     parser.add_argument('--out', type=Path, default=measure.RESULTS / 'backbone.json')
     measure.add_resume(parser)

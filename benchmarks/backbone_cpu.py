@@ -50,8 +50,13 @@ def seconds(function: Callable[[nn.Module, Tensor], None], model: nn.Module, ima
     return time.perf_counter() - start
 
 
-def compare(models: dict[str, nn.Module], function: Callable[[nn.Module, Tensor], None], training: bool, image: Tensor,
-            rounds: int) -> dict[str, float]:
+def compare(
+    models: dict[str, nn.Module],
+    function: Callable[[nn.Module, Tensor], None],
+    training: bool,
+    image: Tensor,
+    rounds: int,
+) -> dict[str, float]:
     """Median seconds of each model, and the median and quartiles of the rounds' ratios."""
     for model in models.values():
         model.train(training)
@@ -59,8 +64,12 @@ def compare(models: dict[str, nn.Module], function: Callable[[nn.Module, Tensor]
     times = [{name: seconds(function, model, image) for name, model in models.items()} for _ in range(rounds)]
     ratios = [t['mila_mm'] / t['transcription'] for t in times]
     quartiles = statistics.quantiles(ratios, n=4)
-    return {**{f'{name}_s': statistics.median(t[name] for t in times) for name in models},
-            'ratio': quartiles[1], 'ratio_q1': quartiles[0], 'ratio_q3': quartiles[2]}
+    return {
+        **{f'{name}_s': statistics.median(t[name] for t in times) for name in models},
+        'ratio': quartiles[1],
+        'ratio_q1': quartiles[0],
+        'ratio_q3': quartiles[2],
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -69,9 +78,14 @@ def machine() -> dict[str, Any]:
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     command = ['git', 'rev-parse', '--short', 'HEAD']
     commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    return {'cpu': names[0] if names else platform.processor(), 'threads': torch.get_num_threads(),
-            'torch': torch.__version__, 'python': platform.python_version(),
-            'commit': commit.stdout.strip(), 'date': datetime.date.today().isoformat()}
+    return {
+        'cpu': names[0] if names else platform.processor(),
+        'threads': torch.get_num_threads(),
+        'torch': torch.__version__,
+        'python': platform.python_version(),
+        'commit': commit.stdout.strip(),
+        'date': datetime.date.today().isoformat(),
+    }
 
 
 def main() -> int:
@@ -97,14 +111,21 @@ def main() -> int:
         if error > 1e-4:
             raise SystemExit(f'outputs differ by {error:.1e} of the largest magnitude: timing means nothing')
 
-    document = {'machine': machine(), 'arch': args.arch, 'size': list(args.size), 'batch': args.batch,
-                'forward': compare(models, forward, False, image, args.rounds),
-                'forward_backward': compare(models, forward_backward, True, image, args.rounds)}
+    document = {
+        'machine': machine(),
+        'arch': args.arch,
+        'size': list(args.size),
+        'batch': args.batch,
+        'forward': compare(models, forward, False, image, args.rounds),
+        'forward_backward': compare(models, forward_backward, True, image, args.rounds),
+    }
     for name in ('forward', 'forward_backward'):
         row = document[name]
         ours, theirs = (row[f'{key}_s'] * 1e3 for key in ('mila_mm', 'transcription'))
-        print(f'{name:17s} transcription {theirs:7.1f} ms   mila_mm {ours:7.1f} ms   '
-              f'ratio {row["ratio"]:.3f} ({row["ratio_q1"]:.3f} .. {row["ratio_q3"]:.3f})')
+        print(
+            f'{name:17s} transcription {theirs:7.1f} ms   mila_mm {ours:7.1f} ms   '
+            f'ratio {row["ratio"]:.3f} ({row["ratio_q1"]:.3f} .. {row["ratio_q3"]:.3f})'
+        )
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(document, indent=2) + '\n')
     print(f'written to {args.out}')

@@ -48,6 +48,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) 
 
 def modules(fusion: str) -> Op:
     """The unfused form, (inputs, height, width) to outputs."""
+
     def norm(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, *hw: int) -> tuple[Tensor, ...]:
         x = x + depthwise(x, weight, bias, *hw)
         return x, F.layer_norm(x, x.shape[-1:], gamma, beta)
@@ -63,6 +64,7 @@ def modules(fusion: str) -> Op:
 
 def fused(fusion: str) -> Op:
     """Our form, by Triton or not at all."""
+
     def norm(*args: Any) -> tuple[Tensor, ...]:
         return cpe_norm(*args[:5], args[5:], backend='triton')
 
@@ -78,15 +80,19 @@ def fused(fusion: str) -> Op:
 def draw(fusion: str, batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> list[Tensor]:
     """Random leaves: tokens of ``dtype``, parameters in fp32."""
     kernel, vector, matrix = (channels, 1, 3, 3), (channels,), (channels, channels)
-    shapes = {'cpe_norm': [kernel, *[vector] * 3], 'dwc_silu': [kernel, vector],
-              'projections': [matrix, vector, matrix, vector]}[fusion]
+    shapes = {
+        'cpe_norm': [kernel, *[vector] * 3],
+        'dwc_silu': [kernel, vector],
+        'projections': [matrix, vector, matrix, vector],
+    }[fusion]
     x = torch.randn(batch, height * width, channels, device='cuda').to(dtype)
     parameters = [torch.randn(shape, device='cuda') / math.sqrt(max(1, math.prod(shape[1:]))) for shape in shapes]
     return [t.requires_grad_() for t in (x, *parameters)]
 
 
-def with_gradients(op: Op, inputs: list[Tensor], grads: list[Tensor], hw: tuple[int, int],
-                   dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def with_gradients(
+    op: Op, inputs: list[Tensor], grads: list[Tensor], hw: tuple[int, int], dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Outputs, and gradients of the inputs."""
     with torch.autocast('cuda', dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
         outputs = op(*inputs, *hw)
@@ -123,9 +129,12 @@ def measure_one(op: Op, inputs: list[Tensor], hw: tuple[int, int], dtype: torch.
         with_gradients(op, inputs, grads, hw, dtype)
 
     return {
-        'forward': measure.timed(forward), 'both': measure.timed(both),
-        'forward_graph': measure.timed_graph(forward), 'both_graph': measure.timed_graph(both),
-        'forward_peak_bytes': measure.peak_bytes(forward), 'both_peak_bytes': measure.peak_bytes(both),
+        'forward': measure.timed(forward),
+        'both': measure.timed(both),
+        'forward_graph': measure.timed_graph(forward),
+        'both_graph': measure.timed_graph(both),
+        'forward_peak_bytes': measure.peak_bytes(forward),
+        'both_peak_bytes': measure.peak_bytes(both),
     }
 
 
@@ -138,8 +147,10 @@ def measure_rows(rows: list[dict[str, Any]], bandwidth: float) -> Iterator[dict[
     errors = worst_errors(fusion, op, dtype, channels)
     slack = 1 if name == 'ours' else 5  # PyTorch sums the gradients of a convolution's weights in 16 bits
     correct = all(error <= slack * limit for error, limit in zip(errors, LIMITS[dtype_name], strict=True))
-    print(f'{dtype_name} {rows[0]["stage"]} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
-          f'{"" if correct else " TOO LARGE, not timed"}')
+    print(
+        f'{dtype_name} {rows[0]["stage"]} {name}: errors {errors[0]:.1e} {errors[1]:.1e}'
+        f'{"" if correct else " TOO LARGE, not timed"}'
+    )
     for row in rows:
         row.update(errors=errors, correct=correct)
         if correct:
@@ -154,8 +165,10 @@ def measure_rows(rows: list[dict[str, Any]], bandwidth: float) -> Iterator[dict[
                 for key, passes in (('forward', there), ('both', there + back)):
                     best = (result[f'{key}_graph'] or result[key])['median']
                     row[f'{key}_percent_of_copy'] = percent_of_copy(inputs[0].numel(), passes, dtype, best, bandwidth)
-                print(f'{title}: forward {result["forward"]["median"]:.3f} ms, both {result["both"]["median"]:.3f} ms '
-                      f'({row["both_percent_of_copy"]:.0f} % of copy)')
+                print(
+                    f'{title}: forward {result["forward"]["median"]:.3f} ms, both {result["both"]["median"]:.3f} ms '
+                    f'({row["both_percent_of_copy"]:.0f} % of copy)'
+                )
         yield row
 
 
@@ -175,11 +188,14 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
             for covered in ('all sizes', image):
                 ratios.setdefault((fusion, dtype, covered), []).append(ratio)
     lines = []
-    for (fusion, dtype, image), found in sorted(ratios.items(), key=lambda item: (
-            list(PASSES).index(item[0][0]), item[0][1], item[0][2] != 'all sizes')):
+    for (fusion, dtype, image), found in sorted(
+        ratios.items(), key=lambda item: (list(PASSES).index(item[0][0]), item[0][1], item[0][2] != 'all sizes')
+    ):
         median = statistics.median(found)
-        lines.append(f'{fusion}, {dtype}, {image}: {"WINS" if median > 1 else "LOSES"}, {median:.2f} x the better '
-                     f'unfused form (worst {min(found):.2f}, {sum(r > 1 for r in found)} of {len(found)} cases)')
+        lines.append(
+            f'{fusion}, {dtype}, {image}: {"WINS" if median > 1 else "LOSES"}, {median:.2f} x the better '
+            f'unfused form (worst {min(found):.2f}, {sum(r > 1 for r in found)} of {len(found)} cases)'
+        )
     return lines
 
 
@@ -203,8 +219,9 @@ def main() -> int:
     parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB')
     parser.add_argument('--dtypes', nargs='+', default=['bf16', 'fp32'], choices=DTYPES)
     parser.add_argument('--stages', type=int, nargs='+', default=[1, 2, 3, 4], choices=[1, 2, 3, 4])
-    parser.add_argument('--implementations', nargs='+', default=['ours', 'eager', 'compiled'],
-                        choices=['eager', 'compiled', 'ours'])
+    parser.add_argument(
+        '--implementations', nargs='+', default=['ours', 'eager', 'compiled'], choices=['eager', 'compiled', 'ours']
+    )
     parser.add_argument('--out', type=Path, default=measure.RESULTS / 'block_fusions.json')
     measure.add_resume(parser)
     args = parser.parse_args()

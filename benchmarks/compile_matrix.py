@@ -151,9 +151,7 @@ def describe(module: str, kernel: triton.JITFunction, case: str, mode: str, args
             signature.append((parameter.name, 'i32'))
             if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(index)
-    return Launch(
-        module, kernel.__name__, case, mode, tuple(signature), tuple(constants), tuple(divisible), compiler
-    )
+    return Launch(module, kernel.__name__, case, mode, tuple(signature), tuple(constants), tuple(divisible), compiler)
 
 
 @contextmanager
@@ -177,8 +175,15 @@ def recording(case: str, mode: str, capability: int) -> Iterator[list[Launch]]:
 
 
 def record(
-    mode: str, dtype: torch.dtype, dots: str, head_width: int, heads: int, lepe: bool, gate: bool,
-    size: tuple[int, int] = (20, 20), capability: int = 80,
+    mode: str,
+    dtype: torch.dtype,
+    dots: str,
+    head_width: int,
+    heads: int,
+    lepe: bool,
+    gate: bool,
+    size: tuple[int, int] = (20, 20),
+    capability: int = 80,
 ) -> list[Launch]:
     """All launches of one forward and one backward pass, with more than one split so that every kernel is there."""
     case = f'd{head_width} {"odd" if heads % 2 else "even"} heads{" lepe" * lepe}{" gate" * gate}'
@@ -259,9 +264,7 @@ def compile_one(task: tuple[Launch, int]) -> Report:
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(compiled.asm['cubin'])
         file.flush()
-        usage = subprocess.run(
-            [str(tool), '-res-usage', file.name], check=True, capture_output=True, text=True
-        ).stdout
+        usage = subprocess.run([str(tool), '-res-usage', file.name], check=True, capture_output=True, text=True).stdout
 
     def field(name: str) -> int:
         return int(re.search(rf'\b{name}:(\d+)', usage).group(1))
@@ -270,8 +273,16 @@ def compile_one(task: tuple[Launch, int]) -> Report:
     loads = re.findall(r'(?:ld\.global|cp\.async\.c[ag])[^;]*;', ptx)
     wide = [x for x in loads if re.search(r'\.v4\.b32|\.v2\.b64|\.v8\.b32|, 0x10|, 16', x)]
     return Report(
-        item.kernel, item.case, item.mode, capability, warps, field('REG'),
-        field('STACK') + field('LOCAL'), compiled.metadata.shared, len(wide), len(loads),
+        item.kernel,
+        item.case,
+        item.mode,
+        capability,
+        warps,
+        field('REG'),
+        field('STACK') + field('LOCAL'),
+        compiled.metadata.shared,
+        len(wide),
+        len(loads),
     )
 
 
@@ -297,8 +308,11 @@ def table(reports: list[Report]) -> str:
 def main() -> int:
     """Compile, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true',
-                        help='only heads of 32 channels, an even number, with LePE, and stencils of two widths')
+    parser.add_argument(
+        '--quick',
+        action='store_true',
+        help='only heads of 32 channels, an even number, with LePE, and stencils of two widths',
+    )
     parser.add_argument('--head-widths', type=int, nargs='+', default=configs.HEAD_WIDTHS)
     parser.add_argument('--only', default='', help='only kernels whose name contains this')
     parser.add_argument('--jobs', type=int, default=2, help='processes (default: %(default)s)')
@@ -316,8 +330,10 @@ def main() -> int:
     for report in narrow:
         print(f'only {report.wide_loads} of {report.loads} loads of 128 bits: {report}')
     failed = [report for report in reports if report.error]
-    print(f'{len(reports)} binaries, {len(failed)} that do not compile, {len(spilled)} with spills, '
-          f'{len(narrow)} without 128-bit loads')
+    print(
+        f'{len(reports)} binaries, {len(failed)} that do not compile, {len(spilled)} with spills, '
+        f'{len(narrow)} without 128-bit loads'
+    )
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         document = {

@@ -34,13 +34,32 @@ import mila_mm  # noqa: E402, F401 - before anything imports mmcv
 
 BACKBONES: dict[str, dict[str, Any]] = {
     'MILA-T': dict(backbone=dict(type='mila_mm.MILA', arch='tiny', drop_path_rate=0.1), widths=[64, 128, 256, 512]),
-    'ResNet-50': dict(backbone=dict(type='ResNet', depth=50, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=1,
-                                    norm_cfg=dict(type='BN', requires_grad=True), norm_eval=True),
-                      widths=[256, 512, 1024, 2048]),
-    'Swin-T': dict(backbone=dict(type='SwinTransformer', embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
-                                 window_size=7, drop_path_rate=0.2), widths=[96, 192, 384, 768]),
-    'ConvNeXt-T': dict(backbone=dict(type='TimmFeatures', name='convnext_tiny', drop_path_rate=0.2),
-                       widths=[96, 192, 384, 768]),
+    'ResNet-50': dict(
+        backbone=dict(
+            type='ResNet',
+            depth=50,
+            num_stages=4,
+            out_indices=(0, 1, 2, 3),
+            frozen_stages=1,
+            norm_cfg=dict(type='BN', requires_grad=True),
+            norm_eval=True,
+        ),
+        widths=[256, 512, 1024, 2048],
+    ),
+    'Swin-T': dict(
+        backbone=dict(
+            type='SwinTransformer',
+            embed_dims=96,
+            depths=[2, 2, 6, 2],
+            num_heads=[3, 6, 12, 24],
+            window_size=7,
+            drop_path_rate=0.2,
+        ),
+        widths=[96, 192, 384, 768],
+    ),
+    'ConvNeXt-T': dict(
+        backbone=dict(type='TimmFeatures', name='convnext_tiny', drop_path_rate=0.2), widths=[96, 192, 384, 768]
+    ),
 }
 DTYPES = ['bf16', 'fp16', 'fp32']
 
@@ -92,10 +111,17 @@ class Trainee:
         if args.channels_last:
             self.model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
-        self.wrapper = (OptimWrapper(optimizer) if args.dtype == 'fp32'
-                        else AmpOptimWrapper(args.dtype, optimizer=optimizer))
-        self.data = demo_mm_inputs(args.batch, [(3, *args.image)] * args.batch, num_items=[8] * args.batch,
-                                   num_classes=80, with_mask=True, device=self.device)
+        self.wrapper = (
+            OptimWrapper(optimizer) if args.dtype == 'fp32' else AmpOptimWrapper(args.dtype, optimizer=optimizer)
+        )
+        self.data = demo_mm_inputs(
+            args.batch,
+            [(3, *args.image)] * args.batch,
+            num_items=[8] * args.batch,
+            num_classes=80,
+            with_mask=True,
+            device=self.device,
+        )
 
     def step(self) -> float:
         """Train once; the seconds it took."""
@@ -122,9 +148,15 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     for name, trainee in trainees.items():
         for _ in range(args.warmup):
             trainee.step()
-        rows[name] = {'backbone': name, 'image': list(args.image), 'batch': args.batch, 'dtype': args.dtype,
-                      'channels_last': args.channels_last, 'narrow_heads': args.narrow,
-                      'parameters': sum(p.numel() for p in trainee.model.parameters())}
+        rows[name] = {
+            'backbone': name,
+            'image': list(args.image),
+            'batch': args.batch,
+            'dtype': args.dtype,
+            'channels_last': args.channels_last,
+            'narrow_heads': args.narrow,
+            'parameters': sum(p.numel() for p in trainee.model.parameters()),
+        }
         if trainee.device == 'cuda':
             # Beyond what all the models hold together: parameters and the optimizer's state of one are added again.
             held = sum(x.numel() * x.element_size() for x in trainee.model.parameters())
@@ -134,23 +166,36 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             times[name].append(trainee.step())
     for name, row in rows.items():
         seconds = statistics.median(times[name])
-        row |= {'ms': 1e3 * seconds, 'fastest_ms': 1e3 * min(times[name]), 'runs': args.runs,
-                'images_per_second': args.batch / seconds}
-    return {'benchmark': 'detector_step', 'machine': measure.machine() if torch.cuda.is_available() else cpu_machine(),
-            'rows': list(rows.values())}
+        row |= {
+            'ms': 1e3 * seconds,
+            'fastest_ms': 1e3 * min(times[name]),
+            'runs': args.runs,
+            'images_per_second': args.batch / seconds,
+        }
+    return {
+        'benchmark': 'detector_step',
+        'machine': measure.machine() if torch.cuda.is_available() else cpu_machine(),
+        'rows': list(rows.values()),
+    }
 
 
 def table(document: dict[str, Any]) -> str:
     """The result as Markdown."""
     machine, first = document['machine'], document['rows'][0]
-    lines = [f'{machine.get("gpu", machine.get("cpu"))}, torch {machine["torch"]}, {machine["date"][:10]}; '
-             f'{" x ".join(map(str, first["image"]))}, B={first["batch"]}, {first["dtype"]}'
-             + (', heads narrowed for a trial' if first['narrow_heads'] else ''), '',
-             '| backbone | parameters of the detector | ms a step | images/s | peak GiB |', '| --- ' * 5 + '|']
+    lines = [
+        f'{machine.get("gpu", machine.get("cpu"))}, torch {machine["torch"]}, {machine["date"][:10]}; '
+        f'{" x ".join(map(str, first["image"]))}, B={first["batch"]}, {first["dtype"]}'
+        + (', heads narrowed for a trial' if first['narrow_heads'] else ''),
+        '',
+        '| backbone | parameters of the detector | ms a step | images/s | peak GiB |',
+        '| --- ' * 5 + '|',
+    ]
     for row in document['rows']:
         peak = f'{row["peak_bytes"] / 2**30:.2f}' if 'peak_bytes' in row else 'not measured'
-        lines.append(f'| {row["backbone"]} | {row["parameters"] / 1e6:.1f} M | {row["ms"]:.1f} | '
-                     f'{row["images_per_second"]:.2f} | {peak} |')
+        lines.append(
+            f'| {row["backbone"]} | {row["parameters"] / 1e6:.1f} M | {row["ms"]:.1f} | '
+            f'{row["images_per_second"]:.2f} | {peak} |'
+        )
     return '\n'.join(lines)
 
 

@@ -29,8 +29,9 @@ from mila_mm.ops import gated_linear_attention, gated_linear_attention_reference
 Operator = Callable[..., Tensor]
 
 
-def unbound(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, forget_gate: tuple[Tensor, Tensor],
-            normalize: bool) -> Tensor:
+def unbound(
+    q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, forget_gate: tuple[Tensor, Tensor], normalize: bool
+) -> Tensor:
     """The recurrence on lists of tokens; the fastest plain loop that we know."""
     q, k, v, delta = (t.unflatten(-1, (num_heads, -1)).unbind(1) for t in (q, k, v, forget_gate[0]))
     rate = forget_gate[1].unflatten(-1, (num_heads, -1)).transpose(0, 1)
@@ -86,10 +87,15 @@ def main() -> int:
             step(operator, leaves, grad, args.heads)
             times[name] = time.perf_counter() - start
         rounds.append(times)
-    document = {'machine': machine(), **{k: v for k, v in vars(args).items() if k != 'out'},
-                **{f'{name}_s': statistics.median(r[name] for r in rounds) for name in operators},
-                **{f'{name}_over_scan': statistics.median(r[name] / r['scan'] for r in rounds)
-                   for name in ('unbound', 'reference')}}
+    document = {
+        'machine': machine(),
+        **{k: v for k, v in vars(args).items() if k != 'out'},
+        **{f'{name}_s': statistics.median(r[name] for r in rounds) for name in operators},
+        **{
+            f'{name}_over_scan': statistics.median(r[name] / r['scan'] for r in rounds)
+            for name in ('unbound', 'reference')
+        },
+    }
     for name in operators:
         ratio = document.get(f'{name}_over_scan', 1.0)
         print(f'{name:10s} forward + backward {document[f"{name}_s"]:7.3f} s   {ratio:5.1f} x the time of the scan')

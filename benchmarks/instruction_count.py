@@ -35,8 +35,17 @@ TOKENS = 64000
 # Passes over a (B, N, C) tensor, as the docstrings of mila_mm.ops.triton and its stencil_kernels count them. `norm`'s
 # residual stream is counted in the dtype of the activations.
 PASSES = {
-    'state': 2, 'output': 4, 'gate_backward': 6, 'query_backward': 3, 'key_value_backward': 5, 'lepe_backward': 2,
-    'cpe_norm': 3, 'norm_backward': 4, 'dwc_silu': 2, 'silu_backward': 3, 'stencil_backward': 3,
+    'state': 2,
+    'output': 4,
+    'gate_backward': 6,
+    'query_backward': 3,
+    'key_value_backward': 5,
+    'lepe_backward': 2,
+    'cpe_norm': 3,
+    'norm_backward': 4,
+    'dwc_silu': 2,
+    'silu_backward': 3,
+    'stencil_backward': 3,
 }
 INSTRUCTION = re.compile(r'^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);')
 LABEL = re.compile(r'^(\.L\w+):')
@@ -83,8 +92,11 @@ def issued(text: str, trips: int) -> list[Line]:
             for inside in range(labels[target[0]], index + 1):
                 times[inside] *= trips
     end = next(i for i, (guarded, opcode, *_) in enumerate(found) if opcode == 'EXIT' and not guarded)
-    return [Line(opcode.split('.')[0], source, count)
-            for (_, opcode, _, source), count in zip(found[:end + 1], times, strict=False) if opcode != 'NOP']
+    return [
+        Line(opcode.split('.')[0], source, count)
+        for (_, opcode, _, source), count in zip(found[: end + 1], times, strict=False)
+        if opcode != 'NOP'
+    ]
 
 
 def work(item: matrix.Launch) -> tuple[int, float]:
@@ -94,8 +106,11 @@ def work(item: matrix.Launch) -> tuple[int, float]:
     if name in ('state', 'query_backward'):
         trips = configs.tokens_per_split(TOKENS) // constants['BLOCK']
     else:
-        trips = {'lepe_backward': configs.TILES_PER_LEPE_SPLIT, 'stencil_backward': configs.TILES_PER_STENCIL_SPLIT,
-                 'norm_backward': 8}.get(name, 1)
+        trips = {
+            'lepe_backward': configs.TILES_PER_LEPE_SPLIT,
+            'stencil_backward': configs.TILES_PER_STENCIL_SPLIT,
+            'norm_backward': 8,
+        }.get(name, 1)
     tokens = constants['BLOCK'] if 'BLOCK' in constants else constants['ROWS'] * constants['COLUMNS']
     channels = constants.get('WIDTH') or constants['CHANNELS']
     return trips, tokens * trips * channels / (32 * dict(item.options)['num_warps'])
@@ -111,15 +126,22 @@ def by_line(lines: list[Line], elements: float) -> str:
     return '\n'.join(
         f'{count / elements:7.2f}  {name}:{number:<4} '
         + ' '.join(f'{code} {n}' for code, n in opcodes[name, number].most_common(6))
-        for (name, number), count in total.most_common(40))
+        for (name, number), count in total.most_common(40)
+    )
 
 
 def into_docs(rows: dict[str, dict[str, float]], page: Path) -> None:
     """Write the rows as a table between the page's marks."""
-    table = '\n'.join([
-        '| kernel | instructions | bytes | bound |', '| --- | --- | --- | --- |',
-        *(f'| `{name}` | {row["instructions"]:.0f} | {row["bytes"]} | {row["bound"]:.0%} |'
-          for name, row in rows.items())])
+    table = '\n'.join(
+        [
+            '| kernel | instructions | bytes | bound |',
+            '| --- | --- | --- | --- |',
+            *(
+                f'| `{name}` | {row["instructions"]:.0f} | {row["bytes"]} | {row["bound"]:.0%} |'
+                for name, row in rows.items()
+            ),
+        ]
+    )
     begin, end = '<!-- instructions -->', '<!-- /instructions -->'
     text = page.read_text(encoding='utf-8')
     before, rest = text.split(begin)
@@ -167,8 +189,12 @@ def main() -> None:
         rows[name] = {'instructions': round(count, 1), 'bytes': size, 'bound': round(bound, 3)}
         print(f'{name:20} {count:12.1f}  {size:<5} {bound:5.0%}')
     if args.out is not None:
-        document = {'triton': triton.__version__, 'commit': measure.commit(), **{
-            key: value for key, value in vars(args).items() if key not in ('out', 'docs', 'lines')}, 'kernels': rows}
+        document = {
+            'triton': triton.__version__,
+            'commit': measure.commit(),
+            **{key: value for key, value in vars(args).items() if key not in ('out', 'docs', 'lines')},
+            'kernels': rows,
+        }
         args.out.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
     if args.docs is not None:
         into_docs(rows, args.docs)

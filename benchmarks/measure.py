@@ -179,8 +179,11 @@ class Result:
         self.document = {**head, 'rows': []}
         if resume and path.exists():
             before = json.loads(path.read_text(encoding='utf-8'))
-            differs = [f'{name} {mine}, got {before["machine"].get(name)}' for name, mine in head['machine'].items()
-                       if name != 'date' and before['machine'].get(name) != mine]
+            differs = [
+                f'{name} {mine}, got {before["machine"].get(name)}'
+                for name, mine in head['machine'].items()
+                if name != 'date' and before['machine'].get(name) != mine
+            ]
             if differs:
                 sys.exit(f'--resume: {path}: expected {"; ".join(differs)}; leave --resume out to begin anew')
             self.document = before
@@ -207,8 +210,11 @@ class Result:
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
     """Add the option of :class:`Result`."""
-    parser.add_argument('--resume', action='store_true',
-                        help='measure only rows that --out lacks; those in it must be of this machine and commit')
+    parser.add_argument(
+        '--resume',
+        action='store_true',
+        help='measure only rows that --out lacks; those in it must be of this machine and commit',
+    )
 
 
 def write_docs(text: str, name: str, path: Path = ROOT / 'docs' / 'scale.md') -> None:

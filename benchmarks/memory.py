@@ -57,8 +57,12 @@ def computed(row: Row) -> dict[str, int]:
             after = total(tracker.get_tracker_snapshot('current'))
             torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
         peak = tracker.get_tracker_snapshot('peak')
-    growing = sum(value for kinds in peak.values() for kind, value in kinds.items()
-                  if str(kind).rpartition('.')[2] in ('ACT', 'TEMP', 'OTH'))
+    growing = sum(
+        value
+        for kinds in peak.values()
+        for kind, value in kinds.items()
+        if str(kind).rpartition('.')[2] in ('ACT', 'TEMP', 'OTH')
+    )
     return {'peak_bytes': total(peak), 'peak_bytes_of_the_batch': growing, 'after_forward_bytes': after}
 
 
@@ -99,10 +103,14 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
         row['computed'] = computed(row)
         row['measured'] = None
         if torch.cuda.is_available():
-            row['measured'] = {f'{dtype} B={batch}': measured(row, dtype, batch)
-                               for dtype in ('fp32', 'bf16') for batch in (1, 2)}
-        print(f'{arch} {height}x{width} {cp} {attention}: {gib(row["computed"]["peak_bytes"])} GiB computed, '
-              f'{row["measured"] or "not measured"} ({time.perf_counter() - start:.0f} s)', flush=True)
+            row['measured'] = {
+                f'{dtype} B={batch}': measured(row, dtype, batch) for dtype in ('fp32', 'bf16') for batch in (1, 2)
+            }
+        print(
+            f'{arch} {height}x{width} {cp} {attention}: {gib(row["computed"]["peak_bytes"])} GiB computed, '
+            f'{row["measured"] or "not measured"} ({time.perf_counter() - start:.0f} s)',
+            flush=True,
+        )
         yield row
 
 
@@ -115,11 +123,14 @@ def table(document: dict[str, Any]) -> str:
     """The result as Markdown, one line for each model, size and way of checkpointing."""
     machine = document['machine']
     where = f'{machine["gpu"]}, ' if 'gpu' in machine else 'no GPU: nothing measured; '
-    lines = ['Peak of forward and backward of the backbone, GiB '
-             f'({where}torch {machine["torch"]}, {machine["date"][:10]}).',
-             '"Fused, eager": with the fused attention op, and with its formula as separate operators.', '',
-             '| arch | image | checkpointing | computed, fp32, B=1: fused, eager | computed, B=2 '
-             '| measured, fp32, B=1, 2 | measured, bf16, B=1, 2 |', '| --- ' * 7 + '|']
+    lines = [
+        f'Peak of forward and backward of the backbone, GiB ({where}torch {machine["torch"]}, {machine["date"][:10]}).',
+        '"Fused, eager": with the fused attention op, and with its formula as separate operators.',
+        '',
+        '| arch | image | checkpointing | computed, fp32, B=1: fused, eager | computed, B=2 '
+        '| measured, fp32, B=1, 2 | measured, bf16, B=1, 2 |',
+        '| --- ' * 7 + '|',
+    ]
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in document['rows']:
         key = row['arch'], ' x '.join(map(str, row['image'])), row['checkpointing']
@@ -134,8 +145,9 @@ def table(document: dict[str, Any]) -> str:
             if any(row['measured'] is None for row in pair):
                 cells.append('not run')
                 continue
-            cells.append('; '.join(', '.join(gib(row['measured'][f'{dtype} B={batch}']) for row in pair)
-                                   for batch in (1, 2)))
+            cells.append(
+                '; '.join(', '.join(gib(row['measured'][f'{dtype} B={batch}']) for row in pair) for batch in (1, 2))
+            )
         lines.append('| ' + ' | '.join([*key, *cells]) + ' |')
     return '\n'.join(lines)
 

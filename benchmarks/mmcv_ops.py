@@ -176,9 +176,13 @@ def mmcv_version() -> str:
 def table(document: dict[str, Any]) -> str:
     """The result as Markdown."""
     machine, versions = document['machine'], document['versions']
-    lines = [f'{machine.get("gpu") or machine["cpu"]}, {document["threads"]} thread(s), torch {versions["torch"]}, '
-             f'torchvision {versions["torchvision"]}, {versions["mmcv"]}, {machine["date"][:10]}.', '',
-             '| op | here, ms | beside | its time, ms | ratio, median of turns |', '| --- ' * 5 + '|']
+    lines = [
+        f'{machine.get("gpu") or machine["cpu"]}, {document["threads"]} thread(s), torch {versions["torch"]}, '
+        f'torchvision {versions["torchvision"]}, {versions["mmcv"]}, {machine["date"][:10]}.',
+        '',
+        '| op | here, ms | beside | its time, ms | ratio, median of turns |',
+        '| --- ' * 5 + '|',
+    ]
     for row in document['rows']:
         other = [row['beside'], row['beside_ms'], row['ratio']] if row['beside'] else ['nothing', '', '']
         lines.append('| ' + ' | '.join(map(str, [row['op'], row['ms'], *other])) + ' |')

@@ -59,9 +59,16 @@ def train(precision: str, seed: int, steps: int, batch: int) -> dict[str, Any]:
         cfg = load_config(str(CONFIG))
         cfg.train_dataloader.update(batch_size=batch, num_workers=0, persistent_workers=False)
         cfg.train_dataloader.dataset.data_root = str(data)
-        cfg.merge_from_dict({'train_cfg.max_iters': steps, 'randomness.seed': seed, 'work_dir': f'{folder}/run',
-                             'default_hooks.checkpoint.interval': 10**9, 'default_hooks.checkpoint.save_last': False,
-                             'default_hooks.logger.interval': 100})
+        cfg.merge_from_dict(
+            {
+                'train_cfg.max_iters': steps,
+                'randomness.seed': seed,
+                'work_dir': f'{folder}/run',
+                'default_hooks.checkpoint.interval': 10**9,
+                'default_hooks.checkpoint.save_last': False,
+                'default_hooks.logger.interval': 100,
+            }
+        )
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
         if precision != 'fp32':
             use_amp(cfg, precision)  # and no check_precision(): fp16 on a CPU is for this comparison alone
@@ -75,13 +82,19 @@ def train(precision: str, seed: int, steps: int, batch: int) -> dict[str, Any]:
     losses, norms = history['train/loss'], history['train/grad_norm']
     scales = history.get('train/loss_scale', [])
     return {
-        'precision': precision, 'seed': seed, 'steps': steps, 'batch': batch, 'losses': [round(x, 5) for x in losses],
+        'precision': precision,
+        'seed': seed,
+        'steps': steps,
+        'batch': batch,
+        'losses': [round(x, 5) for x in losses],
         'nonfinite_losses': sum(not math.isfinite(x) for x in losses),
         'nonfinite_gradients': sum(not math.isfinite(x) for x in norms),
         'skipped_steps': sum(after < before for before, after in itertools.pairwise(scales)),
-        'last_loss_scale': scales[-1] if scales else None, 'finite_weights': finite,
+        'last_loss_scale': scales[-1] if scales else None,
+        'finite_weights': finite,
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_machine()['cpu'],
-        'seconds': round(seconds, 1), 'torch': torch.__version__,
+        'seconds': round(seconds, 1),
+        'torch': torch.__version__,
         'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
     }
 
@@ -89,7 +102,7 @@ def train(precision: str, seed: int, steps: int, batch: int) -> dict[str, Any]:
 def smooth(losses: list[float], window: int = 25) -> list[float]:
     """Mean over the steps around each."""
     half = window // 2
-    around = [losses[max(0, i - half):i + half + 1] for i in range(len(losses))]
+    around = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
     return [sum(part) / len(part) for part in around]
 
 
@@ -120,14 +133,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The runs as Markdown."""
-    lines = ['| precision | seed | steps | mean loss of the last 100 | losses not finite '
-             '| steps skipped by loss scaling | weights finite | where, when |', '| --- ' * 8 + '|']
+    lines = [
+        '| precision | seed | steps | mean loss of the last 100 | losses not finite '
+        '| steps skipped by loss scaling | weights finite | where, when |',
+        '| --- ' * 8 + '|',
+    ]
     for row in sorted(rows, key=lambda row: (row['precision'] != 'fp32', row['precision'], row['seed'])):
         last = row['losses'][-100:]
-        lines.append(f'| {row["precision"]} | {row["seed"]} | {row["steps"]} | {sum(last) / len(last):.3f} '
-                     f'| {row["nonfinite_losses"]} | {row["skipped_steps"]} '
-                     f'| {"yes" if row["finite_weights"] else "NO"} '
-                     f'| {row["device"]}, torch {row["torch"]}, {row["date"][:10]} |')
+        lines.append(
+            f'| {row["precision"]} | {row["seed"]} | {row["steps"]} | {sum(last) / len(last):.3f} '
+            f'| {row["nonfinite_losses"]} | {row["skipped_steps"]} '
+            f'| {"yes" if row["finite_weights"] else "NO"} '
+            f'| {row["device"]}, torch {row["torch"]}, {row["date"][:10]} |'
+        )
     return '\n'.join(lines)
 
 

@@ -1,6 +1,6 @@
 """The table and the plot of a benchmark's JSON, and which of the goals for speed it meets.
 
-    python benchmarks/report.py benchmarks/results/attention_op.json [--dtype bf16] [--plot out.png]
+python benchmarks/report.py benchmarks/results/attention_op.json [--dtype bf16] [--plot out.png]
 """
 
 from __future__ import annotations
@@ -52,13 +52,25 @@ def ratio(rows: dict[str, Row], other: str, key: str) -> str:
 def table(document: dict[str, Any], dtype: str | None) -> str:
     """The result as a Markdown table."""
     machine = document['machine']
-    lines = [f'{machine["gpu"]}, driver {machine["driver"]}, torch {machine["torch"]}, triton {machine["triton"]}, '
-             f'commit {machine["commit"][:12]}, {machine["date"][:10]}']
+    lines = [
+        f'{machine["gpu"]}, driver {machine["driver"]}, torch {machine["torch"]}, triton {machine["triton"]}, '
+        f'commit {machine["commit"][:12]}, {machine["date"][:10]}'
+    ]
     if 'copy_bandwidth' in document:
         lines[0] += f'; copy bandwidth {document["copy_bandwidth"] / 1e12:.2f} TB/s'
     names = [name for name in IMPLEMENTATIONS if any(row['implementation'] == name for row in document['rows'])]
-    columns = ['dtype', 'stage', 'image', 'batch', 'pass', *(f'{name} ms' for name in names), 'over eager',
-               'over compiled', '% of copy', f'peak of {", ".join(names)} GiB']
+    columns = [
+        'dtype',
+        'stage',
+        'image',
+        'batch',
+        'pass',
+        *(f'{name} ms' for name in names),
+        'over eager',
+        'over compiled',
+        '% of copy',
+        f'peak of {", ".join(names)} GiB',
+    ]
     lines += ['', f'| {" | ".join(columns)} |', '| --- ' * len(columns) + '|']
     for (name, stage, image, batch), rows in grouped(document['rows']).items():
         if dtype not in (None, name):
@@ -66,9 +78,18 @@ def table(document: dict[str, Any], dtype: str | None) -> str:
         for key, title in PASSES:
             share = rows.get('ours', {}).get(f'{key}_percent_of_copy')
             peaks = [rows.get(x, {}).get(f'{key}_peak_bytes') for x in names]
-            cells = [name, stage, image, batch, title, *(cell(rows.get(x), key) for x in names),
-                     ratio(rows, 'eager', key), ratio(rows, 'compiled', key), '' if share is None else f'{share:.0f}',
-                     ', '.join('-' if peak is None else f'{peak / 2**30:.2f}' for peak in peaks)]
+            cells = [
+                name,
+                stage,
+                image,
+                batch,
+                title,
+                *(cell(rows.get(x), key) for x in names),
+                ratio(rows, 'eager', key),
+                ratio(rows, 'compiled', key),
+                '' if share is None else f'{share:.0f}',
+                ', '.join('-' if peak is None else f'{peak / 2**30:.2f}' for peak in peaks),
+            ]
             lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
 
@@ -80,22 +101,34 @@ def verdict(met: bool, text: str) -> str:
 
 def core_goals(rows: list[Row]) -> list[str]:
     """The goals of the attention op, as far as there are rows."""
-    groups = {(stage, batch): by for (dtype, stage, image, batch), by in grouped(rows).items()
-              if dtype == 'bf16' and image == '800 x 1280' and batch >= 4}
+    groups = {
+        (stage, batch): by
+        for (dtype, stage, image, batch), by in grouped(rows).items()
+        if dtype == 'bf16' and image == '800 x 1280' and batch >= 4
+    }
     lines = []
     for (stage, batch), by in sorted(groups.items()):
         if stage <= 3 and (share := by.get('ours', {}).get('forward_percent_of_copy')) is not None:
-            lines.append(verdict(share >= COPY_GOAL, f'forward of stage {stage}, batch {batch}: {share:.0f} % of copy '
-                                                     f'bandwidth, goal {COPY_GOAL:.0f} %'))
+            lines.append(
+                verdict(
+                    share >= COPY_GOAL,
+                    f'forward of stage {stage}, batch {batch}: {share:.0f} % of copy bandwidth, goal {COPY_GOAL:.0f} %',
+                )
+            )
     for batch, (key, title) in itertools.product(sorted({batch for _, batch in groups}), PASSES):
         by_stage = [groups.get((stage, batch), {}) for stage in DEPTHS]
         if all(key in by.get(name, {}) for by in by_stage for name in ('eager', 'ours')):
-            eager, ours = (sum(depth * by[name][key]['median'] for by, depth in zip(by_stage, DEPTHS.values(),
-                                                                                   strict=True))
-                           for name in ('eager', 'ours'))
-            lines.append(verdict(eager / ours >= CORE_GOALS[key],
-                                 f'{title} of all attentions of MILA-T, batch {batch}: {eager / ours:.1f} x eager, '
-                                 f'goal {CORE_GOALS[key]:.0f} x'))
+            eager, ours = (
+                sum(depth * by[name][key]['median'] for by, depth in zip(by_stage, DEPTHS.values(), strict=True))
+                for name in ('eager', 'ours')
+            )
+            lines.append(
+                verdict(
+                    eager / ours >= CORE_GOALS[key],
+                    f'{title} of all attentions of MILA-T, batch {batch}: {eager / ours:.1f} x eager, '
+                    f'goal {CORE_GOALS[key]:.0f} x',
+                )
+            )
     return lines
 
 
@@ -108,9 +141,10 @@ def step_goals(rows: list[Row]) -> list[str]:
             faster = by[other]['both']['median'] / by[ours]['both']['median']
             share = by[ours]['both_peak_bytes'] / by[other]['both_peak_bytes']
             title = f'training step of MILA-T, batch 2, {ours}:'
-            lines += [verdict(faster >= goal, f'{title} {faster:.2f} x {other}, goal {goal} x'),
-                      verdict(share <= PEAK_GOAL, f'{title} {share:.2f} of the peak memory of {other}, '
-                                                  f'goal {PEAK_GOAL}')]
+            lines += [
+                verdict(faster >= goal, f'{title} {faster:.2f} x {other}, goal {goal} x'),
+                verdict(share <= PEAK_GOAL, f'{title} {share:.2f} of the peak memory of {other}, goal {PEAK_GOAL}'),
+            ]
     return lines
 
 

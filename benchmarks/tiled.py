@@ -71,9 +71,12 @@ def one(mode: str, side: int) -> dict[str, Any]:
 def table(document: dict[str, Any]) -> str:
     """The result as Markdown."""
     machine = document['machine']
-    lines = [f'{machine.get("gpu", machine.get("cpu"))}, torch {machine["torch"]}, {machine["date"][:10]}', '',
-             '| side of the image | windows of mmseg: host MiB, GPU MiB | tiles: host MiB, GPU MiB |',
-             '| --- ' * 3 + '|']
+    lines = [
+        f'{machine.get("gpu", machine.get("cpu"))}, torch {machine["torch"]}, {machine["date"][:10]}',
+        '',
+        '| side of the image | windows of mmseg: host MiB, GPU MiB | tiles: host MiB, GPU MiB |',
+        '| --- ' * 3 + '|',
+    ]
     by_key = {(row['mode'], row['side']): row for row in document['rows']}
     for side in sorted({row['side'] for row in document['rows']}):
         cells = []
@@ -118,8 +121,14 @@ def main() -> int:
                 sys.exit(f'{mode} at {side} failed:\n{done.stderr[-2000:]}')
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
-    document = {'benchmark': 'tiled', 'machine': measure.machine() if torch.cuda.is_available() else cpu_machine(),
-                'tile': TILE, 'stride': STRIDE, 'classes': CLASSES, 'rows': rows}
+    document = {
+        'benchmark': 'tiled',
+        'machine': measure.machine() if torch.cuda.is_available() else cpu_machine(),
+        'tile': TILE,
+        'stride': STRIDE,
+        'classes': CLASSES,
+        'rows': rows,
+    }
     print(table(document))
     measure.save(out, document)
     return 0

@@ -107,8 +107,17 @@ class Block(nn.Module):
 class ConvNorm(nn.Module):
     """Convolution, optional BatchNorm, optional ReLU."""
 
-    def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False,
-                 norm: bool = True, act: bool = True) -> None:
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: bool = True,
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(cout) if norm else None
@@ -145,7 +154,8 @@ class Downsample(nn.Module):
         self.conv = nn.Sequential(
             ConvNorm(dim, 8 * dim, 1, bias=True, norm=False),
             ConvNorm(8 * dim, 8 * dim, 3, 2, groups=8 * dim, bias=True, norm=False),
-            ConvNorm(8 * dim, 2 * dim, 1, bias=True, act=False))
+            ConvNorm(8 * dim, 2 * dim, 1, bias=True, act=False),
+        )
 
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
         """Return the tokens (B, N', 2C) and their grid."""

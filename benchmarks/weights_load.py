@@ -42,8 +42,14 @@ def make_file(folder: Path) -> Path:
 
     torch.manual_seed(0)
     weights = {name: value for name, value in MILA('tiny').state_dict().items() if not name.startswith('norm')}
-    weights.update({'norm.weight': torch.ones(512), 'norm.bias': torch.zeros(512),
-                    'head.weight': torch.randn(1000, 512), 'head.bias': torch.zeros(1000)})
+    weights.update(
+        {
+            'norm.weight': torch.ones(512),
+            'norm.bias': torch.zeros(512),
+            'head.weight': torch.randn(1000, 512),
+            'head.bias': torch.zeros(1000),
+        }
+    )
     weights.update(rope_tables(weights, '', 224))
     path = folder / 'mila-tiny-in1k.pth'
     torch.save({'model': weights, 'epoch': 299}, path)
@@ -121,8 +127,12 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=31, help='rounds [31]')
-    parser.add_argument('--threads', type=int, default=1, help="torch's threads [1]: barriers between threads would be "
-                        'most of what is timed on a busy machine')
+    parser.add_argument(
+        '--threads',
+        type=int,
+        default=1,
+        help="torch's threads [1]: barriers between threads would be most of what is timed on a busy machine",
+    )
     parser.add_argument('--out', type=Path, help='JSON file to write')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

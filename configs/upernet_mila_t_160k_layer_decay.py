@@ -3,5 +3,5 @@ _base_ = './upernet_mila_t_160k.py'
 
 model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='mila://tiny-in1k')))
 optim_wrapper = dict(
-    constructor='mila_mm.LayerDecayOptimWrapperConstructor',
-    paramwise_cfg=dict(layer_decay_rate=0.9))  # a rate of our choice, not of the paper
+    constructor='mila_mm.LayerDecayOptimWrapperConstructor', paramwise_cfg=dict(layer_decay_rate=0.9)
+)  # a rate of our choice, not of the paper

@@ -21,10 +21,20 @@ __all__ = ['mila_base', 'mila_small', 'mila_tiny']
 def _cfg(arch: str) -> dict[str, Any]:
     """Describe published weights; timm hands the name in ``file`` to ``MILAClassifier.load_pretrained``."""
     return dict(
-        file=f'mila://{arch}-in1k', custom_load=True, input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=0.875,
-        interpolation='bicubic', num_classes=1000, first_conv='patch_embed.conv1.conv', classifier='head',
-        license='mit', origin_url='https://github.com/LeapLabTHU/MLLA', paper_ids='arXiv:2405.16605',
-        paper_name='Demystify Mamba in Vision: A Linear Attention Perspective')
+        file=f'mila://{arch}-in1k',
+        custom_load=True,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation='bicubic',
+        num_classes=1000,
+        first_conv='patch_embed.conv1.conv',
+        classifier='head',
+        license='mit',
+        origin_url='https://github.com/LeapLabTHU/MLLA',
+        paper_ids='arXiv:2405.16605',
+        paper_name='Demystify Mamba in Vision: A Linear Attention Perspective',
+    )
 
 
 default_cfgs = generate_default_cfgs({f'mila_{arch}.in1k': _cfg(arch) for arch in ('tiny', 'small', 'base')})
@@ -42,8 +52,14 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> MILAClassifier:
     from mila_mm.models.classifier import MILAClassifier
 
     return build_model_with_cfg(
-        MILAClassifier, variant, pretrained, pretrained_filter_fn=_checkpoint_filter,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'), arch=variant.removeprefix('mila_'), **kwargs)
+        MILAClassifier,
+        variant,
+        pretrained,
+        pretrained_filter_fn=_checkpoint_filter,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        arch=variant.removeprefix('mila_'),
+        **kwargs,
+    )
 
 
 @register_model

@@ -166,8 +166,11 @@ def _leave_process_group() -> None:
 
 def _rank() -> int | None:
     """Return the rank of this process in a distributed job, None outside of one."""
-    for rank, size in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS'),
-                       ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')):
+    for rank, size in (
+        ('RANK', 'WORLD_SIZE'),
+        ('SLURM_PROCID', 'SLURM_NTASKS'),
+        ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),
+    ):
         if rank in os.environ:
             return int(os.environ[rank]) if int(os.environ.get(size, '1')) > 1 else None
     return None

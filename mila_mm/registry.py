@@ -17,14 +17,18 @@ from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mila_mm', locations=['mila_mm.models'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mila_mm', locations=['mila_mm.datasets'])
-DATA_SAMPLERS = Registry(
-    'data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mila_mm', locations=['mila_mm.engine'])
+DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mila_mm', locations=['mila_mm.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mila_mm', locations=['mila_mm.engine'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mila_mm', locations=['mila_mm.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope='mila_mm',
-    locations=['mila_mm.engine'])
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mila_mm',
+    locations=['mila_mm.engine'],
+)
 OPTIM_WRAPPERS = Registry(
-    'optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mila_mm', locations=['mila_mm.engine'])
-MODEL_WRAPPERS = Registry('model wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='mila_mm',
-                          locations=['mila_mm.engine'])
+    'optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mila_mm', locations=['mila_mm.engine']
+)
+MODEL_WRAPPERS = Registry(
+    'model wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='mila_mm', locations=['mila_mm.engine']
+)

@@ -32,8 +32,9 @@ class Stopped(BaseException):
         self.checkpoint = checkpoint
         name = signal.Signals(signum).name
         if begun:
-            super().__init__(f'stopped by {name} outside of the training steps: --resume continues from the last '
-                             'checkpoint')
+            super().__init__(
+                f'stopped by {name} outside of the training steps: --resume continues from the last checkpoint'
+            )
         elif checkpoint is None:
             super().__init__(f'stopped by {name} before the training began')
         else:

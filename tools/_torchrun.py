@@ -98,8 +98,10 @@ def main(argv: list[str]) -> int:
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        sys.stderr.write(f'error: the process of rank {rank} was killed by {name}, and the job ended with it; '
-                         '--resume continues from the last checkpoint\n')
+        sys.stderr.write(
+            f'error: the process of rank {rank} was killed by {name}, and the job ended with it; '
+            '--resume continues from the last checkpoint\n'
+        )
         return 128 - failure.exitcode
     return 0
 

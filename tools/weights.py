@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Published and other weights: list, fetch, verify, inspect, export.
 
-    tools/weights.py list
-    tools/weights.py fetch tiny-in1k mask-rcnn-tiny-3x
-    tools/weights.py verify [NAME ...]
-    tools/weights.py inspect FILE
-    tools/weights.py export FILE OUT.safetensors
+tools/weights.py list
+tools/weights.py fetch tiny-in1k mask-rcnn-tiny-3x
+tools/weights.py verify [NAME ...]
+tools/weights.py inspect FILE
+tools/weights.py export FILE OUT.safetensors
 """
 
 import argparse
@@ -91,11 +91,16 @@ def inspect_file(args: argparse.Namespace) -> None:
     tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}  # without _extra_state
     prefix = names.backbone_prefix(tensors)
     kinds = Counter(str(value.dtype).removeprefix('torch.') for value in tensors.values())
-    print(f'weights: {len(tensors)} tensors under {printable(layout or "the top level")}, '
-          f'{sum(value.numel() for value in tensors.values()) / 1e6:.2f} M values, '
-          + ', '.join(f'{count} {kind}' for kind, count in kinds.items()))
-    print('model: ' + (f'{names.describe(tensors, prefix)}' if prefix is not None else 'no MILA in it')
-          + (f', under {prefix!r}' if prefix else ''))
+    print(
+        f'weights: {len(tensors)} tensors under {printable(layout or "the top level")}, '
+        f'{sum(value.numel() for value in tensors.values()) / 1e6:.2f} M values, '
+        + ', '.join(f'{count} {kind}' for kind, count in kinds.items())
+    )
+    print(
+        'model: '
+        + (f'{names.describe(tensors, prefix)}' if prefix is not None else 'no MILA in it')
+        + (f', under {prefix!r}' if prefix else '')
+    )
     for reason, keys in dropped.items():
         print(f'left out when loading: {len(keys)} {reason}')
     odd = [name for name, value in tensors.items() if not is_finite(value)]
@@ -110,8 +115,9 @@ def export_file(args: argparse.Namespace) -> None:
     """Write weights under released names or as safetensors."""
     from mila_mm.weights.exporting import export
 
-    count = export(args.source, args.out, naming=args.names, layout=args.layout, image_size=args.rope,
-                   key=args.key, part=args.part)
+    count = export(
+        args.source, args.out, naming=args.names, layout=args.layout, image_size=args.rope, key=args.key, part=args.part
+    )
     print(f'{args.out}: {count} tensors')
 
 
@@ -122,8 +128,9 @@ def _required(names: Sequence[str], command: str) -> Sequence[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.ArgumentParser(prog='tools/weights.py', description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(
+        prog='tools/weights.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest='command', required=True)
     command = commands.add_parser('list', help='published files, and which are here')
     command.set_defaults(run=list_files)

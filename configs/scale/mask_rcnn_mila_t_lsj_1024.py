@@ -9,7 +9,8 @@ _base_ = [
 image_size = (1024, 1024)
 model = dict(
     data_preprocessor=dict(batch_augments=[dict(type='BatchFixedSizePad', size=image_size, pad_mask=True)]),
-    backbone=dict(drop_path_rate=0.3, with_cp='block'))
+    backbone=dict(drop_path_rate=0.3, with_cp='block'),
+)
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=image_size, keep_ratio=True),
@@ -25,7 +26,8 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0)}),
-    accumulative_counts=4)  # 8 GPUs x 2 images x 4
+    accumulative_counts=4,
+)  # 8 GPUs x 2 images x 4
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=2000),  # in batches: 500 steps
     dict(type='MultiStepLR', begin=0, end=25, by_epoch=True, milestones=[22, 24], gamma=0.1),

@@ -12,7 +12,8 @@ model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(with_cp='block'),
     decode_head=dict(num_classes=19),
-    auxiliary_head=dict(num_classes=19))
+    auxiliary_head=dict(num_classes=19),
+)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),

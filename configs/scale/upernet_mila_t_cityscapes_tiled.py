@@ -8,7 +8,8 @@ model = dict(
     module={{_base_.model}},
     tile=(1024, 1024),
     stride=(768, 768),
-    tiles_per_batch=1)
+    tiles_per_batch=1,
+)
 test_dataloader = dict(
-    dataset=dict(
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]))
+    dataset=dict(pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')])
+)

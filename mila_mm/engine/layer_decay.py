@@ -52,8 +52,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return  # the outermost call scales, once
         backbone = getattr(module, 'backbone', None)
         if not hasattr(backbone, 'get_layer_depth'):
-            raise UserError(f'layer-wise learning rates: {type(module).__name__} has no backbone with get_layer_depth; '
-                            'use a MILA backbone or another constructor')
+            raise UserError(
+                f'layer-wise learning rates: {type(module).__name__} has no backbone with get_layer_depth; '
+                'use a MILA backbone or another constructor'
+            )
         names = {id(param): name for name, param in module.named_parameters()}
         for group in params:
             name = names[id(group['params'][0])]

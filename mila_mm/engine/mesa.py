@@ -34,8 +34,9 @@ class MESAHook(EMAHook):
 
     def __init__(self, ratio: float = 1.0, begin_mesa_epoch: int = 75, momentum: float = 4e-4, **kwargs: Any) -> None:
         if ratio < 0 or begin_mesa_epoch < 0:
-            raise ValueError('MESAHook: expected ratio and begin_mesa_epoch of at least 0, '
-                             f'got {ratio!r} and {begin_mesa_epoch!r}')
+            raise ValueError(
+                f'MESAHook: expected ratio and begin_mesa_epoch of at least 0, got {ratio!r} and {begin_mesa_epoch!r}'
+            )
         super().__init__(momentum=momentum, **{'update_buffers': True, **kwargs})
         self.ratio = ratio
         self.begin_mesa_epoch = begin_mesa_epoch
@@ -44,8 +45,9 @@ class MESAHook(EMAHook):
         """Make the average."""
         super().before_run(runner)
         if not hasattr(self.src_model, 'set_average'):
-            raise ValueError('MESAHook: expected a model of type mila_mm.MILAImageClassifier, '
-                             f'got {type(self.src_model).__name__}')
+            raise ValueError(
+                f'MESAHook: expected a model of type mila_mm.MILAImageClassifier, got {type(self.src_model).__name__}'
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Let the loss see the average once its epoch has come."""

@@ -180,7 +180,9 @@ class Tracer:
                 return
             outer = name.rpartition('.')[0]
             self.found = Finding(
-                outer, f'in its own code, or a loss, behind {name} ({kind}), in the backward', 'finite gradients',
+                outer,
+                f'in its own code, or a loss, behind {name} ({kind}), in the backward',
+                'finite gradients',
                 f'gradient of the output of {name}: {describe(grad)}',
             )
 
@@ -192,8 +194,12 @@ class Tracer:
             if self.found is None and not is_finite(grad):
                 name, kind = self._describe_module(module)
                 came = self._gradients.get(id(module), 'unknown')
-                self.found = Finding(name, f'{kind}, in the backward', f'gradient of its output: {came}',
-                                     f'gradient of its input: {describe(grad)}')
+                self.found = Finding(
+                    name,
+                    f'{kind}, in the backward',
+                    f'gradient of its output: {came}',
+                    f'gradient of its input: {describe(grad)}',
+                )
 
         return check
 
@@ -206,8 +212,12 @@ class Tracer:
                     name = name.rpartition('.')[0]  # a module that only keeps parameters for the one around it
                 module = self.model.get_submodule(name)
                 came = self._gradients.get(id(module), 'unknown')
-                self.found = Finding(name, f'{type(module).__name__}, in the backward',
-                                     f'gradient of its output: {came}', f'gradient of {parameter}: {describe(grad)}')
+                self.found = Finding(
+                    name,
+                    f'{type(module).__name__}, in the backward',
+                    f'gradient of its output: {came}',
+                    f'gradient of {parameter}: {describe(grad)}',
+                )
 
         return check
 
@@ -243,8 +253,10 @@ class NonFiniteHook(Hook):
             UserError: If the model is sharded.
         """
         if isinstance(runner.model, FullyShardedDataParallel):
-            raise UserError('--debug-nonfinite: expected a model whose parameters are whole, got one under FSDP\n'
-                            'Run it without model_wrapper_cfg, on one process or under DDP.')
+            raise UserError(
+                '--debug-nonfinite: expected a model whose parameters are whole, got one under FSDP\n'
+                'Run it without model_wrapper_cfg, on one process or under DDP.'
+            )
         wrapper = runner.optim_wrapper
         backward, step = wrapper.backward, wrapper.step
 
@@ -271,8 +283,12 @@ class NonFiniteHook(Hook):
         self._batches.append((data_batch, capture_random_state()))
 
     def _check(self, runner: Runner) -> None:
-        grads = [p.grad for group in runner.optim_wrapper.optimizer.param_groups for p in group['params']
-                 if p.grad is not None]
+        grads = [
+            p.grad
+            for group in runner.optim_wrapper.optimizer.param_groups
+            for p in group['params']
+            if p.grad is not None
+        ]
         # The greatest magnitude: a sum of squares could overflow where no gradient does.
         greatest = torch.nn.utils.get_total_norm(grads, norm_type=float('inf'))
         loss = torch.stack([loss.float() for loss in self._losses]).sum()

@@ -133,8 +133,10 @@ class ResumeStateHook(Hook):
         if not runner._resume:
             return
         if 'optimizer' not in checkpoint and 'message_hub' in checkpoint:
-            raise UserError('--resume: the checkpoint holds no optimizer state (save_optimizer=False?): training '
-                            'cannot continue from it\nTo start anew from its weights: --cfg-options load_from=FILE')
+            raise UserError(
+                '--resume: the checkpoint holds no optimizer state (save_optimizer=False?): training '
+                'cannot continue from it\nTo start anew from its weights: --cfg-options load_from=FILE'
+            )
         states = checkpoint.get('random_states')
         self._of_this_rank = isinstance(states, list) and len(states) == get_world_size()
         self._to_restore = states[get_rank()] if self._of_this_rank else checkpoint.get('random_state')
@@ -143,8 +145,12 @@ class ResumeStateHook(Hook):
         info = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
         self._resumed['shown'] = {key: info[key] for key in ('epoch', 'iter') if key in info}
         if self._to_restore is None:
-            print_log('the checkpoint holds no state of the random generators: training goes on with other random '
-                      'numbers than an uninterrupted run', logger='current', level=logging.WARNING)
+            print_log(
+                'the checkpoint holds no state of the random generators: training goes on with other random '
+                'numbers than an uninterrupted run',
+                logger='current',
+                level=logging.WARNING,
+            )
         _drop_foreign_paths(checkpoint.get('message_hub'), Path(runner.work_dir))
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -197,8 +203,11 @@ def _drop_foreign_paths(hub: Any, work_dir: Path) -> None:
         if name.startswith('best_') and (folder / name).is_file():
             info[key] = str(Path(work_dir) / name)  # also where the work folder has been moved
         elif not name or folder not in Path(info[key]).resolve().parents:
-            print_log(f'{key} of the checkpoint lies outside {work_dir} and is left alone: {info[key]!r}',
-                      logger='current', level=logging.WARNING)
+            print_log(
+                f'{key} of the checkpoint lies outside {work_dir} and is left alone: {info[key]!r}',
+                logger='current',
+                level=logging.WARNING,
+            )
             del info[key]
     ids = info.get('keep_ckpt_ids')
     if ids is not None and not (isinstance(ids, list) and all(type(step) is int for step in ids)):

@@ -5,9 +5,20 @@ from mila_mm.models.classifier import MILAClassifier
 from mila_mm.models.study import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
 from mila_mm.models.trunk import MILATrunk
 
-__all__ = ['ARCHS', 'MILA', 'STUDY_ROWS', 'Arch', 'LinearAttentionClassifier', 'LinearAttentionTransformer',
-           'LinearAttentionTrunk', 'MILAClassifier', 'MILAImageClassifier', 'MILATrunk', 'TiledSegmentor',
-           'resolve_arch']
+__all__ = [
+    'ARCHS',
+    'MILA',
+    'STUDY_ROWS',
+    'Arch',
+    'LinearAttentionClassifier',
+    'LinearAttentionTransformer',
+    'LinearAttentionTrunk',
+    'MILAClassifier',
+    'MILAImageClassifier',
+    'MILATrunk',
+    'TiledSegmentor',
+    'resolve_arch',
+]
 
 try:
     from mila_mm.models.image_classifier import MILAImageClassifier
@@ -22,8 +33,11 @@ except ModuleNotFoundError as error:
 
     def __getattr__(name: str) -> object:
         if name in ('MILA', 'MILAImageClassifier', 'LinearAttentionTransformer', 'TiledSegmentor'):
-            raise ModuleNotFoundError(f'mila_mm.models.{name}: expected {_missing} to be installed, found none; '
-                                      f"pip install 'mila-mm[onedl]', or use mila_mm.models.MILATrunk", name=_missing)
+            raise ModuleNotFoundError(
+                f'mila_mm.models.{name}: expected {_missing} to be installed, found none; '
+                f"pip install 'mila-mm[onedl]', or use mila_mm.models.MILATrunk",
+                name=_missing,
+            )
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 else:
     from mila_mm.weights import register_loaders

@@ -39,8 +39,12 @@ _FIELDS = ('embed_dim', 'depths', 'num_heads')
 
 
 def _is_counts(value: object) -> bool:
-    return (isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-            and all(isinstance(v, int) and v > 0 for v in value))
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(v, int) and v > 0 for v in value)
+    )
 
 
 def resolve_arch(arch: str | Mapping[str, object], archs: Mapping[str, Arch] = ARCHS, model: str = 'MILA') -> Arch:
@@ -57,22 +61,30 @@ def resolve_arch(arch: str | Mapping[str, object], archs: Mapping[str, Arch] = A
     """
     if isinstance(arch, str):
         if arch not in archs:
-            raise ValueError(f'{model}: expected arch to be one of {", ".join(archs)} or a dict of '
-                             f'{", ".join(_FIELDS)}; got {arch!r}')
+            raise ValueError(
+                f'{model}: expected arch to be one of {", ".join(archs)} or a dict of '
+                f'{", ".join(_FIELDS)}; got {arch!r}'
+            )
         return archs[arch]
     if not isinstance(arch, Mapping) or set(arch) != set(_FIELDS):
         got = sorted(map(str, arch)) if isinstance(arch, Mapping) else arch
         raise ValueError(f'{model}: expected arch to be a name or a dict of exactly {", ".join(_FIELDS)}; got {got!r}')
     width, depths, heads = (arch[field] for field in _FIELDS)
     if not isinstance(width, int) or width <= 0 or width % 4:
-        raise ValueError(f'{model}: expected embed_dim to be a positive multiple of 4 (RoPE turns pairs of channels on '
-                         f'two axes); got {width!r}')
+        raise ValueError(
+            f'{model}: expected embed_dim to be a positive multiple of 4 (RoPE turns pairs of channels on '
+            f'two axes); got {width!r}'
+        )
     if not (_is_counts(depths) and _is_counts(heads) and len(depths) == len(heads)):
-        raise ValueError(f'{model}: expected depths and num_heads to be positive integers, one for each stage; '
-                         f'got depths={depths!r}, num_heads={heads!r}')
+        raise ValueError(
+            f'{model}: expected depths and num_heads to be positive integers, one for each stage; '
+            f'got depths={depths!r}, num_heads={heads!r}'
+        )
     result = Arch(width, tuple(depths), tuple(heads))
     for stage, (dim, count) in enumerate(zip(result.dims, result.num_heads, strict=True)):
         if dim % count:
-            raise ValueError(f'{model}: expected num_heads to divide the width of every stage; '
-                             f'got {count} heads for width {dim} in stage {stage}')
+            raise ValueError(
+                f'{model}: expected num_heads to divide the width of every stage; '
+                f'got {count} heads for width {dim} in stage {stage}'
+            )
     return result

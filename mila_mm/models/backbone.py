@@ -27,8 +27,10 @@ class Backbone(BaseModule):
     def _freeze(self, frozen_stages: int, norm_eval: bool) -> None:
         """Check and apply what is to be kept as it is during training."""
         if not -1 <= frozen_stages <= len(self.layers):
-            raise ValueError(f'{self._name}: expected frozen_stages from -1 to {len(self.layers)} (the stages that are '
-                             f'built), got {frozen_stages!r}')
+            raise ValueError(
+                f'{self._name}: expected frozen_stages from -1 to {len(self.layers)} (the stages that are '
+                f'built), got {frozen_stages!r}'
+            )
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self._freeze_stages()

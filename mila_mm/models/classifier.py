@@ -45,12 +45,29 @@ class MILAClassifier(MILATrunk):
         torch.Size([1, 10])
     """
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', num_classes: int = 1000, in_chans: int = 3,
-                 global_pool: str = 'avg', drop_rate: float = 0.0, drop_path_rate: float = 0.0,
-                 mlp_ratio: float = 4.0, attn_backend: str = 'auto', norm_layer: NormLayer = nn.BatchNorm2d,
-                 **kwargs: Any) -> None:
-        super().__init__(arch=arch, in_channels=in_chans, out_indices=(-1,), mlp_ratio=mlp_ratio,
-                         drop_path_rate=drop_path_rate, attn_backend=attn_backend, norm_layer=norm_layer, **kwargs)
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'tiny',
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        mlp_ratio: float = 4.0,
+        attn_backend: str = 'auto',
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            arch=arch,
+            in_channels=in_chans,
+            out_indices=(-1,),
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+            attn_backend=attn_backend,
+            norm_layer=norm_layer,
+            **kwargs,
+        )
         # The released classifier calls norm what is the last output's norm in a dense backbone.
         last = len(self.dims) - 1
         self.norm = getattr(self, f'norm{last}')
@@ -58,8 +75,9 @@ class MILAClassifier(MILATrunk):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.num_features = self.head_hidden_size = self.dims[-1]
-        self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f'layers.{i}')
-                             for i, dim in enumerate(self.dims)]
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=f'layers.{i}') for i, dim in enumerate(self.dims)
+        ]
         self.reset_classifier(num_classes, global_pool)
         self.register_load_state_dict_pre_hook(_drop_computed)
 
@@ -79,8 +97,10 @@ class MILAClassifier(MILATrunk):
         """
         pool = self.pool_type if global_pool is None else global_pool
         if num_classes < 0 or pool not in ('', 'avg', 'max', 'avgmax', 'catavgmax') or (num_classes and not pool):
-            raise ValueError("MILAClassifier: expected num_classes >= 0 and global_pool 'avg', 'max', 'avgmax', "
-                             f"'catavgmax' or, with num_classes=0, ''; got {num_classes!r} and {pool!r}")
+            raise ValueError(
+                "MILAClassifier: expected num_classes >= 0 and global_pool 'avg', 'max', 'avgmax', "
+                f"'catavgmax' or, with num_classes=0, ''; got {num_classes!r} and {pool!r}"
+            )
         self.num_classes, self.pool_type = num_classes, pool
         self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=pool)
         if num_classes:
@@ -117,9 +137,15 @@ class MILAClassifier(MILATrunk):
         """
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
-                              stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
-                              ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the maps of several stages.
 
         Args:
@@ -154,8 +180,9 @@ class MILAClassifier(MILATrunk):
             x, height, width = stage.downsample(x, height, width)
         return maps if intermediates_only else (to_image(final, height, width), maps)
 
-    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False,
-                                  prune_head: bool = True) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Take out what maps of some stages do not need.
 
         Args:
@@ -170,7 +197,7 @@ class MILAClassifier(MILATrunk):
         shorter = last_taken < len(self.layers) - 1
         if prune_norm or shorter:
             self.norm = nn.Identity()
-        self.layers = self.layers[:last_taken + 1]
+        self.layers = self.layers[: last_taken + 1]
         self.layers[-1].downsample = None
         self.num_features = self.head_hidden_size = self.dims[last_taken]
         if prune_head or shorter:

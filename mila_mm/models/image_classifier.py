@@ -55,16 +55,34 @@ class MILAImageClassifier(MILAClassifier, BaseModel):
         ValueError: An argument that makes no model; the message says expected and got.
     """
 
-    def __init__(self, arch: Any = 'tiny', num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.0, label_smoothing: float = 0.0, with_cp: bool = False,
-                 attn_backend: str = 'auto', data_preprocessor: Any = None, init_cfg: Any = None) -> None:
+    def __init__(
+        self,
+        arch: Any = 'tiny',
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        label_smoothing: float = 0.0,
+        with_cp: bool = False,
+        attn_backend: str = 'auto',
+        data_preprocessor: Any = None,
+        init_cfg: Any = None,
+    ) -> None:
         if not 0 <= label_smoothing < 1:
             raise ValueError(f'MILAImageClassifier: expected label_smoothing in [0, 1), got {label_smoothing!r}')
         if num_classes < 1:
             raise ValueError(f'MILAImageClassifier: expected num_classes of at least 1, got {num_classes!r}')
-        super().__init__(arch=arch, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate,
-                         drop_path_rate=drop_path_rate, with_cp=with_cp, attn_backend=attn_backend,
-                         data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        super().__init__(
+            arch=arch,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            with_cp=with_cp,
+            attn_backend=attn_backend,
+            data_preprocessor=data_preprocessor,
+            init_cfg=init_cfg,
+        )
         self.label_smoothing = label_smoothing
         self._average: tuple[nn.Module | None, float] = (None, 0.0)
 
@@ -100,8 +118,9 @@ class MILAImageClassifier(MILAClassifier, BaseModel):
 
     def _losses(self, inputs: Tensor, logits: Tensor, data_samples: list[Any]) -> dict[str, Tensor]:
         mixed = 'gt_score' in data_samples[0]
-        target = torch.stack([s.gt_score for s in data_samples]) if mixed else torch.cat(
-            [s.gt_label for s in data_samples])
+        target = (
+            torch.stack([s.gt_score for s in data_samples]) if mixed else torch.cat([s.gt_label for s in data_samples])
+        )
         losses = {'loss_cls': F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)}
         average, ratio = self._average
         if average is not None:

@@ -84,11 +84,21 @@ class ConvLayer(nn.Module):
     over the output less, and the state dict as it was. Where someone has hooked the two modules, they are called.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1,
-                 bias: bool = False, norm_layer: NormLayer | None = None, act: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm_layer: NormLayer | None = None,
+        act: bool = True,
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups,
-                              bias=bias)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
+        )
         self.norm = None if norm_layer is None else norm_layer(out_channels)
         self.act = act
 
@@ -105,9 +115,15 @@ class ConvLayer(nn.Module):
         if self._folds():
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-            x = F.conv2d(x, conv.weight * scale.to(conv.weight.dtype)[:, None, None, None],
-                         (norm.bias + shift * scale).to(conv.weight.dtype),
-                         conv.stride, conv.padding, conv.dilation, conv.groups)
+            x = F.conv2d(
+                x,
+                conv.weight * scale.to(conv.weight.dtype)[:, None, None, None],
+                (norm.bias + shift * scale).to(conv.weight.dtype),
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+            )
         else:
             x = conv(x)
             x = x if norm is None else norm(x)
@@ -121,10 +137,13 @@ class Stem(nn.Module):
         super().__init__()
         half = dim // 2
         self.conv1 = ConvLayer(in_channels, half, 3, 2, norm_layer=norm_layer)
-        self.conv2 = nn.Sequential(ConvLayer(half, half, 3, norm_layer=norm_layer),
-                                   ConvLayer(half, half, 3, norm_layer=norm_layer, act=False))
-        self.conv3 = nn.Sequential(ConvLayer(half, 4 * dim, 3, 2, norm_layer=norm_layer),
-                                   ConvLayer(4 * dim, dim, 1, norm_layer=norm_layer, act=False))
+        self.conv2 = nn.Sequential(
+            ConvLayer(half, half, 3, norm_layer=norm_layer), ConvLayer(half, half, 3, norm_layer=norm_layer, act=False)
+        )
+        self.conv3 = nn.Sequential(
+            ConvLayer(half, 4 * dim, 3, 2, norm_layer=norm_layer),
+            ConvLayer(4 * dim, dim, 1, norm_layer=norm_layer, act=False),
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Return the tokens and their grid (H, W)."""
@@ -140,9 +159,11 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, norm_layer: NormLayer) -> None:
         super().__init__()
         hidden = 8 * dim
-        self.conv = nn.Sequential(ConvLayer(dim, hidden, 1, bias=True),
-                                  ConvLayer(hidden, hidden, 3, 2, groups=hidden, bias=True),
-                                  ConvLayer(hidden, 2 * dim, 1, bias=True, norm_layer=norm_layer, act=False))
+        self.conv = nn.Sequential(
+            ConvLayer(dim, hidden, 1, bias=True),
+            ConvLayer(hidden, hidden, 3, 2, groups=hidden, bias=True),
+            ConvLayer(hidden, 2 * dim, 1, bias=True, norm_layer=norm_layer, act=False),
+        )
 
     def forward(self, x: Tensor, height: int, width: int, recompute: bool = False) -> tuple[Tensor, int, int]:
         """Return the tokens and their grid (H', W'); ``recompute`` stores nothing of the wide part for the backward."""
@@ -176,8 +197,9 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int, gate: Tensor) -> Tensor:
         """Attend over x (B, N, C), times silu(gate); returns (B, N, C)."""
-        return mila_attention(self.qk(x), x, self.lepe.weight, self.lepe.bias, (height, width), self.num_heads, gate,
-                              backend=self.backend)
+        return mila_attention(
+            self.qk(x), x, self.lepe.weight, self.lepe.bias, (height, width), self.num_heads, gate, backend=self.backend
+        )
 
 
 class Mlp(nn.Module):
@@ -210,9 +232,17 @@ class Block(nn.Module):
             modules then only hold the parameters: their own forward, and hooks on it, are not called.
     """
 
-    def __init__(self, dim: int, make_attn: Callable[[int], nn.Module], mlp_ratio: float = 4.0, drop_path: float = 0.0,
-                 inner_dim: int | None = None, cpe: bool = True, kernel_size: int = 3,
-                 fused: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        dim: int,
+        make_attn: Callable[[int], nn.Module],
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        inner_dim: int | None = None,
+        cpe: bool = True,
+        kernel_size: int = 3,
+        fused: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.fused = frozenset(fused)
         inner_dim = dim if inner_dim is None else inner_dim
@@ -248,8 +278,9 @@ class Block(nn.Module):
         x, y = self._position_and_norm(self.cpe2, self.norm2, x, height, width)
         return add_branch(self.drop_path(self.mlp(y)), x)
 
-    def _position_and_norm(self, cpe: DepthwiseConv | None, norm: nn.LayerNorm, x: Tensor, height: int,
-                           width: int) -> tuple[Tensor, Tensor]:
+    def _position_and_norm(
+        self, cpe: DepthwiseConv | None, norm: nn.LayerNorm, x: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
         """x + cpe(x), and the norm of that."""
         if 'cpe_norm' in self.fused and cpe is not None:
             return cpe_norm(x, cpe.weight, cpe.bias, norm.weight, norm.bias, (height, width), eps=norm.eps)

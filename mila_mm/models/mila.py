@@ -57,12 +57,31 @@ class MILA(MILATrunk, Backbone):
         (1, 512, 3, 4)
     """
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', in_channels: int = 3,
-                 out_indices: Sequence[int] = (0, 1, 2, 3), mlp_ratio: float = 4.0, drop_path_rate: float = 0.0,
-                 frozen_stages: int = -1, norm_eval: bool = False, norm_cfg: Mapping[str, Any] | None = None,
-                 with_cp: bool | str = False, attn_backend: str = 'auto', fused: bool | Sequence[str] = False,
-                 init_cfg: Any = None) -> None:
-        super().__init__(arch=arch, in_channels=in_channels, out_indices=out_indices, mlp_ratio=mlp_ratio,
-                         drop_path_rate=drop_path_rate, with_cp=with_cp, attn_backend=attn_backend, fused=fused,
-                         norm_layer=norm_factory(norm_cfg), init_cfg=init_cfg)
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'tiny',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        norm_cfg: Mapping[str, Any] | None = None,
+        with_cp: bool | str = False,
+        attn_backend: str = 'auto',
+        fused: bool | Sequence[str] = False,
+        init_cfg: Any = None,
+    ) -> None:
+        super().__init__(
+            arch=arch,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+            with_cp=with_cp,
+            attn_backend=attn_backend,
+            fused=fused,
+            norm_layer=norm_factory(norm_cfg),
+            init_cfg=init_cfg,
+        )
         self._freeze(frozen_stages, norm_eval)

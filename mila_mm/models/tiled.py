@@ -64,13 +64,16 @@ class TiledSegmentor(BaseTTAModel):
     ) -> None:
         super().__init__(module, data_preprocessor)
         if len(tile) != 2 or len(stride) != 2 or not all(0 < s <= t for s, t in zip(stride, tile, strict=True)):
-            raise ValueError(f'TiledSegmentor: expected 0 < stride <= tile on both axes, got tile={tuple(tile)}, '
-                             f'stride={tuple(stride)}')
+            raise ValueError(
+                f'TiledSegmentor: expected 0 < stride <= tile on both axes, got tile={tuple(tile)}, '
+                f'stride={tuple(stride)}'
+            )
         if tiles_per_batch < 1:
             raise ValueError(f'TiledSegmentor: expected tiles_per_batch of at least 1, got {tiles_per_batch}')
         if logits_dtype not in ('float32', 'float16', 'bfloat16'):
-            raise ValueError(f'TiledSegmentor: expected float32, float16 or bfloat16 for logits_dtype, got '
-                             f'{logits_dtype!r}')
+            raise ValueError(
+                f'TiledSegmentor: expected float32, float16 or bfloat16 for logits_dtype, got {logits_dtype!r}'
+            )
         self.tile, self.stride = tuple(tile), tuple(stride)
         self.tiles_per_batch = tiles_per_batch
         self.logits_dtype = getattr(torch, logits_dtype)
@@ -94,8 +97,10 @@ class TiledSegmentor(BaseTTAModel):
         for image, sample in zip(data['inputs'], data['data_samples'], strict=True):
             original = sample.metainfo.get('ori_shape')
             if original is not None and tuple(original[:2]) != tuple(image.shape[-2:]):
-                raise ValueError(f'TiledSegmentor: expected the image at its own size {tuple(original[:2])}, got '
-                                 f'{tuple(image.shape[-2:])}: take Resize and Pad out of the test pipeline')
+                raise ValueError(
+                    f'TiledSegmentor: expected the image at its own size {tuple(original[:2])}, got '
+                    f'{tuple(image.shape[-2:])}: take Resize and Pad out of the test pipeline'
+                )
             labels = self.segment(image)
             sample.set_data({'pred_sem_seg': PixelData(data=labels[None])})
         return list(data['data_samples'])
@@ -121,38 +126,38 @@ class TiledSegmentor(BaseTTAModel):
         sums: Tensor | None = None
         counts = torch.zeros(size[0])
         for row, top in enumerate(rows):
-            band = image[:, top:top + size[0]]
+            band = image[:, top : top + size[0]]
             for left, logits in self._logits(band, columns, size[1]):
                 if sums is None:
                     sums = torch.zeros(logits.shape[0], size[0], width, dtype=self.logits_dtype)
                     labels = torch.empty(height, width, dtype=torch.uint8 if logits.shape[0] <= 256 else torch.int32)
-                sums[:, :, left:left + size[1]] += logits
+                sums[:, :, left : left + size[1]] += logits
             counts += 1
             # What the next row of tiles does not reach is settled.
             done = (rows[row + 1] if row + 1 < len(rows) else height) - top
-            self._settle(sums, counts, per_column, labels[top:top + done])
+            self._settle(sums, counts, per_column, labels[top : top + done])
             if done < size[0]:
                 # By copies of one class: source and target overlap.
                 for plane in sums:
-                    plane[:size[0] - done] = plane[done:].clone()
-                counts[:size[0] - done] = counts[done:].clone()
-            sums[:, max(size[0] - done, 0):] = 0
-            counts[max(size[0] - done, 0):] = 0
+                    plane[: size[0] - done] = plane[done:].clone()
+                counts[: size[0] - done] = counts[done:].clone()
+            sums[:, max(size[0] - done, 0) :] = 0
+            counts[max(size[0] - done, 0) :] = 0
         return labels
 
     @staticmethod
     def _counts(starts: list[int], tile: int, length: int) -> Tensor:
         counts = torch.zeros(length)
         for start in starts:
-            counts[start:start + tile] += 1
+            counts[start : start + tile] += 1
         return counts
 
     def _logits(self, band: Tensor, columns: list[int], width: int) -> Iterator[tuple[int, Tensor]]:
         """Yield position and logits (classes, h, w) on the CPU of each tile of a row."""
         height = band.shape[1]
         for first in range(0, len(columns), self.tiles_per_batch):
-            lefts = columns[first:first + self.tiles_per_batch]
-            tiles = [band[:, :, left:left + width] for left in lefts]
+            lefts = columns[first : first + self.tiles_per_batch]
+            tiles = [band[:, :, left : left + width] for left in lefts]
             inputs = self.module.data_preprocessor({'inputs': tiles}, False)['inputs']
             meta = {key: tuple(inputs.shape[-2:]) for key in ('img_shape', 'pad_shape', 'ori_shape')}
             logits = self.module.encode_decode(inputs, [meta] * len(lefts))
@@ -163,9 +168,9 @@ class TiledSegmentor(BaseTTAModel):
         """Write the labels (h, W) of the first h rows of the sums."""
         threshold = getattr(self.module.decode_head, 'threshold', None)
         for row in range(0, labels.shape[0], 64):  # by strips: argmax makes 8 bytes of each label
-            strip = sums[:, row:min(row + 64, labels.shape[0])]
+            strip = sums[:, row : min(row + 64, labels.shape[0])]
             if strip.shape[0] > 1:
-                labels[row:row + strip.shape[1]] = strip.argmax(dim=0)
+                labels[row : row + strip.shape[1]] = strip.argmax(dim=0)
             else:
-                mean = strip[0].float() / (counts[row:row + strip.shape[1], None] * per_column)
-                labels[row:row + strip.shape[1]] = mean.sigmoid() > threshold
+                mean = strip[0].float() / (counts[row : row + strip.shape[1], None] * per_column)
+                labels[row : row + strip.shape[1]] = mean.sigmoid() > threshold

@@ -30,9 +30,17 @@ class Trunk(nn.Module):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    def _build(self, spec: Arch, out_indices: Sequence[int], mlp_ratio: float, drop_path_rate: float,
-               with_cp: bool | str, make_stem: Callable[[], nn.Module], make_block: Callable[[int, float], nn.Module],
-               make_downsample: Callable[[int], nn.Module]) -> None:
+    def _build(
+        self,
+        spec: Arch,
+        out_indices: Sequence[int],
+        mlp_ratio: float,
+        drop_path_rate: float,
+        with_cp: bool | str,
+        make_stem: Callable[[], nn.Module],
+        make_block: Callable[[int, float], nn.Module],
+        make_downsample: Callable[[int], nn.Module],
+    ) -> None:
         """Check what all models share, and build.
 
         Args:
@@ -61,7 +69,7 @@ class Trunk(nn.Module):
         rates = (drop_path_rate * i / last_block for i in count())
         self.layers = nn.ModuleList()
         last = max(self.out_indices)
-        for i, depth in enumerate(spec.depths[:last + 1]):
+        for i, depth in enumerate(spec.depths[: last + 1]):
             blocks = [make_block(i, next(rates)) for _ in range(depth)]
             self.layers.append(Stage(blocks, make_downsample(i) if i < last else None))
         for i in self.out_indices:
@@ -70,8 +78,9 @@ class Trunk(nn.Module):
 
     def _check_backend(self, attn_backend: str) -> None:
         if attn_backend not in BACKENDS:
-            raise ValueError(f'{self._name}: expected attn_backend to be one of {", ".join(BACKENDS)}, '
-                             f'got {attn_backend!r}')
+            raise ValueError(
+                f'{self._name}: expected attn_backend to be one of {", ".join(BACKENDS)}, got {attn_backend!r}'
+            )
 
     def _init_linears(self) -> None:
         """Truncated normal of std 0.02 and zero biases; convolutions and norms keep PyTorch's defaults."""
@@ -83,6 +92,7 @@ class Trunk(nn.Module):
 
     def run_blocks(self, stage: Stage, x: Tensor, height: int, width: int) -> Tensor:
         """Send tokens (B, H * W, C) through the blocks of a stage; what ``with_cp`` names keeps its input alone."""
+
         def run(x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
             for block in blocks:
                 x = block(x, height, width)
@@ -142,10 +152,19 @@ class MILATrunk(Trunk):
         ValueError: An argument that makes no model; the message says expected and got.
     """
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', in_channels: int = 3,
-                 out_indices: Sequence[int] = (0, 1, 2, 3), mlp_ratio: float = 4.0, drop_path_rate: float = 0.0,
-                 with_cp: bool | str = False, attn_backend: str = 'auto', fused: bool | Sequence[str] = False,
-                 norm_layer: NormLayer = nn.BatchNorm2d, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'tiny',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        with_cp: bool | str = False,
+        attn_backend: str = 'auto',
+        fused: bool | Sequence[str] = False,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         spec = resolve_arch(arch)
         self._check_backend(attn_backend)
@@ -153,13 +172,24 @@ class MILATrunk(Trunk):
 
         def block(stage: int, drop_path: float) -> Block:
             heads = spec.num_heads[stage]
-            return Block(spec.dims[stage], lambda dim: LinearAttention(dim, heads, attn_backend), mlp_ratio, drop_path,
-                         fused=fusions)
+            return Block(
+                spec.dims[stage],
+                lambda dim: LinearAttention(dim, heads, attn_backend),
+                mlp_ratio,
+                drop_path,
+                fused=fusions,
+            )
 
-        self._build(spec, out_indices, mlp_ratio, drop_path_rate, with_cp,
-                    make_stem=lambda: Stem(in_channels, spec.embed_dim, norm_layer),
-                    make_block=block,
-                    make_downsample=lambda stage: Downsample(spec.dims[stage], norm_layer))
+        self._build(
+            spec,
+            out_indices,
+            mlp_ratio,
+            drop_path_rate,
+            with_cp,
+            make_stem=lambda: Stem(in_channels, spec.embed_dim, norm_layer),
+            make_block=block,
+            make_downsample=lambda stage: Downsample(spec.dims[stage], norm_layer),
+        )
 
 
 def _check_fused(fused: bool | Sequence[str], name: str) -> tuple[str, ...]:
@@ -175,6 +205,7 @@ def _check_out_indices(out_indices: Sequence[int], num_stages: int, name: str) -
     indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
     resolved = tuple(i + num_stages if i < 0 else i for i in indices)
     if not resolved or len(set(resolved)) < len(resolved) or not all(0 <= i < num_stages for i in resolved):
-        raise ValueError(f'{name}: expected out_indices to be different stages from 0 to {num_stages - 1}, '
-                         f'got {out_indices!r}')
+        raise ValueError(
+            f'{name}: expected out_indices to be different stages from 0 to {num_stages - 1}, got {out_indices!r}'
+        )
     return resolved

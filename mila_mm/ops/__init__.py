@@ -10,6 +10,17 @@ from mila_mm.ops.reference import mila_attention_reference
 from mila_mm.ops.rope import clear_rope_cache, rope_tables
 from mila_mm.ops.stencil import cpe_norm, cpe_norm_reference, dwc_silu, dwc_silu_reference, why_not_triton_stencil
 
-__all__ = ['clear_rope_cache', 'cpe_norm', 'cpe_norm_reference', 'dwc_silu', 'dwc_silu_reference',
-           'gated_linear_attention', 'gated_linear_attention_reference', 'mila_attention', 'mila_attention_reference',
-           'rope_tables', 'why_not_triton', 'why_not_triton_stencil']
+__all__ = [
+    'clear_rope_cache',
+    'cpe_norm',
+    'cpe_norm_reference',
+    'dwc_silu',
+    'dwc_silu_reference',
+    'gated_linear_attention',
+    'gated_linear_attention_reference',
+    'mila_attention',
+    'mila_attention_reference',
+    'rope_tables',
+    'why_not_triton',
+    'why_not_triton_stencil',
+]

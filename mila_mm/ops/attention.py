@@ -20,22 +20,24 @@ _library = torch.library.Library('mila_mm', 'DEF')
 _INPUTS = 'Tensor qk, Tensor v, Tensor? lepe_weight, Tensor? lepe_bias, Tensor? gate'
 _OPTIONS = 'SymInt height, SymInt width, int num_heads, float eps, float rope_base'
 _library.define(f'attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)')
-_library.define(f'attention_backward(Tensor grad_y, {_INPUTS}, Tensor state, Tensor key_mean, {_OPTIONS}) '
-                '-> (Tensor, Tensor, Tensor, Tensor, Tensor)')
+_library.define(
+    f'attention_backward(Tensor grad_y, {_INPUTS}, Tensor state, Tensor key_mean, {_OPTIONS}) '
+    '-> (Tensor, Tensor, Tensor, Tensor, Tensor)'
+)
 
 
 def _kernels(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[int, int]):
     """Return the module whose ``attention_forward`` and ``attention_backward`` serve these tensors."""
     if v.is_cuda:
         from mila_mm.ops import triton
+
         if triton.why_not(qk, v, num_heads, spatial_shape) is None:
             return triton
         triton.warn_of_what_is_missing(v.device)
     return closed_form
 
 
-def why_not_triton(qk: Tensor, v: Tensor, num_heads: int,
-                   spatial_shape: tuple[int, int] | None = None) -> str | None:
+def why_not_triton(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[int, int] | None = None) -> str | None:
     """Return None where the Triton kernels can run on these tensors, else one line with what was expected and got.
 
     Without a ``spatial_shape`` nothing is asked of the map, whose sides have a limit too (65,535 tokens).
@@ -55,20 +57,44 @@ def as_written(v: Tensor) -> AbstractContextManager:
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
-def _forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, gate: Tensor | None,
-             height: int, width: int, num_heads: int, eps: float, rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    qk: Tensor,
+    v: Tensor,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
+    gate: Tensor | None,
+    height: int,
+    width: int,
+    num_heads: int,
+    eps: float,
+    rope_base: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     with as_written(v):
         results = _kernels(qk, v, num_heads, (height, width)).attention_forward(
-            qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base)
+            qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base
+        )
     return tuple(x.contiguous() for x in results)  # as the fake kernel says, whatever the strides of the inputs
 
 
-def _backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
-              gate: Tensor | None, state: Tensor, key_mean: Tensor, height: int, width: int, num_heads: int,
-              eps: float, rope_base: float) -> tuple[Tensor, ...]:
+def _backward(
+    grad_y: Tensor,
+    qk: Tensor,
+    v: Tensor,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    key_mean: Tensor,
+    height: int,
+    width: int,
+    num_heads: int,
+    eps: float,
+    rope_base: float,
+) -> tuple[Tensor, ...]:
     with as_written(v):
         grads = _kernels(qk, v, num_heads, (height, width)).attention_backward(
-            grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base)
+            grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base
+        )
     # An op returns tensors only: an empty one stands for the gradient of an input that was not given.
     return tuple(v.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
@@ -83,13 +109,17 @@ def _fake_forward(qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads,
     batch, tokens, channels = v.shape
     d = channels // num_heads
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return (v.new_empty(batch, tokens, channels), v.new_empty(batch, num_heads, d, d, dtype=dtype),
-            v.new_empty(batch, num_heads, d, dtype=dtype))
+    return (
+        v.new_empty(batch, tokens, channels),
+        v.new_empty(batch, num_heads, d, d, dtype=dtype),
+        v.new_empty(batch, num_heads, d, dtype=dtype),
+    )
 
 
 @torch.library.register_fake('mila_mm::attention_backward', lib=_library)
-def _fake_backward(grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps,
-                   rope_base):
+def _fake_backward(
+    grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base
+):
     def like(x: Tensor | None) -> Tensor:
         return v.new_empty(0) if x is None else x.new_empty(x.shape)
 
@@ -118,8 +148,9 @@ def _differentiate_twice(ctx, *_):
     raise RuntimeError(closed_form.NO_SECOND_ORDER)
 
 
-torch.library.register_autograd('mila_mm::attention_forward', _differentiate, setup_context=_setup_context,
-                                lib=_library)
+torch.library.register_autograd(
+    'mila_mm::attention_forward', _differentiate, setup_context=_setup_context, lib=_library
+)
 torch.library.register_autograd('mila_mm::attention_backward', _differentiate_twice, lib=_library)
 
 
@@ -132,8 +163,9 @@ def check_map(name: str, tensor: str, tokens: int, spatial_shape: tuple[int, int
     if not all(isinstance(side, (int, torch.SymInt, Tensor)) for side in (height, width)):
         raise ValueError(f'{name}: expected spatial_shape to be two integers, got {spatial_shape!r}')
     if height < 0 or width < 0 or tokens != height * width:
-        raise ValueError(f'{name}: expected {tensor} of N = H * W tokens for spatial_shape {(height, width)}, '
-                         f'got {tokens}')
+        raise ValueError(
+            f'{name}: expected {tensor} of N = H * W tokens for spatial_shape {(height, width)}, got {tokens}'
+        )
 
 
 def _fail(expected: str, got: object) -> None:
@@ -199,9 +231,19 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
-                   spatial_shape: tuple[int, int], num_heads: int, gate: Tensor | None = None, *,
-                   eps: float = 1e-6, rope_base: float = 10000.0, backend: str = 'auto') -> Tensor:
+def mila_attention(
+    qk: Tensor,
+    v: Tensor,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
+    spatial_shape: tuple[int, int],
+    num_heads: int,
+    gate: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    rope_base: float = 10000.0,
+    backend: str = 'auto',
+) -> Tensor:
     """The attention of a MILA block: everything between the qk projection and the output projection.
 
     Computes ``(z * rope(f(q)) @ (rope(f(k))^T v / N) + lepe(v)) * silu(gate)`` per head with f = elu + 1 and
@@ -240,8 +282,9 @@ def mila_attention(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias:
         raise RuntimeError(f"mila_attention: backend='triton' cannot run here: {reason}; take backend='auto'")
     # A trace for ONNX or for counting operations and torch.func need plain operators; other devices have no kernel.
     if backend == 'reference' or torch.jit.is_tracing() or transformed() or device not in ('cpu', 'cuda', 'meta'):
-        return mila_attention_reference(qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate,
-                                        eps=eps, rope_base=rope_base)
+        return mila_attention_reference(
+            qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate, eps=eps, rope_base=rope_base
+        )
     args = (qk, v, lepe_weight, lepe_bias, gate, *spatial_shape, num_heads, eps, rope_base)
     if _eager_on_cpu(v):
         return closed_form.ClosedFormAttention.attend(*args)

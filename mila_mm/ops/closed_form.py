@@ -97,8 +97,9 @@ def _lepe(v: Tensor, weight: Tensor | None, bias: Tensor | None, height: int, wi
     return out.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def _attend(features: Tensor, values: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, options: Options,
-            keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _attend(
+    features: Tensor, values: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, options: Options, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute o (B, N, C) before its gate, S, m and z from f(qk) (B, N, 2, C), which is left alone only if ``keep``."""
     height, width, num_heads, eps, rope_base = options
     tokens, channels = values.shape[1:]
@@ -114,9 +115,19 @@ def _attend(features: Tensor, values: Tensor, lepe_weight: Tensor | None, lepe_b
     return out, state, key_mean, z
 
 
-def _differentiate(grad_y: Tensor, features: Tensor, values: Tensor, lepe_weight: Tensor | None,
-                   lepe_bias: Tensor | None, gate: Tensor | None, out: Tensor | None, state: Tensor, key_mean: Tensor,
-                   z: Tensor, options: Options) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    grad_y: Tensor,
+    features: Tensor,
+    values: Tensor,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
+    gate: Tensor | None,
+    out: Tensor | None,
+    state: Tensor,
+    key_mean: Tensor,
+    z: Tensor,
+    options: Options,
+) -> tuple[Tensor | None, ...]:
     """Compute all gradients in the dtype of ``values``; ``out`` is o, or None to compute it again where needed."""
     height, width, num_heads, _, rope_base = options
     tokens, channels = values.shape[1:]
@@ -151,8 +162,18 @@ def _differentiate(grad_y: Tensor, features: Tensor, values: Tensor, lepe_weight
         grad_v = torch.zeros_like(values, memory_format=torch.contiguous_format)
     else:
         grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            _image(grad_out, height, width), _image(values, height, width), lepe_weight.to(values.dtype), [channels],
-            [1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True])
+            _image(grad_out, height, width),
+            _image(values, height, width),
+            lepe_weight.to(values.dtype),
+            [channels],
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            False,
+            [0, 0],
+            channels,
+            [True, True, True],
+        )
         grad_v = grad_image.permute(0, 2, 3, 1).flatten(1, 2)
     _multiply(rotated_k, grad_state, _heads(grad_v, num_heads), add=True)
     # f'(x) = min(f(x), 1), into the memory of what is used up.
@@ -164,30 +185,61 @@ def _compute_dtype(v: Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
-def attention_forward(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
-                      gate: Tensor | None, height: int, width: int, num_heads: int, eps: float,
-                      rope_base: float) -> tuple[Tensor, Tensor, Tensor]:
+def attention_forward(
+    qk: Tensor,
+    v: Tensor,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
+    gate: Tensor | None,
+    height: int,
+    width: int,
+    num_heads: int,
+    eps: float,
+    rope_base: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y (B, N, C) in v's dtype, and in fp32 (fp64 for fp64 inputs) S (B, heads, d, d) and m (B, heads, d)."""
     dtype = _compute_dtype(v)
     features = _feature_map(qk, dtype).unflatten(-1, (2, v.shape[-1]))
-    out, state, key_mean, _ = _attend(features, v.to(dtype), lepe_weight, lepe_bias,
-                                   (height, width, num_heads, eps, rope_base), keep=False)
+    out, state, key_mean, _ = _attend(
+        features, v.to(dtype), lepe_weight, lepe_bias, (height, width, num_heads, eps, rope_base), keep=False
+    )
     if gate is not None:
         out *= F.silu(gate.to(dtype))
     return out.to(v.dtype), state, key_mean
 
 
-def attention_backward(grad_y: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
-                       gate: Tensor | None, state: Tensor, key_mean: Tensor, height: int, width: int, num_heads: int,
-                       eps: float, rope_base: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None,
-                                                              Tensor | None]:
+def attention_backward(
+    grad_y: Tensor,
+    qk: Tensor,
+    v: Tensor,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    key_mean: Tensor,
+    height: int,
+    width: int,
+    num_heads: int,
+    eps: float,
+    rope_base: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of qk (one buffer, (B, N, 2C)), v, lepe_weight, lepe_bias and gate, each in its dtype."""
     dtype = state.dtype
     features = _feature_map(qk, dtype).unflatten(-1, (2, v.shape[-1]))
     inputs = qk, v, lepe_weight, lepe_bias, gate
-    grads = _differentiate(grad_y.to(dtype), features, v.to(dtype), lepe_weight, lepe_bias,
-                           None if gate is None else gate.to(dtype), None, state, key_mean,
-                           _normaliser(features[:, :, 0], key_mean, eps), (height, width, num_heads, eps, rope_base))
+    grads = _differentiate(
+        grad_y.to(dtype),
+        features,
+        v.to(dtype),
+        lepe_weight,
+        lepe_bias,
+        None if gate is None else gate.to(dtype),
+        None,
+        state,
+        key_mean,
+        _normaliser(features[:, :, 0], key_mean, eps),
+        (height, width, num_heads, eps, rope_base),
+    )
     return tuple(None if x is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
 
 
@@ -217,8 +269,16 @@ class ClosedFormAttention(torch.autograd.Function):
         return cls.apply(qk[:, :0].clone(), qk, *rest)
 
     @staticmethod
-    def forward(ctx: FunctionCtx, source: Tensor, qk: Tensor, v: Tensor, lepe_weight: Tensor | None,
-                lepe_bias: Tensor | None, gate: Tensor | None, *options: int | float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        source: Tensor,
+        qk: Tensor,
+        v: Tensor,
+        lepe_weight: Tensor | None,
+        lepe_bias: Tensor | None,
+        gate: Tensor | None,
+        *options: int | float,
+    ) -> Tensor:
         """Compute y (B, N, C); ``source`` stands for qk where the gradients are differentiated."""
         features = _feature_map(qk, qk.dtype).unflatten(-1, (2, v.shape[-1]))
         out, *rest = _attend(features, v, lepe_weight, lepe_bias, options, keep=True)

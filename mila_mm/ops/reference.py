@@ -24,9 +24,18 @@ def rotate(x: Tensor, grid: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
 
-def mila_attention_reference(qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
-                             spatial_shape: tuple[int, int], num_heads: int, gate: Tensor | None = None, *,
-                             eps: float = 1e-6, rope_base: float = 10000.0) -> Tensor:
+def mila_attention_reference(
+    qk: Tensor,
+    v: Tensor,
+    lepe_weight: Tensor | None,
+    lepe_bias: Tensor | None,
+    spatial_shape: tuple[int, int],
+    num_heads: int,
+    gate: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    rope_base: float = 10000.0,
+) -> Tensor:
     """Linear attention with RoPE, LePE and an optional SiLU gate, differentiable to any order.
 
     The specification of :func:`mila_mm.ops.mila_attention`, which see for the arguments. It computes in fp64 where an

@@ -28,8 +28,10 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if x.device == device:
         return x
     if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError('mila_mm.ops: expected a run on a map of this size before the capture of a CUDA graph, got '
-                           'none: what is cached for it cannot be made inside of the graph')
+        raise RuntimeError(
+            'mila_mm.ops: expected a run on a map of this size before the capture of a CUDA graph, got '
+            'none: what is cached for it cannot be made inside of the graph'
+        )
     if device.type == 'cuda' and device.index is None:  # the current device is one of a thread, too
         device = torch.device('cuda', torch.cuda.current_device())
     with ThreadPoolExecutor(1) as other:
@@ -71,8 +73,9 @@ def rope_tables(length: int, channels: int, base: float, device: torch.device) -
     return tables
 
 
-def build_rope_grid(height: int, width: int, channels: int, base: float, device: torch.device,
-                    dtype: torch.dtype = torch.float32) -> Tensor:
+def build_rope_grid(
+    height: int, width: int, channels: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Build the table of a whole grid, uncached; see :func:`rope_grid`."""
     k = channels // 4
     rows = _angles(height, channels, base)[:, None].expand(height, width, k)
@@ -82,8 +85,15 @@ def build_rope_grid(height: int, width: int, channels: int, base: float, device:
 
 
 @lru_cache(maxsize=64)  # four stages of some eight input sizes, both ways
-def rope_grid(height: int, width: int, channels: int, base: float, device: torch.device,
-              dtype: torch.dtype = torch.float32, inverse: bool = False) -> Tensor:
+def rope_grid(
+    height: int,
+    width: int,
+    channels: int,
+    base: float,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    inverse: bool = False,
+) -> Tensor:
     """Cosine and sine of every channel pair of every token of a grid.
 
     Args:

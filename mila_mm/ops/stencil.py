@@ -16,10 +16,13 @@ _library = torch.library.Library('mila_mm', 'FRAGMENT')
 _CPE_NORM = 'Tensor x, Tensor conv_weight, Tensor conv_bias, Tensor norm_weight, Tensor norm_bias'
 _DWC_SILU = 'Tensor x, Tensor weight, Tensor bias'
 _SIZE = 'SymInt height, SymInt width'
-_library.define(f'cpe_norm_forward({_CPE_NORM}, {_SIZE}, float eps, ScalarType dtype) '
-                '-> (Tensor, Tensor, Tensor, Tensor)')
-_library.define(f'cpe_norm_backward(Tensor grad_out, Tensor grad_y, {_CPE_NORM}, Tensor out, Tensor mean, Tensor rstd, '
-                f'{_SIZE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)')
+_library.define(
+    f'cpe_norm_forward({_CPE_NORM}, {_SIZE}, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)'
+)
+_library.define(
+    f'cpe_norm_backward(Tensor grad_out, Tensor grad_y, {_CPE_NORM}, Tensor out, Tensor mean, Tensor rstd, '
+    f'{_SIZE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)'
+)
 _library.define(f'dwc_silu_forward({_DWC_SILU}, {_SIZE}) -> Tensor')
 _library.define(f'dwc_silu_backward(Tensor grad_y, {_DWC_SILU}, {_SIZE}) -> (Tensor, Tensor, Tensor)')
 
@@ -43,6 +46,7 @@ def _by_triton(x: Tensor, height: int, width: int) -> bool:
     if not x.is_cuda:
         return False
     from mila_mm.ops import triton
+
     if triton.why_not_stencil(x, (height, width)) is None:
         return True
     triton.warn_of_what_is_missing(x.device)
@@ -69,19 +73,38 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int)
     return _tokens(F.conv2d(_image(x, height, width), weight, bias, padding=1, groups=x.shape[-1]))
 
 
-def _depthwise_backward(grad: Tensor, x: Tensor, weight: Tensor, height: int,
-                        width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _depthwise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (B, N, C), weight and bias, all in x's dtype."""
     channels = x.shape[-1]
     grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        _image(grad.contiguous(), height, width), _image(x, height, width), weight.to(x.dtype), [channels],
-        [1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True])
+        _image(grad.contiguous(), height, width),
+        _image(x, height, width),
+        weight.to(x.dtype),
+        [channels],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        channels,
+        [True, True, True],
+    )
     return _tokens(grad_image), grad_weight, grad_bias
 
 
-def cpe_norm_reference(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-                       spatial_shape: tuple[int, int], *, eps: float = 1e-5,
-                       dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def cpe_norm_reference(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    spatial_shape: tuple[int, int],
+    *,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Compute the two results of :func:`cpe_norm` from plain operators, in fp64 for fp64 and in fp32 otherwise.
 
     Args:
@@ -106,35 +129,66 @@ def dwc_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: t
         return F.silu(_depthwise(x.to(_compute_dtype(x)), weight, bias, *spatial_shape)).to(x.dtype)
 
 
-def _cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-                      height: int, width: int, eps: float,
-                      dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cpe_norm_forward(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    height: int,
+    width: int,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
         from mila_mm.ops.triton import stencil_launch
-        return stencil_launch.cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps,
-                                               dtype)
+
+        return stencil_launch.cpe_norm_forward(
+            x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps, dtype
+        )
     compute = _compute_dtype(x)
     with as_written(x):
         wide = x.to(compute)
         out = (wide + _depthwise(wide, conv_weight, conv_bias, height, width)).to(x.dtype)
-        y, mean, rstd = torch.native_layer_norm(out.to(compute), x.shape[-1:], norm_weight.to(compute),
-                                                norm_bias.to(compute), eps)
+        y, mean, rstd = torch.native_layer_norm(
+            out.to(compute), x.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps
+        )
     results = out, y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
     return tuple(t.contiguous() for t in results)  # as the fake kernel says, whatever the strides of x
 
 
-def _cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: Tensor, conv_bias: Tensor,
-                       norm_weight: Tensor, norm_bias: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, height: int,
-                       width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _cpe_norm_backward(
+    grad_out: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
         from mila_mm.ops.triton import stencil_launch
-        return stencil_launch.cpe_norm_backward(grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias,
-                                                out, mean, rstd, height, width)
+
+        return stencil_launch.cpe_norm_backward(
+            grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias, out, mean, rstd, height, width
+        )
     compute = mean.dtype
     with as_written(x):
         grad, grad_gamma, grad_beta = torch.ops.aten.native_layer_norm_backward(
-            grad_y.to(compute).contiguous(), out.to(compute), x.shape[-1:], mean.unsqueeze(-1), rstd.unsqueeze(-1),
-            norm_weight.to(compute), norm_bias.to(compute), [True, True, True])
+            grad_y.to(compute).contiguous(),
+            out.to(compute),
+            x.shape[-1:],
+            mean.unsqueeze(-1),
+            rstd.unsqueeze(-1),
+            norm_weight.to(compute),
+            norm_bias.to(compute),
+            [True, True, True],
+        )
         grad = grad + grad_out.to(compute)
         grad_x, grad_weight, grad_bias = _depthwise_backward(grad, x.to(compute), conv_weight, height, width)
         grad_x += grad
@@ -146,14 +200,17 @@ def _cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight:
 def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     if _by_triton(x, height, width):
         from mila_mm.ops.triton import stencil_launch
+
         return stencil_launch.dwc_silu_forward(x, weight, bias, height, width)
     return dwc_silu_reference(x, weight, bias, (height, width)).contiguous()
 
 
-def _dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int,
-                       width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _dwc_silu_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
         from mila_mm.ops.triton import stencil_launch
+
         return stencil_launch.dwc_silu_backward(grad_y, x, weight, bias, height, width)
     compute = _compute_dtype(x)
     with as_written(x):
@@ -174,13 +231,18 @@ for _key in ('CPU', 'CUDA'):
 def _fake_cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps, dtype):
     statistics = x.shape[:2]
     compute = _compute_dtype(x)
-    return (x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), x.new_empty(statistics, dtype=compute),
-            x.new_empty(statistics, dtype=compute))
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(statistics, dtype=compute),
+        x.new_empty(statistics, dtype=compute),
+    )
 
 
 @torch.library.register_fake('mila_mm::cpe_norm_backward', lib=_library)
-def _fake_cpe_norm_backward(grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias, out, mean, rstd,
-                            height, width):
+def _fake_cpe_norm_backward(
+    grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias, out, mean, rstd, height, width
+):
     return tuple(t.new_empty(t.shape) for t in (x, conv_weight, conv_bias, norm_weight, norm_bias))
 
 
@@ -231,8 +293,9 @@ _register('mila_mm::dwc_silu_forward', _dwc_silu_differentiate, setup_context=_d
 _register('mila_mm::dwc_silu_backward', _dwc_silu_twice, lib=_library)
 
 
-def _check(name: str, x: Tensor, weight: Tensor, vectors: dict[str, Tensor], spatial_shape: tuple[int, int],
-           backend: str) -> None:
+def _check(
+    name: str, x: Tensor, weight: Tensor, vectors: dict[str, Tensor], spatial_shape: tuple[int, int], backend: str
+) -> None:
     """Raise ValueError or RuntimeError, with what was expected and got; messages are made only when needed."""
     if backend not in BACKENDS:
         raise ValueError(f'{name}: expected backend to be one of {", ".join(BACKENDS)}, got {backend!r}')
@@ -253,12 +316,25 @@ def _check(name: str, x: Tensor, weight: Tensor, vectors: dict[str, Tensor], spa
 
 def _plain(x: Tensor, backend: str) -> bool:
     """Whether plain operators must do: asked for, in a trace and torch.func, which need them, and without a kernel."""
-    return (backend == 'reference' or torch.jit.is_tracing() or transformed()
-            or x.device.type not in ('cpu', 'cuda', 'meta'))
+    return (
+        backend == 'reference'
+        or torch.jit.is_tracing()
+        or transformed()
+        or x.device.type not in ('cpu', 'cuda', 'meta')
+    )
 
 
-def cpe_norm(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-             spatial_shape: tuple[int, int], *, eps: float = 1e-5, backend: str = 'auto') -> tuple[Tensor, Tensor]:
+def cpe_norm(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    spatial_shape: tuple[int, int],
+    *,
+    eps: float = 1e-5,
+    backend: str = 'auto',
+) -> tuple[Tensor, Tensor]:
     """x' = x + depthwise 3x3 convolution of x, and y = LayerNorm(x'), as one op; differentiable once.
 
     Statistics and sums are in fp32 (fp64 for fp64). The Triton kernels read x once and write x', y and two numbers a
@@ -292,8 +368,9 @@ def cpe_norm(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Ten
     return torch.ops.mila_mm.cpe_norm_forward(*tensors, *spatial_shape, eps, dtype)[:2]
 
 
-def dwc_silu(x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: tuple[int, int], *,
-             backend: str = 'auto') -> Tensor:
+def dwc_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: tuple[int, int], *, backend: str = 'auto'
+) -> Tensor:
     """SiLU of a depthwise 3x3 convolution as one op; differentiable once, keeps nothing but its inputs.
 
     Args:

@@ -113,8 +113,14 @@ def _from_config(label: str, source: str, weights: str) -> FeatureModel:
     mean, std = (getattr(data, key, None) for key in ('mean', 'std'))
     # mmdet, mmseg and mmpretrain each have a name of their own for the same switch.
     converts = any(getattr(data, key, False) for key in ('_channel_conversion', 'channel_conversion', 'to_rgb'))
-    return FeatureModel(label, backbone, features, torch.zeros(3) if mean is None else mean.flatten(),
-                        torch.ones(3) if std is None else std.flatten(), takes_bgr=not converts)
+    return FeatureModel(
+        label,
+        backbone,
+        features,
+        torch.zeros(3) if mean is None else mean.flatten(),
+        torch.ones(3) if std is None else std.flatten(),
+        takes_bgr=not converts,
+    )
 
 
 def _without_pretrained(cfg: Any) -> Any:
@@ -148,8 +154,11 @@ def read_images(paths: Iterable[str | Path], size: tuple[int, int], limit: int |
     Raises:
         UserError: If there is no image or one cannot be read.
     """
-    files = [file for path in map(Path, paths) for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES) if path.is_dir() else [path])][:limit]
+    files = [
+        file
+        for path in map(Path, paths)
+        for file in (sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES) if path.is_dir() else [path])
+    ][:limit]
     if not files:
         raise UserError(f'--images: no image in {", ".join(map(str, paths)) or "nothing"}')
     return np.stack([_read(file, *size) for file in files])
@@ -167,4 +176,4 @@ def _read(file: Path, height: int, width: int) -> np.ndarray:
         shape = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
         image = cv2.resize(image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    return cv2.cvtColor(image[top:top + height, left:left + width], cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(image[top : top + height, left : left + width], cv2.COLOR_BGR2RGB)

@@ -28,22 +28,47 @@ def save_plots(published: Published, folder: str | Path) -> list[Path]:
     classifiers = published.tables['classification'].rows
     names = dict.fromkeys(row['family'] for row in (*classifiers, *detectors))
     families = [_FRONT, *(name for name in names if name != _FRONT)]
-    cost = [Panel(_families(classifiers, lambda r: r['macs'], lambda r: r['top1']), 'ImageNet-1K, 224 x 224',
-                  'MACs (G)', 'top-1 accuracy (%)'),
-            Panel(_families(detectors, lambda r: r['macs'], lambda r: r['one'] and r['one'][0]),
-                  'COCO, Mask R-CNN 1x, 1280 x 800', 'MACs (G)', 'box AP')]
-    save_comparison(cost, families, folder / 'study_accuracy_cost.png',
-                    'Published figures. MILA trains its 1x at several scales, the others at one.')
+    cost = [
+        Panel(
+            _families(classifiers, lambda r: r['macs'], lambda r: r['top1']),
+            'ImageNet-1K, 224 x 224',
+            'MACs (G)',
+            'top-1 accuracy (%)',
+        ),
+        Panel(
+            _families(detectors, lambda r: r['macs'], lambda r: r['one'] and r['one'][0]),
+            'COCO, Mask R-CNN 1x, 1280 x 800',
+            'MACs (G)',
+            'box AP',
+        ),
+    ]
+    save_comparison(
+        cost,
+        families,
+        folder / 'study_accuracy_cost.png',
+        'Published figures. MILA trains its 1x at several scales, the others at one.',
+    )
     latency = {row['model']: row['ms'] for row in published.tables['latency'].rows}
-    panel = Panel(_families(classifiers, lambda r: latency.get(r['model']), lambda r: r['top1']),
-                  'ImageNet-1K, RTX 3090', 'latency of one image (ms)', 'top-1 accuracy (%)')
-    save_comparison([panel], families, folder / 'study_accuracy_latency.png',
-                    'Published figures; latencies were read off a plot to 0.05 ms.')
+    panel = Panel(
+        _families(classifiers, lambda r: latency.get(r['model']), lambda r: r['top1']),
+        'ImageNet-1K, RTX 3090',
+        'latency of one image (ms)',
+        'top-1 accuracy (%)',
+    )
+    save_comparison(
+        [panel],
+        families,
+        folder / 'study_accuracy_latency.png',
+        'Published figures; latencies were read off a plot to 0.05 ms.',
+    )
     return [folder / 'study_accuracy_cost.png', folder / 'study_accuracy_latency.png']
 
 
-def _families(rows: Iterable[Mapping[str, Any]], x: Callable[[Mapping[str, Any]], float | None],
-              y: Callable[[Mapping[str, Any]], float | None]) -> dict[str, list[Point]]:
+def _families(
+    rows: Iterable[Mapping[str, Any]],
+    x: Callable[[Mapping[str, Any]], float | None],
+    y: Callable[[Mapping[str, Any]], float | None],
+) -> dict[str, list[Point]]:
     """Sort the rows that have both figures into families, each by its x."""
     families: dict[str, list[Point]] = {}
     for row in rows:

@@ -101,8 +101,10 @@ def _config_of(plan: Plan, switches: Mapping[str, Any], seed: int) -> Config:
     """Return the complete config of one run."""
     cfg = load_config(plan.config)
     if not cfg.get('shapes') or str(cfg.model.backbone.get('type')) != 'mila_mm.LinearAttentionTransformer':
-        raise UserError(f'config {plan.config}: expected a backbone mila_mm.LinearAttentionTransformer and an entry '
-                        '`shapes`, as in configs/demo/study_nano_shapes.py')
+        raise UserError(
+            f'config {plan.config}: expected a backbone mila_mm.LinearAttentionTransformer and an entry '
+            '`shapes`, as in configs/demo/study_nano_shapes.py'
+        )
     cfg.model.backbone.update(dict(switches))
     for loader in _LOADERS:
         # absolute: the dumped config lies elsewhere
@@ -189,8 +191,15 @@ def summarise(results: Sequence[Mapping[str, Any]], published: Mapping[str, floa
     for name, top1 in published.items():
         runs = sorted((r for r in results if r['row'] == name), key=lambda r: r['seed'])
         if runs:
-            rows.append(Row(name, tuple(r['metrics']['mIoU'] for r in runs), runs[0]['params'],
-                            mean(r['seconds'] for r in runs), top1))
+            rows.append(
+                Row(
+                    name,
+                    tuple(r['metrics']['mIoU'] for r in runs),
+                    runs[0]['params'],
+                    mean(r['seconds'] for r in runs),
+                    top1,
+                )
+            )
     return rows
 
 

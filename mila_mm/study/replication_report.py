@@ -65,18 +65,24 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     if baseline is None:
         raise UserError(f'the row {BASELINE} has not been trained: there is nothing to compare the others with')
     margin = noise(rows)
-    return '\n'.join([*_head(results, rows, margin), *_table(rows, baseline, margin), '',
-                      *_conclusions(rows, baseline, margin), ''])
+    return '\n'.join(
+        [*_head(results, rows, margin), *_table(rows, baseline, margin), '', *_conclusions(rows, baseline, margin), '']
+    )
 
 
 def _head(results: Sequence[Mapping[str, Any]], rows: Sequence[Row], margin: float | None) -> list[str]:
-    machines = sorted({'{device}, torch {torch}, mmengine {mmengine}, mmseg {mmseg}, mila_mm {mila_mm}'.format(
-        **r['machine']) for r in results})
+    machines = sorted(
+        {
+            '{device}, torch {torch}, mmengine {mmengine}, mmseg {mmseg}, mila_mm {mila_mm}'.format(**r['machine'])
+            for r in results
+        }
+    )
     dates = sorted({r['machine']['date'] for r in results})
     seeds = sorted({r['seed'] for r in results})
     budgets = sorted({f'{r["iterations"]} steps of {r["batch_size"]} images' for r in results})
-    data = sorted({'{num_train} training images, {num_val} held out, {size} x {size} pixels'.format(**r['data'])
-                   for r in results})
+    data = sorted(
+        {'{num_train} training images, {num_val} held out, {size} x {size} pixels'.format(**r['data']) for r in results}
+    )
     freedom = len(results) - len(rows)
     open_runs = len(rows) * len(seeds) - len(results)
     waiting = f'; {open_runs} of that command have not run yet' if open_runs else ''
@@ -84,8 +90,9 @@ def _head(results: Sequence[Mapping[str, Any]], rows: Sequence[Row], margin: flo
         f'Two rows closer than {margin:.2f} points cannot be told apart: two standard errors of a difference, from the '
         f'scatter of seeds pooled over the rows ({freedom} run{"s" * (freedom > 1)} beyond the first of a row; '
         'with few, a rough guess).'
-        if margin is not None else
-        'One seed: nothing here says how far seeds scatter, so small differences mean nothing.')
+        if margin is not None
+        else 'One seed: nothing here says how far seeds scatter, so small differences mean nothing.'
+    )
     return [
         '# The study, replicated in small',
         '',
@@ -107,14 +114,19 @@ def _head(results: Sequence[Mapping[str, Any]], rows: Sequence[Row], margin: flo
 
 
 def _table(rows: Sequence[Row], baseline: Row, margin: float | None) -> list[str]:
-    lines = ['| row | params of the backbone | mIoU, each seed | mean | against the baseline | published top-1 | '
-             'against the baseline, published | direction |', '| --- ' * 8 + '|']
+    lines = [
+        '| row | params of the backbone | mIoU, each seed | mean | against the baseline | published top-1 | '
+        'against the baseline, published | direction |',
+        '| --- ' * 8 + '|',
+    ]
     for row in rows:
         ours = '' if row is baseline else f'{row.mean - baseline.mean:+.2f}'
         theirs = '' if row.published is None or row is baseline else f'{row.published - baseline.published:+.1f}'
         top1 = '' if row.published is None else f'{row.published:.1f}'
-        lines.append(f'| {row.name} | {row.params / 1e6:.2f} M | {" ".join(f"{v:.2f}" for v in row.values)} | '
-                     f'{row.mean:.2f} | {ours} | {top1} | {theirs} | {verdict(row, baseline, margin)} |')
+        lines.append(
+            f'| {row.name} | {row.params / 1e6:.2f} M | {" ".join(f"{v:.2f}" for v in row.values)} | '
+            f'{row.mean:.2f} | {ours} | {top1} | {theirs} | {verdict(row, baseline, margin)} |'
+        )
     return lines
 
 
@@ -125,7 +137,7 @@ def _conclusions(rows: Sequence[Row], baseline: Row, margin: float | None) -> li
         if outcome:
             groups[outcome].append(row.name)
     compared = sum(map(len, groups.values()))
-    lines = ['## Where the paper\'s order shows, and where not', '']
+    lines = ["## Where the paper's order shows, and where not", '']
     if not compared:
         return [*lines, 'No row to compare with the baseline has been trained.']
     names = {key: ', '.join(value) or 'none' for key, value in groups.items()}
@@ -135,14 +147,17 @@ def _conclusions(rows: Sequence[Row], baseline: Row, margin: float | None) -> li
         f'- Moved the other way: {len(groups["the other way"])} ({names["the other way"]}).',
     ]
     if margin is not None:
-        lines.append(f'- Cannot be told from the baseline: {len(groups["within the noise"])} '
-                     f'({names["within the noise"]}).')
+        lines.append(
+            f'- Cannot be told from the baseline: {len(groups["within the noise"])} ({names["within the noise"]}).'
+        )
     collapsed = [row for row in rows if row.mean < baseline.mean / 2]
     without = ''
     if collapsed:
         broken = ', '.join(row.name for row in collapsed)
-        lines.append(f'- Did not learn, with less than half of the mIoU of the baseline: {broken}. '
-                     'That is more than the loss of accuracy which the paper reports.')
+        lines.append(
+            f'- Did not learn, with less than half of the mIoU of the baseline: {broken}. '
+            'That is more than the loss of accuracy which the paper reports.'
+        )
         kept = [row for row in rows if row not in collapsed]
         without = f'; {rank_correlation(kept):+.2f} without {broken}'
     ours = sorted((row for row in rows if row.published is not None), key=lambda row: -row.mean)
@@ -151,6 +166,6 @@ def _conclusions(rows: Sequence[Row], baseline: Row, margin: float | None) -> li
         f'- Rank correlation (Spearman) of our mIoU with the published top-1 over {len(ours)} rows: '
         f'{rank_correlation(rows):+.2f}{without}.',
         f'- Our order: {", ".join(row.name for row in ours)}.',
-        f'- The paper\'s: {", ".join(row.name for row in theirs)}.',
+        f"- The paper's: {', '.join(row.name for row in theirs)}.",
     ]
     return lines

@@ -12,10 +12,21 @@ from mila_mm.engine.complexity import operation_counter
 from mila_mm.models import STUDY_ROWS, LinearAttentionClassifier
 from mila_mm.study.published import Published
 
-TITLES = {'baseline': 'baseline: linear attention', 'input_gate': '+ input gate', 'forget_gate': '+ forget gate',
-          'shortcut': '+ shortcut', 'no_normalization': '- normalisation', 'single_head': '- several heads',
-          'block_all': "+ Mamba's block, all of it", 'block_substitute': "+ Mamba's block, attention half",
-          'ape': 'APE', 'lepe': 'LePE', 'cpe': 'CPE', 'rope': 'RoPE', 'lepe_cpe_rope': 'LePE + CPE + RoPE'}
+TITLES = {
+    'baseline': 'baseline: linear attention',
+    'input_gate': '+ input gate',
+    'forget_gate': '+ forget gate',
+    'shortcut': '+ shortcut',
+    'no_normalization': '- normalisation',
+    'single_head': '- several heads',
+    'block_all': "+ Mamba's block, all of it",
+    'block_substitute': "+ Mamba's block, attention half",
+    'ape': 'APE',
+    'lepe': 'LePE',
+    'cpe': 'CPE',
+    'rope': 'RoPE',
+    'lepe_cpe_rope': 'LePE + CPE + RoPE',
+}
 
 Costs = Mapping[str, tuple[int, int]]
 Measured = Mapping[str, Mapping[str, float]]
@@ -55,15 +66,35 @@ def ablation_table(rows: Sequence[Mapping[str, Any]], costs: Costs, measured: Me
     Returns:
         A Markdown table.
     """
-    lines = [_header('variant', 'params', 'published', 'MACs', 'published', 'throughput here (quartiles)',
-                     'published', 'published top-1')]
+    lines = [
+        _header(
+            'variant',
+            'params',
+            'published',
+            'MACs',
+            'published',
+            'throughput here (quartiles)',
+            'published',
+            'published top-1',
+        )
+    ]
     base = rows[0]['throughput']
     for row in rows:
         params, macs = costs[row['row']]
         here = measured.get(row['row'])
         speed = '' if here is None else f'{here["ratio"]:.2f} ({here["ratio_q1"]:.2f} to {here["ratio_q3"]:.2f})'
-        lines.append(_line(TITLES[row['row']], f'{params / 1e6:.2f} M', f'{row["params"]} M', f'{macs / 1e9:.2f} G',
-                           f'{row["macs"]} G', speed, f'{row["throughput"] / base:.2f}', f'{row["top1"]:.1f}'))
+        lines.append(
+            _line(
+                TITLES[row['row']],
+                f'{params / 1e6:.2f} M',
+                f'{row["params"]} M',
+                f'{macs / 1e9:.2f} G',
+                f'{row["macs"]} G',
+                speed,
+                f'{row["throughput"] / base:.2f}',
+                f'{row["top1"]:.1f}',
+            )
+        )
     return '\n'.join(lines)
 
 
@@ -81,8 +112,15 @@ def upernet_table(published: Published) -> str:
     """Render the comparison of UperNet on ADE20K."""
     lines = [_header('backbone', 'params', 'MACs', 'mIoU', 'mIoU, several scales')]
     for row in published.tables['upernet'].rows:
-        lines.append(_line(_named(row, published), f'{row["params"]} M', f'{row["macs"]} G', _cell(row['single']),
-                           _cell(row['multi'])))
+        lines.append(
+            _line(
+                _named(row, published),
+                f'{row["params"]} M',
+                f'{row["macs"]} G',
+                _cell(row['single']),
+                _cell(row['multi']),
+            )
+        )
     return '\n'.join([*lines, '', _sources(published, 'upernet')])
 
 
@@ -95,14 +133,17 @@ def check_order(measured: Measured) -> list[str]:
     Returns:
         One sentence for each statement of the paper's tables, that it holds here or how it does not.
     """
+
     def ratio(row: str) -> float:
         return measured[row]['ratio']
 
     def verdict(holds: bool) -> str:
         return 'holds here' if holds else '**does not hold here**'
 
-    lines = [f'A forget gate makes it slower: {verdict(ratio("forget_gate") < 1)} ({ratio("forget_gate"):.2f}).',
-             f'A single head makes it faster: {verdict(ratio("single_head") > 1)} ({ratio("single_head"):.2f}).']
+    lines = [
+        f'A forget gate makes it slower: {verdict(ratio("forget_gate") < 1)} ({ratio("forget_gate"):.2f}).',
+        f'A single head makes it faster: {verdict(ratio("single_head") > 1)} ({ratio("single_head"):.2f}).',
+    ]
     for row in ('ape', 'lepe', 'cpe', 'rope'):
         holds = abs(ratio(row) - 1) <= 0.1
         lines.append(f'{TITLES[row]} is within 10 % of the baseline: {verdict(holds)} ({ratio(row):.2f}).')

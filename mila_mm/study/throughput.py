@@ -23,6 +23,7 @@ def relative_throughput(models: Mapping[str, nn.Module], images: Tensor, rounds:
         For each name the median images per second, and the median, q1 and q3 over the rounds of its throughput over
         that of the first model in the same round.
     """
+
     def seconds(model: nn.Module) -> float:
         start = time.perf_counter()
         model(images)
@@ -39,6 +40,10 @@ def relative_throughput(models: Mapping[str, nn.Module], images: Tensor, rounds:
     for name in models:
         ratios = [t[first] / t[name] for t in times]
         q1, median, q3 = statistics.quantiles(ratios, n=4, method='inclusive')
-        result[name] = {'images_per_s': len(images) / statistics.median(t[name] for t in times),
-                        'ratio': median, 'ratio_q1': q1, 'ratio_q3': q3}
+        result[name] = {
+            'images_per_s': len(images) / statistics.median(t[name] for t in times),
+            'ratio': median,
+            'ratio_q1': q1,
+            'ratio_q3': q3,
+        }
     return result

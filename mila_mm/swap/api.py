@@ -96,8 +96,17 @@ def plan_swap(
         recipes.free_norms(draft, holder, new_names)
     _note_rest(draft, job, new_maps, weights, recipe)
     name = arch if isinstance(arch, str) else 'of a custom size'
-    return SwapResult(Config(draft.config), job.source.name, job.original, draft.merged(), draft.unknowns,
-                      job.probe.maps, new_maps, checked, f'MILA {name} in place of {job.model["backbone"]["type"]}')
+    return SwapResult(
+        Config(draft.config),
+        job.source.name,
+        job.original,
+        draft.merged(),
+        draft.unknowns,
+        job.probe.maps,
+        new_maps,
+        checked,
+        f'MILA {name} in place of {job.model["backbone"]["type"]}',
+    )
 
 
 def _check_arguments(arch: Any, weights: str | None, recipe: str, drop_path_rate: float | None) -> None:
@@ -117,8 +126,9 @@ def _check_arguments(arch: Any, weights: str | None, recipe: str, drop_path_rate
         raise UserError(f'--drop-path-rate: expected a number in [0, 1), got {drop_path_rate!r}')
 
 
-def _prepare(config: Any, arch: Any, weights: str | None, recipe: str, drop_path_rate: float | None,
-             whole_models: bool) -> Job:
+def _prepare(
+    config: Any, arch: Any, weights: str | None, recipe: str, drop_path_rate: float | None, whole_models: bool
+) -> Job:
     """Read the config and settle the new backbone's arguments."""
     source = read_source(config)
     original = plain(source.config._cfg_dict.to_dict())
@@ -161,8 +171,10 @@ def _note_rest(draft: Draft, job: Job, new: Maps, weights: str | None, recipe: s
     notes += note_strides([job.probe.maps.strides[i] for i in kept], new.strides)
     deepest = STRIDES[job.stages[-1]]
     if deepest < STRIDES[-1] and job.source.scope == 'mmseg':
-        notes.append(f'MILA goes no deeper than 1/{deepest}, as the old backbone; if that was dilated, the '
-                     'stages that are left out (out_indices) have its depth')
+        notes.append(
+            f'MILA goes no deeper than 1/{deepest}, as the old backbone; if that was dilated, the '
+            'stages that are left out (out_indices) have its depth'
+        )
     notes += [f'{".".join(map(str, path))} is another model and keeps its backbone' for path in job.source.others]
     if weights is None:
         notes.append('no weights given: the backbone starts from random ones (--weights mila://tiny-in1k)')

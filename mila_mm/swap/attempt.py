@@ -37,8 +37,10 @@ def rewired(job: Job) -> tuple[Draft, Maps, str, Trial | None]:
     except (SwapFailed, SwapRefused) as error:
         if job.source.failed_imports:
             missing = ', '.join(f'{module} ({reason})' for module, reason in job.source.failed_imports.items())
-            raise SwapRefused(f'{error}\nThe config needs by custom_imports what cannot be imported here: {missing}; '
-                              'mend it or put it on PYTHONPATH') from error
+            raise SwapRefused(
+                f'{error}\nThe config needs by custom_imports what cannot be imported here: {missing}; '
+                'mend it or put it on PYTHONPATH'
+            ) from error
         raise
     if trial is None or trial.used in (everything, ()):
         return draft, maps, checked, trial
@@ -59,8 +61,9 @@ def _checked(job: Job, kept: tuple[int, ...]) -> tuple[Draft, Maps, str, Trial |
         draft = Draft(plain(job.original))
         backbone = job.backbone | dict(out_indices=tuple(job.stages[i] for i in kept))
         maps = mila_maps(backbone, job.source.scope)
-        draft.put((*job.source.holder, 'backbone'), _without_defaults(backbone),
-                  f'gives {maps}; the old one {job.probe.maps}')
+        draft.put(
+            (*job.source.holder, 'backbone'), _without_defaults(backbone), f'gives {maps}; the old one {job.probe.maps}'
+        )
         try:
             route = rewire_all(draft, job, Feed(job.probe.maps, maps, kept), eager)
             checked, trial = _try(draft, job, route)
@@ -69,8 +72,10 @@ def _checked(job: Job, kept: tuple[int, ...]) -> tuple[Draft, Maps, str, Trial |
             continue
         guessed = [change.key for change in draft.merged() if GUESSED in change.why]
         if guessed:
-            draft.unknowns.append(f'{", ".join(guessed)}: rewritten because equal to an old width, not because of the '
-                                  'name; look whether that is what it means')
+            draft.unknowns.append(
+                f'{", ".join(guessed)}: rewritten because equal to an old width, not because of the '
+                'name; look whether that is what it means'
+            )
         return draft, maps, checked, trial
     assert failure is not None
     raise failure
@@ -90,10 +95,12 @@ def _try(draft: Draft, job: Job, route: Route) -> tuple[str, Trial | None]:
         except TrialFailed as original:
             if route.heads_see_a_change:
                 if str(original) == str(failure) or _MISFIT in str(original):
-                    raise SwapRefused(f'the config does not work with its own backbone either: {original}') \
-                        from original
-                raise SwapFailed('the new model cannot be built and run here, so its heads cannot be checked: '
-                                 f'{failure}') from original
+                    raise SwapRefused(
+                        f'the config does not work with its own backbone either: {original}'
+                    ) from original
+                raise SwapFailed(
+                    f'the new model cannot be built and run here, so its heads cannot be checked: {failure}'
+                ) from original
             draft.unknowns.append(f'the heads could not be run here, with the old backbone neither: {original}')
             return _BEFORE_HEADS, Trial(route.used, (), (0, 0)) if route.used is not None else None
         raise SwapFailed(f'the heads do not take the new maps: {failure}') from failure
@@ -106,11 +113,14 @@ def _refuse_known(model: dict[str, Any], failure: TrialFailed) -> None:
     """Give the reasons that are known for heads that fail with other maps."""
     shared = (model.get('roi_head') or {}).get('shared_head')
     if isinstance(shared, dict):
-        raise SwapRefused(f'the backbone is fused with its head: roi_head.shared_head ({shared.get("type")}) is the '
-                          'last stage of the old backbone, with widths of its own')
+        raise SwapRefused(
+            f'the backbone is fused with its head: roi_head.shared_head ({shared.get("type")}) is the '
+            'last stage of the old backbone, with widths of its own'
+        )
     if 'Output size is too small' in str(failure):
-        raise SwapRefused(f'a head works on a fixed input grid: it pools over a window larger than the deepest map '
-                          f'({failure})')
+        raise SwapRefused(
+            f'a head works on a fixed input grid: it pools over a window larger than the deepest map ({failure})'
+        )
 
 
 def _without_defaults(backbone: dict[str, Any]) -> dict[str, Any]:

@@ -29,17 +29,23 @@ def drop_old_weights(draft: Draft, holder: Path) -> None:
         init_cfg = draft.get((*part, 'init_cfg'))
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             draft.put((*part, 'init_cfg'), None, 'weights of the whole old model')
-            draft.unknowns.append(f'{".".join(map(str, part))}.init_cfg named weights of the whole old model '
-                                  f'({init_cfg.get("checkpoint")}): they do not fit any more')
+            draft.unknowns.append(
+                f'{".".join(map(str, part))}.init_cfg named weights of the whole old model '
+                f'({init_cfg.get("checkpoint")}): they do not fit any more'
+            )
     if draft.config.get('load_from'):
-        draft.unknowns.append(f'load_from named weights of the old model ({draft.config["load_from"]}): they do not '
-                              'fit any more, so heads start fresh too')
+        draft.unknowns.append(
+            f'load_from named weights of the old model ({draft.config["load_from"]}): they do not '
+            'fit any more, so heads start fresh too'
+        )
         draft.put(('load_from',), None, 'weights of the old model')
     if draft.config.get('resume'):
         draft.put(('resume',), False, 'would go on from a checkpoint of the old model')
     if draft.config.get('work_dir'):
-        draft.unknowns.append(f'work_dir is {draft.config["work_dir"]}, that of the original: checkpoints of the old '
-                              'model may lie there, and new ones replace them; --work-dir names another')
+        draft.unknowns.append(
+            f'work_dir is {draft.config["work_dir"]}, that of the original: checkpoints of the old '
+            'model may lie there, and new ones replace them; --work-dir names another'
+        )
 
 
 def drop_imports(draft: Draft, failed: dict[str, str]) -> None:
@@ -110,8 +116,10 @@ def _normalised_before(draft: Draft, preprocessors: Sequence[Path]) -> bool:
     said = ', '.join(f'{key}={found[0][key]}' for key in ('mean', 'std', 'to_rgb') if key in found[0])
     means = [draft.get((*path, 'mean')) for path in preprocessors]
     twice = next((f'; the data preprocessor does it again (mean={mean})' for mean in means if mean is not None), '')
-    draft.unknowns.append(f'images are normalised in the pipeline (Normalize: {said}){twice}; that stays as it was. '
-                          f"MILA's weights expect RGB, mean={MEAN}, std={STD}, once")
+    draft.unknowns.append(
+        f'images are normalised in the pipeline (Normalize: {said}){twice}; that stays as it was. '
+        f"MILA's weights expect RGB, mean={MEAN}, std={STD}, once"
+    )
     return True
 
 
@@ -175,5 +183,7 @@ def note_lost_options(draft: Draft, backbone: dict[str, Any]) -> None:
     """
     lost = [key for key in _NO_COUNTERPART if backbone.get(key)]
     if lost:
-        draft.unknowns.append(f'{", ".join(lost)} of the old backbone: MILA has no counterpart, and the config no '
-                              'longer does what its name says')
+        draft.unknowns.append(
+            f'{", ".join(lost)} of the old backbone: MILA has no counterpart, and the config no '
+            'longer does what its name says'
+        )

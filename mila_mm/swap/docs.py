@@ -39,14 +39,18 @@ def generated(results: Mapping[str, Any]) -> Iterator[str]:
     about, total, steps = results['about'], results['total'], results['steps']
     files = sum(total.values())
     settled = files - total.get('failed', 0)
-    yield (f'{files} config files, MILA {about["arch"]}, {about["date"]}, {about["machine"]}; {about["versions"]}. '
-           f'Swapped: {total.get("swapped", 0)}, refused with a reason: {total.get("refused", 0)}, failed: '
-           f'{total.get("failed", 0)}; swapped or refused: {settled / files:.1%}.')
+    yield (
+        f'{files} config files, MILA {about["arch"]}, {about["date"]}, {about["machine"]}; {about["versions"]}. '
+        f'Swapped: {total.get("swapped", 0)}, refused with a reason: {total.get("refused", 0)}, failed: '
+        f'{total.get("failed", 0)}; swapped or refused: {settled / files:.1%}.'
+    )
     yield ''
     if steps:
         done = sum(step['ok'] for step in steps)
-        yield (f'Of {len(steps)} families one config was trained by one step and predicted, with MILA nano on the CPU, '
-               f'small generated images and annotations, nothing compiled: {done} did ({done / len(steps):.1%}).')
+        yield (
+            f'Of {len(steps)} families one config was trained by one step and predicted, with MILA nano on the CPU, '
+            f'small generated images and annotations, nothing compiled: {done} did ({done / len(steps):.1%}).'
+        )
         yield ''
     yield '### By family'
     yield ''

@@ -28,8 +28,20 @@ _BATCH = 2
 _LARGEST = 1e4  # beyond it a weight is no initial value but a remnant
 
 # What two models may differ in that no backbone can tell: one trial serves both.
-WITHOUT_BEARING = ('init_cfg', 'pretrained', '_scope_', 'num_classes', 'class_weight', 'loss_weight', 'test_cfg',
-                   'mean', 'std', 'bgr_to_rgb', 'size', 'drop_path_rate')
+WITHOUT_BEARING = (
+    'init_cfg',
+    'pretrained',
+    '_scope_',
+    'num_classes',
+    'class_weight',
+    'loss_weight',
+    'test_cfg',
+    'mean',
+    'std',
+    'bgr_to_rgb',
+    'size',
+    'drop_path_rate',
+)
 _WEIGHT_KEYS = ('init_cfg', 'pretrained', 'checkpoint', 'teacher_ckpt')
 SITE_PACKAGES = re.compile(r'/[^\s\'"]*/site-packages/')
 _DECORATION = re.compile(r'class `\w+` in [^:]*: ')
@@ -161,8 +173,10 @@ def image(device: str, size: Size, channels: int = 3) -> Tensor:
 
 def features(maps: Maps, device: str, size: Size) -> tuple[Tensor, ...]:
     """Return empty feature maps of an image."""
-    return tuple(torch.zeros(_BATCH, channels or 1, -(-size[0] // stride), -(-size[1] // stride), device=device)
-                 for channels, stride in zip(maps.channels, maps.strides, strict=True))
+    return tuple(
+        torch.zeros(_BATCH, channels or 1, -(-size[0] // stride), -(-size[1] // stride), device=device)
+        for channels, stride in zip(maps.channels, maps.strides, strict=True)
+    )
 
 
 def maps_of(output: Any, what: str, size: Size) -> Maps:

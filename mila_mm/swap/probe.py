@@ -55,12 +55,15 @@ def probe_backbone(holder: dict[str, Any], scope: str) -> Probe:
         raise SwapRefused(str(outcome))
     if isinstance(outcome, Probe):
         return outcome
-    what = f"the old backbone {holder['backbone']['type']}"
+    what = f'the old backbone {holder["backbone"]["type"]}'
     inferred = _infer(holder)
     if inferred is None:
         raise SwapRefused(f'{what} cannot be built here ({outcome}), and its consumers do not tell what it gives')
-    return Probe(inferred, unknown=f'{what} cannot be built here ({outcome}); its maps are taken from what its '
-                                   f'consumers read, their strides are assumed: {inferred}')
+    return Probe(
+        inferred,
+        unknown=f'{what} cannot be built here ({outcome}); its maps are taken from what its '
+        f'consumers read, their strides are assumed: {inferred}',
+    )
 
 
 def _probe(cfg: dict[str, Any], scope: str) -> Probe | SwapRefused | str:
@@ -76,8 +79,10 @@ def _probe(cfg: dict[str, Any], scope: str) -> Probe | SwapRefused | str:
 def _run(cfg: dict[str, Any], scope: str) -> Probe:
     for key in _INNER:
         if isinstance(cfg.get(key), dict):
-            raise SwapRefused(f'{cfg["type"]} is fused with its heads: it wraps another backbone '
-                              f'({cfg[key].get("type")}) and merges its maps with paths of its own')
+            raise SwapRefused(
+                f'{cfg["type"]} is fused with its heads: it wraps another backbone '
+                f'({cfg[key].get("type")}) and merges its maps with paths of its own'
+            )
 
     def inputs(device: str, size: Size) -> Tensor:
         return image(device, size, in_channels_of(cfg))
@@ -94,11 +99,15 @@ def _run(cfg: dict[str, Any], scope: str) -> Probe:
     maps = maps_of(output, what, size)
     in_training = maps_of(training, f'{what} in training', size)
     if len(in_training) != len(maps):
-        raise SwapRefused(f'{what} is fused with its heads: it gives {len(in_training)} outputs in training and '
-                          f'{len(maps)} in testing')
+        raise SwapRefused(
+            f'{what} is fused with its heads: it gives {len(in_training)} outputs in training and '
+            f'{len(maps)} in testing'
+        )
     if _batch(training) != _batch(output):
-        raise SwapRefused(f'{what} is fused with its heads: in training it gives each image '
-                          f'{_batch(training) // _batch(output)} times, once for each of its branches')
+        raise SwapRefused(
+            f'{what} is fused with its heads: in training it gives each image '
+            f'{_batch(training) // _batch(output)} times, once for each of its branches'
+        )
     parameters = dict(module.named_parameters())
     frozen = bool(parameters) and not any(p.requires_grad for p in parameters.values())
     return Probe(maps, frozen, tuple(parameters))
@@ -136,8 +145,11 @@ def _infer(holder: dict[str, Any]) -> Maps | None:
     """Read the maps off the first consumer that names a width for each."""
     neck = holder.get('neck')
     first = neck[0] if isinstance(neck, (list, tuple)) and neck else neck
-    sources = [first] if isinstance(first, dict) and 'in_channels' in first else [
-        v for k, v in holder.items() if k not in ('backbone', 'neck')]
+    sources = (
+        [first]
+        if isinstance(first, dict) and 'in_channels' in first
+        else [v for k, v in holder.items() if k not in ('backbone', 'neck')]
+    )
     known: dict[int, int] = {}
     for part in _dicts(sources):
         widths, where = part.get('in_channels'), part.get('in_index')

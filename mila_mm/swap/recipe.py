@@ -15,8 +15,10 @@ RECIPES = ('keep', 'mila')
 _BATCH = 16
 _LR = {'mmdet': 1e-4, 'mmseg': 6e-5}
 _WEIGHT_DECAY = {'mmdet': 0.05, 'mmseg': 0.01}
-_WARMUP = {'mmdet': dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
-           'mmseg': dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500)}
+_WARMUP = {
+    'mmdet': dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
+    'mmseg': dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+}
 _MOST_NAMES = 4
 # Entries of schedules that are rates, not parts of them.
 _RATES = ('eta_min', 'eta_max', 'min_value')
@@ -84,12 +86,16 @@ def adapt_optimizer(draft: Draft, holder: Path, old: Sequence[str], new: Sequenc
     norms = next((keys[k] for k in dead if 'norm' in k), None)
     if norms is not None:
         alive |= {k: copy.deepcopy(norms) for k in _norm_keys(new_names, alive)}
-    names = ', '.join(map(repr, dead[:_MOST_NAMES])) + (f' and {len(dead) - _MOST_NAMES} more'
-                                                       if len(dead) > _MOST_NAMES else '')
+    names = ', '.join(map(repr, dead[:_MOST_NAMES])) + (
+        f' and {len(dead) - _MOST_NAMES} more' if len(dead) > _MOST_NAMES else ''
+    )
     draft.unknowns.append(f'rules for parameters of the old backbone are gone (paramwise_cfg.custom_keys): {names}')
-    draft.put((*path, 'custom_keys'), alive,
-              f'{len(dead)} of {len(keys)} entries named parameters of the old backbone'
-              + ('' if norms is None else "; MILA's norms take the place of its norms"))
+    draft.put(
+        (*path, 'custom_keys'),
+        alive,
+        f'{len(dead)} of {len(keys)} entries named parameters of the old backbone'
+        + ('' if norms is None else "; MILA's norms take the place of its norms"),
+    )
 
 
 def _norm_keys(names: Sequence[str], alive: dict[str, Any]) -> list[str]:
@@ -112,8 +118,9 @@ def _layer_decay(draft: Draft, holder: Path, paramwise: dict[str, Any]) -> None:
     rate = paramwise.get('layer_decay_rate', paramwise.get('decay_rate'))
     path: Path = ('optim_wrapper',)
     why = 'the old constructor knows the layers of the old backbone only'
-    rest = {k: v for k, v in paramwise.items()
-            if k not in ('num_layers', 'decay_rate', 'decay_type', 'layer_decay_rate')}
+    rest = {
+        k: v for k, v in paramwise.items() if k not in ('num_layers', 'decay_rate', 'decay_type', 'layer_decay_rate')
+    }
     if len(holder) == 1:
         rest |= {'layer_decay_rate': rate}
         draft.put((*path, 'constructor'), 'mila_mm.LayerDecayOptimWrapperConstructor', why)
@@ -146,13 +153,15 @@ def apply_mila_recipe(draft: Draft, scope: str) -> bool:
         return False
     kind, old_lr = name_of(wrapper['optimizer'].get('type')), wrapper['optimizer'].get('lr')
     if kind != 'SGD':
-        draft.unknowns.append(f'recipe: the config trains by {kind} already, not by SGD, with rates of its own; they '
-                              'stay')
+        draft.unknowns.append(
+            f'recipe: the config trains by {kind} already, not by SGD, with rates of its own; they stay'
+        )
         return False
     batch = (draft.config.get('auto_scale_lr') or {}).get('base_batch_size')
     if not isinstance(batch, int):
-        draft.unknowns.append(f'recipe: the config names no total batch (auto_scale_lr.base_batch_size); the rate is '
-                              f'for {_BATCH} images')
+        draft.unknowns.append(
+            f'recipe: the config names no total batch (auto_scale_lr.base_batch_size); the rate is for {_BATCH} images'
+        )
         batch = _BATCH
     lr = float(f'{_LR[scope] * batch / _BATCH:.3g}')
     scaled = '' if batch == _BATCH else f', scaled from {_BATCH} images to {batch}'
@@ -161,8 +170,10 @@ def apply_mila_recipe(draft: Draft, scope: str) -> bool:
     _no_decay_on_norms(draft)
     counts = wrapper.get('accumulative_counts')
     if isinstance(counts, int) and counts > 1:
-        draft.unknowns.append(f'recipe: {counts} batches are accumulated for a step; lr={lr:g} is for {batch} images a '
-                              f'step, all {counts} batches together (tools/train.py --auto-scale-lr counts them)')
+        draft.unknowns.append(
+            f'recipe: {counts} batches are accumulated for a step; lr={lr:g} is for {batch} images a '
+            f'step, all {counts} batches together (tools/train.py --auto-scale-lr counts them)'
+        )
     if wrapper.get('clip_grad') is not None:
         draft.put(('optim_wrapper', 'clip_grad'), None, "MILA's recipe does not clip")
     _reschedule(draft, scope, lr / old_lr if isinstance(old_lr, (int, float)) and old_lr else 1.0)
@@ -184,8 +195,10 @@ def _no_decay_on_norms(draft: Draft) -> None:
     draft.put(path, rules | {'norm_decay_mult': 0.0, 'custom_keys': keys}, 'no weight decay on norms')
     constructor = draft.config['optim_wrapper'].get('constructor')
     if constructor is not None and name_of(constructor) not in _KNOWN_CONSTRUCTORS and 'num_layers' not in rules:
-        draft.unknowns.append(f'recipe: whether optim_wrapper.constructor, {name_of(constructor)}, reads '
-                              'norm_decay_mult and custom_keys is not known')
+        draft.unknowns.append(
+            f'recipe: whether optim_wrapper.constructor, {name_of(constructor)}, reads '
+            'norm_decay_mult and custom_keys is not known'
+        )
 
 
 def free_norms(draft: Draft, holder: Path, names: Sequence[str]) -> None:
@@ -205,8 +218,11 @@ def free_norms(draft: Draft, holder: Path, names: Sequence[str]) -> None:
         hidden[norm] = {**copy.deepcopy(keys.get(general, {})), 'decay_mult': 0.0}
     if hidden:
         draft.put(path, {**keys, **hidden}, "no weight decay on MILA's norms, which a more general entry would hide")
-    others = [k for k, v in keys.items()
-              if 'norm' not in k and v.get('decay_mult', 1) and not any(k in name for name in names)]
+    others = [
+        k
+        for k, v in keys.items()
+        if 'norm' not in k and v.get('decay_mult', 1) and not any(k in name for name in names)
+    ]
     if others:
         draft.unknowns.append(f'recipe: norms under {", ".join(map(repr, others))} (custom_keys) decay as these say')
 
@@ -218,8 +234,11 @@ def _reschedule(draft: Draft, scope: str, scale: float) -> None:
         draft.unknowns.append('recipe: the config has no param_scheduler, so there is no warm-up either')
         return
     steps = copy.deepcopy(list(schedule) if isinstance(schedule, (list, tuple)) else [schedule])
-    of_rates = [step for step in steps if not name_of(step.get('type')).endswith('Momentum')
-                and step.get('param_name', 'lr') == 'lr']
+    of_rates = [
+        step
+        for step in steps
+        if not name_of(step.get('type')).endswith('Momentum') and step.get('param_name', 'lr') == 'lr'
+    ]
     scaled = []
     for step in of_rates:
         for key in _RATES:

@@ -10,11 +10,21 @@ from typing import Any
 from mila_mm.swap.result import Draft, Maps, Path
 
 # Values under these keys are no widths of maps, whatever they equal.
-_NO_WIDTHS = ('num_classes', 'out_indices', 'img_size', 'input_size', 'num_queries', 'num_points', 'max_per_img',
-              'scales')
+_NO_WIDTHS = (
+    'num_classes',
+    'out_indices',
+    'img_size',
+    'input_size',
+    'num_queries',
+    'num_points',
+    'max_per_img',
+    'scales',
+)
 # Nor are values under such ones, which are safe under the usual names only: widths inside of a part, sizes, counts.
-_NO_GUESSES = re.compile(r'(hidden|feedforward|ffn|embed|mlp|fc_|dim_feedforward|num_|max_|min_|img_|image_|input_size)'
-                         r'|.*(_size|_sizes|_shape|_stride|_strides|_scale|_scales|_hidden_dim)$')
+_NO_GUESSES = re.compile(
+    r'(hidden|feedforward|ffn|embed|mlp|fc_|dim_feedforward|num_|max_|min_|img_|image_|input_size)'
+    r'|.*(_size|_sizes|_shape|_stride|_strides|_scale|_scales|_hidden_dim)$'
+)
 GUESSED = 'taken for'
 _SINGLE_KEYS = ('in_channels', 'in_channel', 'in_planes', 'in_dim', 'in_dims', 'input_dim', 'backbone_channel')
 
@@ -101,14 +111,15 @@ def _guessed(node: dict[str, Any], key: str, value: Any, feed: Feed) -> tuple[An
             return None, ''  # about a map whose width is another
         position = next((i for i, width in enumerate(old) if width == value), None)
         if position in feed.kept:
-            return feed.widths_at([position])[0], (f'equal to the width of the old map at '
-                                                   f'1/{feed.old.strides[position]}: {GUESSED} it')
+            return feed.widths_at([position])[0], (
+                f'equal to the width of the old map at 1/{feed.old.strides[position]}: {GUESSED} it'
+            )
     if _is_list_of(value, int):
         positions = _positions_of_list(list(value), old, in_index)
         if positions is not None:
             return type(value)(feed.widths_at(positions)), f'equal to the widths of the old maps: {GUESSED} them'
         if len(value) > len(old) and list(value[: len(old)]) == old:
-            new = [*feed.widths_at(range(len(old))), *value[len(old):]]
+            new = [*feed.widths_at(range(len(old))), *value[len(old) :]]
             return type(value)(new), f'starts with the widths of the old maps: {GUESSED} them'
     return None, ''
 
@@ -173,7 +184,7 @@ def _positions_of_list(value: list[int], old: list[int | None], in_index: Any) -
         chosen = [i if i >= 0 else i + len(old) for i in in_index]
         if all(0 <= i < len(old) and old[i] in (v, None) for i, v in zip(chosen, value, strict=True)):
             return chosen
-    ends = (everything[-len(value):], everything[: len(value)])
+    ends = (everything[-len(value) :], everything[: len(value)])
     for candidate in (*ends, *(end[::-1] for end in ends)):
         if len(candidate) == len(value) and [old[i] for i in candidate] == value:
             return candidate
@@ -214,14 +225,27 @@ def _shift_levels(draft: Draft, path: Path, feed: Feed) -> None:
 
 
 def _is_list_of(value: Any, kinds: Any) -> bool:
-    return (isinstance(value, (list, tuple)) and len(value) > 0
-            and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value))
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
+    )
 
 
 def consumers(holder: dict[str, Any]) -> Iterator[str]:
     """Yield the keys of a model's parts that may read its backbone's or neck's maps, the neck excluded."""
-    skipped = ('backbone', 'neck', 'data_preprocessor', 'train_cfg', 'test_cfg', 'init_cfg', 'language_model',
-               'tracker', 'reid', 'motion')
+    skipped = (
+        'backbone',
+        'neck',
+        'data_preprocessor',
+        'train_cfg',
+        'test_cfg',
+        'init_cfg',
+        'language_model',
+        'tracker',
+        'reid',
+        'motion',
+    )
     for key, value in holder.items():
         if key in skipped or key.startswith('teacher'):
             continue

@@ -58,8 +58,7 @@ def rewire_all(draft: Draft, job: Job, feed: Feed, eager: bool) -> Route:
     return Route(True, used)
 
 
-def _through_neck(draft: Draft, path: Path, feed: Feed, scope: str, eager: bool
-                  ) -> tuple[Feed, tuple[int, ...] | None]:
+def _through_neck(draft: Draft, path: Path, feed: Feed, scope: str, eager: bool) -> tuple[Feed, tuple[int, ...] | None]:
     """Rewrite a neck; return what those behind it see, and which maps it reads."""
     old_cfg = plain(draft.get(path))
     if _is_pyramid_maker(old_cfg, feed):
@@ -101,8 +100,10 @@ def _refuse_broken(neck: dict[str, Any], what: str, feed: Feed, scope: str) -> N
     try:
         run_part(neck, scope, lambda device, size: features(feed.old, device, size))
     except Exception as error:
-        raise SwapRefused(f'the config does not work with its own backbone either: {what} does not take maps of '
-                          f'{feed.old}: {reason_of(error)}') from error
+        raise SwapRefused(
+            f'the config does not work with its own backbone either: {what} does not take maps of '
+            f'{feed.old}: {reason_of(error)}'
+        ) from error
 
 
 def _read_by(inputs: Sequence[Tensor], output: Any) -> tuple[int, ...] | None:
@@ -116,8 +117,11 @@ def _read_by(inputs: Sequence[Tensor], output: Any) -> tuple[int, ...] | None:
 def _align_cascade(draft: Draft, path: Path, feed: Feed) -> None:
     """Let cascaded heads that read maps of one size read one map: each weighs its map by the head's before it."""
     heads = draft.get(path)
-    if not isinstance(heads, (list, tuple)) or not heads or not all(
-            isinstance(head, dict) and isinstance(head.get('in_index'), int) for head in heads):
+    if (
+        not isinstance(heads, (list, tuple))
+        or not heads
+        or not all(isinstance(head, dict) and isinstance(head.get('in_index'), int) for head in heads)
+    ):
         return
     places = [h['in_index'] % len(feed.old) for h in heads]
     deepest = max(places)
@@ -133,5 +137,10 @@ def _align_cascade(draft: Draft, path: Path, feed: Feed) -> None:
 
 def _is_pyramid_maker(neck: dict[str, Any], feed: Feed) -> bool:
     """Tell whether a neck only resizes maps of one stride and width, and takes no other widths."""
-    return ('embed_dim' in neck and 'out_channels' not in neck and 'in_channels' not in neck
-            and len(feed.new) > 1 and len(set(feed.old.strides)) == 1)
+    return (
+        'embed_dim' in neck
+        and 'out_channels' not in neck
+        and 'in_channels' not in neck
+        and len(feed.new) > 1
+        and len(set(feed.old.strides)) == 1
+    )

@@ -54,8 +54,13 @@ def _detection(model: dict[str, Any], size: tuple[int, int], num_images: int) ->
     things = min((n for n in numbers_under(model, ('num_classes', 'num_things_classes')) if n > 0), default=1)
     channels = (model.get('backbone') or {}).get('in_channels', 3)
     channels = channels if isinstance(channels, int) else 3
-    batch = demo_mm_inputs(num_images, (channels, *size), num_items=[3] * num_images, num_classes=max(2, things),
-                           with_mask=_wants_masks(model))
+    batch = demo_mm_inputs(
+        num_images,
+        (channels, *size),
+        num_items=[3] * num_images,
+        num_classes=max(2, things),
+        with_mask=_wants_masks(model),
+    )
     generator = torch.Generator().manual_seed(_SEED)
     stuff = min((n for n in numbers_under(model, ('num_stuff_classes',)) if n > 0), default=None)
     # Hybrid Task Cascade supervises its semantic head at 1/8; the others resize the labels themselves.
@@ -83,8 +88,9 @@ def _video(model: dict[str, Any], size: tuple[int, int], num_images: int) -> Bat
     from mmdet.testing import demo_track_inputs
 
     things = min((n for n in numbers_under(model, ('num_classes', 'num_things_classes')) if n > 0), default=1)
-    return demo_track_inputs(num_images, num_frames=2, key_frames_inds=[0], image_shapes=(3, *size),
-                             num_classes=things, with_mask=True)
+    return demo_track_inputs(
+        num_images, num_frames=2, key_frames_inds=[0], image_shapes=(3, *size), num_classes=things, with_mask=True
+    )
 
 
 def _identities(size: tuple[int, int], num_images: int) -> Batch:
@@ -111,8 +117,10 @@ def _segmentation(model: dict[str, Any], size: tuple[int, int], num_images: int)
         sample.gt_edge_map = PixelData(data=torch.randint(0, 2, (1, *size), generator=generator))
         sample.gt_depth_map = PixelData(data=torch.rand((1, *size), generator=generator) + 0.5)
         samples.append(sample)
-    return {'inputs': list(_noise(num_images, channels if isinstance(channels, int) else 3, size)),
-            'data_samples': samples}
+    return {
+        'inputs': list(_noise(num_images, channels if isinstance(channels, int) else 3, size)),
+        'data_samples': samples,
+    }
 
 
 def _noise(num_images: int, channels: int, size: tuple[int, int]) -> torch.Tensor:

@@ -145,11 +145,11 @@ def _import_custom_modules(cfg: Config) -> dict[str, str]:
 def _scope(cfg: Config, name: str | None) -> str:
     """Return the library of a config; fragments do not say, so their place or their model's type has to."""
     if cfg.get('default_scope') not in (None, *SCOPES):
-        raise SwapRefused(f"default_scope is {cfg.default_scope!r}: expected a config of {' or '.join(SCOPES)}")
+        raise SwapRefused(f'default_scope is {cfg.default_scope!r}: expected a config of {" or ".join(SCOPES)}')
     try:
         scope = scope_of(cfg)
         if scope not in SCOPES:
-            raise SwapRefused(f"it is a config of {scope}: expected one of {' or '.join(SCOPES)}")
+            raise SwapRefused(f'it is a config of {scope}: expected one of {" or ".join(SCOPES)}')
         return scope
     except SwapRefused:
         raise
@@ -186,9 +186,12 @@ def _teachers(model: dict[str, Any], path: Path) -> Iterator[Path]:
 def _why_no_backbone(model: dict[str, Any]) -> str:
     for key in ('image_encoder', 'visual', 'encoder'):
         if isinstance(model.get(key), dict):
-            return (f"{model.get('type')} has no backbone: its {key} is a {model[key].get('type')} that is coupled "
-                    'with the rest of the model')
+            return (
+                f'{model.get("type")} has no backbone: its {key} is a {model[key].get("type")} that is coupled '
+                'with the rest of the model'
+            )
     if isinstance(model.get('detector'), dict) and 'type' not in model['detector']:
-        return (f"{model.get('type')}: model.detector has no complete backbone, a part of its config comes from "
-                'elsewhere')
-    return f"{model.get('type')} has no backbone in its config"
+        return (
+            f'{model.get("type")}: model.detector has no complete backbone, a part of its config comes from elsewhere'
+        )
+    return f'{model.get("type")} has no backbone in its config'

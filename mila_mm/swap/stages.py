@@ -34,22 +34,29 @@ def choose_stages(old: Maps, scope: str) -> tuple[int, ...]:
     if exact and (scope == 'mmdet' or len(strides) > 1 or strides[-1] == STRIDES[-1]):
         return tuple(STRIDES.index(s) for s in strides)
     if scope == 'mmdet':
-        raise SwapRefused(f'the detector works on maps {old}; MILA gives one map each at '
-                          f'{", ".join(f"1/{s}" for s in STRIDES)}, and its anchors and boxes are tied to the strides')
+        raise SwapRefused(
+            f'the detector works on maps {old}; MILA gives one map each at '
+            f'{", ".join(f"1/{s}" for s in STRIDES)}, and its anchors and boxes are tied to the strides'
+        )
     return tuple(range(len(STRIDES) - len(strides), len(STRIDES)))
 
 
 def _refuse_fused(old: Maps) -> None:
     strides = old.strides
     if (old.channels[0], strides[0]) == (3, 1):
-        raise SwapRefused('the old backbone hands the image itself on: its neck runs a second backbone on it, with '
-                          'feedback into its stages, which MILA does not take')
+        raise SwapRefused(
+            'the old backbone hands the image itself on: its neck runs a second backbone on it, with '
+            'feedback into its stages, which MILA does not take'
+        )
     if any(a > b for a, b in pairwise(strides)):
-        raise SwapRefused(f'the old backbone is fused with its decoder: its maps get finer again ({old}); MILA is an '
-                          'encoder')
+        raise SwapRefused(
+            f'the old backbone is fused with its decoder: its maps get finer again ({old}); MILA is an encoder'
+        )
     if strides[-1] < STRIDES[0]:
-        raise SwapRefused(f'the old backbone is fused with its decoder: its maps ({old}) are finer than the finest of '
-                          f'MILA, 1/{STRIDES[0]}')
+        raise SwapRefused(
+            f'the old backbone is fused with its decoder: its maps ({old}) are finer than the finest of '
+            f'MILA, 1/{STRIDES[0]}'
+        )
     if len(old) > len(STRIDES):
         raise SwapRefused(f'the old backbone gives {len(old)} maps ({old}); MILA has {len(STRIDES)}')
 
@@ -59,5 +66,7 @@ def note_strides(old: Sequence[int], new: Sequence[int]) -> list[str]:
     changed = [f'1/{a} becomes 1/{b}' for a, b in zip(old, new, strict=True) if a != b]
     if not changed:
         return []
-    return [f'output strides: {", ".join(dict.fromkeys(changed))}. Heads resize what they read, but small things lose '
-            'resolution: whether accuracy suffers, only training tells']
+    return [
+        f'output strides: {", ".join(dict.fromkeys(changed))}. Heads resize what they read, but small things lose '
+        'resolution: whether accuracy suffers, only training tells'
+    ]

@@ -103,8 +103,9 @@ def _without_downloads(cfg: Any) -> Any:
     """Take out what names files of weights; other initialisations stay."""
     if isinstance(cfg, dict):
         named = isinstance(cfg.get('init_cfg'), dict) and cfg['init_cfg'].get('type') == 'Pretrained'
-        return {k: _without_downloads(v) for k, v in cfg.items()
-                if k != 'pretrained' and not (named and k == 'init_cfg')}
+        return {
+            k: _without_downloads(v) for k, v in cfg.items() if k != 'pretrained' and not (named and k == 'init_cfg')
+        }
     if isinstance(cfg, (list, tuple)):
         return type(cfg)(_without_downloads(v) for v in cfg)
     return cfg

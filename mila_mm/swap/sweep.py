@@ -149,8 +149,9 @@ def step_in_process(script: FilePath, name: str, limit: float) -> dict[str, Any]
     """
     start = time.monotonic()
     try:
-        done = subprocess.run([sys.executable, str(script), '--step', name], capture_output=True, text=True,
-                              timeout=limit, check=False)
+        done = subprocess.run(
+            [sys.executable, str(script), '--step', name], capture_output=True, text=True, timeout=limit, check=False
+        )
     except subprocess.TimeoutExpired:
         return {'config': name, 'ok': False, 'seconds': limit, 'reason': f'not done after {limit:.0f} s'}
     seconds = round(time.monotonic() - start, 1)

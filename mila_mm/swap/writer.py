@@ -82,8 +82,9 @@ def check_out(out: str | FilePath, config: str | None = None) -> None:
     if path.resolve() in files[-1:]:
         raise UserError(f'--out {out}: is the config itself; a child needs a file of its own')
     if path.resolve() in files:
-        raise UserError(f'--out {out}: is a base of {config}, which would then inherit from itself; a child needs a '
-                        'file of its own')
+        raise UserError(
+            f'--out {out}: is a base of {config}, which would then inherit from itself; a child needs a file of its own'
+        )
 
 
 def _files_of(config: str) -> list[FilePath]:
@@ -165,8 +166,11 @@ def _same(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     if isinstance(one, (list, tuple)) and type(one) is type(other):
         return len(one) == len(other) and all(map(_same, one, other))
-    return one is other or one == other or (isinstance(one, float) and isinstance(other, float)
-                                            and math.isnan(one) and math.isnan(other))
+    return (
+        one is other
+        or one == other
+        or (isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other))
+    )
 
 
 def _difference(old: Any, new: Any) -> Any:
@@ -228,7 +232,7 @@ def _comment(path: Path, value: Any, why: Mapping[Path, str]) -> str:
     if isinstance(value, dict) and _DELETE not in value:
         return ''
     inner = {p: reason for p, reason in why.items() if p[: len(path)] == path}
-    return '; '.join(f'{".".join(map(str, p[len(path):]))}: {reason}' for p, reason in inner.items())
+    return '; '.join(f'{".".join(map(str, p[len(path) :]))}: {reason}' for p, reason in inner.items())
 
 
 def _flat(value: Any) -> str:
@@ -255,5 +259,15 @@ def _are_names(value: Mapping[Any, Any]) -> bool:
 
 def _wrapped(text: str, bullet: str = '', indent: str = '') -> list[str]:
     first = f'{indent}# {bullet}'
-    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=f'{indent}# {" " * len(bullet)}',
-                         break_on_hyphens=False, break_long_words=False) if text else []
+    return (
+        textwrap.wrap(
+            text,
+            _WIDTH,
+            initial_indent=first,
+            subsequent_indent=f'{indent}# {" " * len(bullet)}',
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+        if text
+        else []
+    )

@@ -11,9 +11,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Pairs that colour-blind readers can tell apart by the marker; vermilion is kept for the family in front.
-_STYLES = (('#0072B2', 's'), ('#009E73', '^'), ('#E69F00', 'D'), ('#CC79A7', 'v'), ('#56B4E9', 'P'), ('#444444', 'X'),
-           ('#8c6d31', '<'), ('#5e4fa2', '>'), ('#7f7f7f', 'h'), ('#b2182b', 'p'), ('#1b7837', '*'), ('#9970ab', 'd'),
-           ('#00441b', '8'))
+_STYLES = (
+    ('#0072B2', 's'),
+    ('#009E73', '^'),
+    ('#E69F00', 'D'),
+    ('#CC79A7', 'v'),
+    ('#56B4E9', 'P'),
+    ('#444444', 'X'),
+    ('#8c6d31', '<'),
+    ('#5e4fa2', '>'),
+    ('#7f7f7f', 'h'),
+    ('#b2182b', 'p'),
+    ('#1b7837', '*'),
+    ('#9970ab', 'd'),
+    ('#00441b', '8'),
+)
 _FRONT = '#D55E00'
 
 
@@ -80,14 +92,32 @@ def _draw(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]], front
         first = name == front
         xs, ys = [p.x for p in points], [p.y for p in points]
         sizes = len(set(xs)) > 1  # of one model; else models of one size, which no line joins
-        axis.plot(xs, ys, marker=marker, color=colour, label=name, markersize=7.5 if first else 6,
-                  linewidth=2.2 if first else 1.2, linestyle='-' if sizes else 'none', markeredgecolor='white',
-                  markeredgewidth=0.6, zorder=5 if first else 3)
+        axis.plot(
+            xs,
+            ys,
+            marker=marker,
+            color=colour,
+            label=name,
+            markersize=7.5 if first else 6,
+            linewidth=2.2 if first else 1.2,
+            linestyle='-' if sizes else 'none',
+            markeredgecolor='white',
+            markeredgewidth=0.6,
+            zorder=5 if first else 3,
+        )
         for point in points:
             offset = ((0, 6) if first else (0, -11)) if sizes or len(xs) == 1 else (7, -2.5)
-            axis.annotate(point.label, (point.x, point.y), xytext=offset, textcoords='offset points',
-                          ha='left' if offset[0] else 'center', fontsize=8 if first else 6.5, color=colour,
-                          fontweight='bold' if first else 'normal', zorder=6 if first else 4)
+            axis.annotate(
+                point.label,
+                (point.x, point.y),
+                xytext=offset,
+                textcoords='offset points',
+                ha='left' if offset[0] else 'center',
+                fontsize=8 if first else 6.5,
+                color=colour,
+                fontweight='bold' if first else 'normal',
+                zorder=6 if first else 4,
+            )
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.x_label, fontsize=9)
     axis.set_ylabel(panel.y_label, fontsize=9)

@@ -56,8 +56,10 @@ def blocks_of(backbone: nn.Module) -> list[tuple[int, int, nn.Module]]:
     """
     stages = getattr(backbone, 'layers', None)
     if not isinstance(stages, nn.ModuleList) or not all(hasattr(stage, 'blocks') for stage in stages):
-        raise UserError(f'{type(backbone).__name__}: expected a MILA or a LinearAttentionTransformer, whose blocks can '
-                        'be looked into; for other backbones there is the effective receptive field')
+        raise UserError(
+            f'{type(backbone).__name__}: expected a MILA or a LinearAttentionTransformer, whose blocks can '
+            'be looked into; for other backbones there is the effective receptive field'
+        )
     return [(i, j, block) for i, stage in enumerate(stages) for j, block in enumerate(stage.blocks)]
 
 
@@ -79,8 +81,9 @@ def _summary(stage: int, block: int, values: Sequence[Tensor]) -> LayerValue:
 
 
 @torch.no_grad()
-def token_length_std(backbone: nn.Module, features: Callable[[Tensor], Any], batches: Sequence[Tensor]
-                     ) -> list[LayerValue]:
+def token_length_std(
+    backbone: nn.Module, features: Callable[[Tensor], Any], batches: Sequence[Tensor]
+) -> list[LayerValue]:
     """Compute how much the tokens of an image differ in length behind each block (arXiv 2405.16605, figure 5).
 
     Args:
@@ -95,8 +98,10 @@ def token_length_std(backbone: nn.Module, features: Callable[[Tensor], Any], bat
     with _hooks() as hook:
         for i, j, block in blocks_of(backbone):
             store = lengths.setdefault((i, j), [])
-            hook(block, lambda module, args, out, store=store: store.append(
-                out.float().norm(dim=-1).std(dim=1, correction=0)))
+            hook(
+                block,
+                lambda module, args, out, store=store: store.append(out.float().norm(dim=-1).std(dim=1, correction=0)),
+            )
         for batch in batches:
             features(batch)
     return [_summary(i, j, values) for (i, j), values in lengths.items()]
@@ -160,8 +165,9 @@ def input_gates(backbone: nn.Module, features: Callable[[Tensor], Any], images: 
     return [GateMap(i, j, values.unflatten(1, grids[i, j]).numpy()) for (i, j), values in gates.items()]
 
 
-def effective_receptive_field(features: Callable[[Tensor], Sequence[Tensor]], batches: Sequence[Tensor],
-                              stage: int = -1) -> np.ndarray:
+def effective_receptive_field(
+    features: Callable[[Tensor], Sequence[Tensor]], batches: Sequence[Tensor], stage: int = -1
+) -> np.ndarray:
     """Compute how much each pixel of the input moves the middle of a feature map.
 
     Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", NeurIPS 2016: the
@@ -189,7 +195,7 @@ def effective_receptive_field(features: Callable[[Tensor], Sequence[Tensor]], ba
         if not -len(maps) <= stage < len(maps):
             raise UserError(f'--stage: expected 0 to {len(maps) - 1}, got {stage}')
         height, width = maps[stage].shape[2:]
-        middle = maps[stage][..., (height - 1) // 2:height // 2 + 1, (width - 1) // 2:width // 2 + 1]
+        middle = maps[stage][..., (height - 1) // 2 : height // 2 + 1, (width - 1) // 2 : width // 2 + 1]
         signs = torch.randint(0, 2, middle.shape[:2], generator=generator).to(middle) * 2 - 1
         (gradient,) = torch.autograd.grad((signs * middle.mean(dim=(2, 3))).sum(), images)
         total = total + gradient.abs().sum(dim=(0, 1)).double().numpy()

@@ -18,9 +18,21 @@ from mila_mm.visualization.probes import GateMap, LayerValue, area_ratios
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 _MARKERS = 'osD^vPX'
-_STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7,
-          'legend.fontsize': 7, 'axes.linewidth': 0.6, 'axes.spines.top': False, 'axes.spines.right': False,
-          'xtick.major.width': 0.6, 'ytick.major.width': 0.6, 'lines.linewidth': 1.3, 'lines.markersize': 3.5}
+_STYLE = {
+    'font.size': 8,
+    'axes.titlesize': 8,
+    'axes.labelsize': 8,
+    'xtick.labelsize': 7,
+    'ytick.labelsize': 7,
+    'legend.fontsize': 7,
+    'axes.linewidth': 0.6,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'xtick.major.width': 0.6,
+    'ytick.major.width': 0.6,
+    'lines.linewidth': 1.3,
+    'lines.markersize': 3.5,
+}
 _DPI = 200
 _FLOOR = 1e-4  # of the largest contribution: what a logarithmic receptive field shows as nothing
 
@@ -44,12 +56,26 @@ def _layer_axis(axes: Axes, layers: Sequence[tuple[int, int]]) -> None:
     for number, (start, end) in enumerate(zip(first, [*first[1:], len(layers)], strict=True)):
         if number % 2:
             axes.axvspan(start + 0.5, end + 0.5, color='0.94', linewidth=0, zorder=0)
-        axes.text((start + end + 1) / 2, 1.01, f'stage {layers[start][0] + 1}', transform=axes.get_xaxis_transform(),
-                  ha='center', va='bottom', fontsize=7, color='0.35')
+        axes.text(
+            (start + end + 1) / 2,
+            1.01,
+            f'stage {layers[start][0] + 1}',
+            transform=axes.get_xaxis_transform(),
+            ha='center',
+            va='bottom',
+            fontsize=7,
+            color='0.35',
+        )
 
 
-def save_layer_curves(curves: Mapping[str, Sequence[LayerValue]], path: str | Path, ylabel: str, *,
-                      log: bool = False, limits: tuple[float, float] | None = None) -> None:
+def save_layer_curves(
+    curves: Mapping[str, Sequence[LayerValue]],
+    path: str | Path,
+    ylabel: str,
+    *,
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Draw a number per block, a line for each model, with the range from the 10 % to the 90 % quantile.
 
     Args:
@@ -64,15 +90,19 @@ def save_layer_curves(curves: Mapping[str, Sequence[LayerValue]], path: str | Pa
     """
     layers = {tuple((v.stage, v.block) for v in values) for values in curves.values()}
     if len(layers) != 1:
-        raise ValueError(f'expected models with the same blocks to draw over each other, got {len(layers)} different '
-                         'depths' if layers else 'expected at least one model to draw')
+        raise ValueError(
+            f'expected models with the same blocks to draw over each other, got {len(layers)} different depths'
+            if layers
+            else 'expected at least one model to draw'
+        )
     (blocks,) = layers
     with _figure(path, max(3.3, 1.4 + 0.24 * len(blocks)), 2.3) as figure:
         axes = figure.subplots()
         x = np.arange(1, len(blocks) + 1)
         for (label, values), (colour, marker) in zip(curves.items(), _styles(), strict=False):
-            axes.fill_between(x, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.16,
-                              linewidth=0)
+            axes.fill_between(
+                x, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.16, linewidth=0
+            )
             axes.plot(x, [v.value for v in values], color=colour, marker=marker, label=label)
         axes.set_ylabel(ylabel)
         if log:
@@ -109,8 +139,9 @@ def save_gate_maps(images: np.ndarray, gates: Sequence[GateMap], path: str | Pat
             for column, gate in enumerate(gates, start=1):
                 low, high = float(gate.maps.min()), float(gate.maps.max())
                 relative = (gate.maps[row] - low) / max(high - low, np.finfo(np.float32).tiny)
-                drawn = _panel(grid[row, column]).imshow(relative, cmap='viridis', vmin=0, vmax=1,
-                                                         extent=(0, width, height, 0), interpolation='nearest')
+                drawn = _panel(grid[row, column]).imshow(
+                    relative, cmap='viridis', vmin=0, vmax=1, extent=(0, width, height, 0), interpolation='nearest'
+                )
                 grid[0, column].set_title(f'stage {gate.stage + 1}, block {gate.block + 1}')
                 grid[-1, column].set_xlabel(f'{low:.3g} to {high:.3g}')
         grid[0, 0].set_title('image')
@@ -127,8 +158,9 @@ def _panel(axes: Axes) -> Axes:
     return axes
 
 
-def save_decay_windows(path: str | Path, gates: Sequence[float] = (0.2, 0.6, 0.8), length: int = 24,
-                       negligible: float = 0.01) -> None:
+def save_decay_windows(
+    path: str | Path, gates: Sequence[float] = (0.2, 0.6, 0.8), length: int = 24, negligible: float = 0.01
+) -> None:
     """Draw what a constant forget gate means: token j weighs A^(i - j) in the state at token i.
 
     Args:
@@ -154,13 +186,20 @@ def save_decay_windows(path: str | Path, gates: Sequence[float] = (0.2, 0.6, 0.8
             axes.set_xticks([])
             axes.set_yticks([])
         grid[0].set_ylabel('state $i$')
-        figure.colorbar(drawn, ax=list(grid[:-1]), location='left', aspect=24, shrink=0.75,
-                        label='weight of $j$ in $i$')
+        figure.colorbar(
+            drawn, ax=list(grid[:-1]), location='left', aspect=24, shrink=0.75, label='weight of $j$ in $i$'
+        )
         curve = grid[-1]
         for gate, (colour, marker) in zip(gates, _styles(), strict=False):
             reach = forgotten_after(gate, negligible)
-            curve.plot(distance, gate**distance.astype(float), color=colour, marker=marker, markevery=2,
-                       label=f'$A = {gate:g}$: {reach} tokens')
+            curve.plot(
+                distance,
+                gate ** distance.astype(float),
+                color=colour,
+                marker=marker,
+                markevery=2,
+                label=f'$A = {gate:g}$: {reach} tokens',
+            )
         curve.axhline(negligible, color='0.5', linewidth=0.7, linestyle='--')
         curve.set_yscale('log')
         curve.set_ylim(negligible / 3, 60)  # room for the legend above the curves
@@ -177,8 +216,14 @@ def forgotten_after(gate: float, negligible: float = 0.01) -> int:
     return int(np.floor(np.log(negligible) / np.log(gate))) + 1
 
 
-def save_receptive_fields(fields: Mapping[str, np.ndarray], path: str | Path, *, scale: str = 'log',
-                          thresholds: Sequence[float] = (0.2, 0.3, 0.5, 0.99), per_row: int = 4) -> None:
+def save_receptive_fields(
+    fields: Mapping[str, np.ndarray],
+    path: str | Path,
+    *,
+    scale: str = 'log',
+    thresholds: Sequence[float] = (0.2, 0.3, 0.5, 0.99),
+    per_row: int = 4,
+) -> None:
     """Draw effective receptive fields side by side, with the area that holds given shares of the contributions.
 
     Args:

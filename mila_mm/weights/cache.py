@@ -77,7 +77,10 @@ def configure(
         raise UserError(f'mirrors: expected a list of addresses, got the string {mirrors!r}; write [{mirrors!r}]')
     given = {
         'mirrors': None if mirrors is None else tuple(mirrors),
-        'offline': offline, 'timeout': timeout, 'attempts': attempts, 'backoff': backoff,
+        'offline': offline,
+        'timeout': timeout,
+        'attempts': attempts,
+        'backoff': backoff,
     }
     _Configured.settings = replace(_Configured.settings, **{k: v for k, v in given.items() if v is not None})
     return settings()
@@ -175,15 +178,17 @@ def read_record(path: Path) -> Record | None:
     place = record_path(path)
     try:
         raw = json.loads(place.read_text(encoding='utf-8'))
-        return Record(size=int(raw['size']), sha256=str(raw['sha256']),
-                      mtime_ns=int(raw['mtime_ns']), source=str(raw['source']))
+        return Record(
+            size=int(raw['size']), sha256=str(raw['sha256']), mtime_ns=int(raw['mtime_ns']), source=str(raw['source'])
+        )
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f'{place}: the record of a cached file cannot be read ({error.strerror})') from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{place}: not a record of a cached file ({error}); delete it to record the file '
-                        'anew') from error
+        raise UserError(
+            f'{place}: not a record of a cached file ({error}); delete it to record the file anew'
+        ) from error
 
 
 def write_record(path: Path, record: Record) -> None:

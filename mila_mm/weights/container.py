@@ -21,8 +21,10 @@ _HEAD = 512
 # torch.save before 1.6 writes a pickled magic number first.
 _LEGACY_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 _NOT_CHECKPOINTS = (
-    (re.compile(rb'^\s*(<!doctype html|<html|<\?xml|<head)', re.IGNORECASE),
-     'a web page, not a checkpoint; a share link that expired or asks for a login answers so'),
+    (
+        re.compile(rb'^\s*(<!doctype html|<html|<\?xml|<head)', re.IGNORECASE),
+        'a web page, not a checkpoint; a share link that expired or asks for a login answers so',
+    ),
     (re.compile(rb'^version https://git-lfs'), 'a Git LFS pointer, not the file itself; run `git lfs pull`'),
     (re.compile(rb'^\s*[{\[]"'), 'a JSON text, not a checkpoint; a server that refuses a download may answer so'),
     (re.compile(rb'^\x1f\x8b'), 'compressed with gzip; decompress it first'),
@@ -71,13 +73,17 @@ def sniff(path: Path) -> str:
         if pattern.match(head):
             raise CheckpointError(f'{path}: {meaning}')
     if head[257:262] == b'ustar':
-        raise CheckpointError(f'{path}: a tar archive; either unpack it, or, if torch 0.1 wrote it as a checkpoint, '
-                              'load and save it there again: that format cannot be read safely')
+        raise CheckpointError(
+            f'{path}: a tar archive; either unpack it, or, if torch 0.1 wrote it as a checkpoint, '
+            'load and save it there again: that format cannot be read safely'
+        )
     if len(head) > 9 and head[8:9] == b'{':
         return SAFETENSORS
     kind = 'a bare pickle, not made by torch.save' if head[:1] == b'\x80' else 'of no known checkpoint format'
-    raise CheckpointError(f'{path}: {kind}; expected a file made by torch.save or safetensors '
-                          f'(first bytes: {head[:8]!r}); truncated or damaged?')
+    raise CheckpointError(
+        f'{path}: {kind}; expected a file made by torch.save or safetensors '
+        f'(first bytes: {head[:8]!r}); truncated or damaged?'
+    )
 
 
 def check(path: Path) -> str:
@@ -121,8 +127,9 @@ def check_zip(path: Path) -> zipfile.ZipInfo:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except DAMAGED_ZIP as error:
-        raise CheckpointError(f'{path}: truncated or damaged ({error}, {size:,} bytes); '
-                              'fetch or copy it again') from error
+        raise CheckpointError(
+            f'{path}: truncated or damaged ({error}, {size:,} bytes); fetch or copy it again'
+        ) from error
     # torch looks records up without regard to case, and from the start of the file
     names = [record.filename.lower() for record in records]
     if min((record.header_offset for record in records), default=0):
@@ -131,22 +138,30 @@ def check_zip(path: Path) -> zipfile.ZipInfo:
         raise CheckpointError(f'{path}: a TorchScript archive, which is a program; expected a checkpoint of weights')
     pickles = [record for record in records if re.fullmatch(r'[^/]+/data\.pkl', record.filename.lower())]
     if len(pickles) != 1:
-        raise CheckpointError(f'{path}: a zip archive without a checkpoint in it (no data.pkl); '
-                              'if it was packed by hand, unzip it first')
+        raise CheckpointError(
+            f'{path}: a zip archive without a checkpoint in it (no data.pkl); if it was packed by hand, unzip it first'
+        )
     for record in records:
         name = printable(record.filename)
         if record.flag_bits & _FOREIGN_FLAGS:
-            raise CheckpointError(f'{path}: record {name} is encrypted or patched, which torch.save never does; '
-                                  'expected a checkpoint as it was saved')
+            raise CheckpointError(
+                f'{path}: record {name} is encrypted or patched, which torch.save never does; '
+                'expected a checkpoint as it was saved'
+            )
         if record.external_attr & _DIRECTORY or record.is_dir():
-            raise CheckpointError(f'{path}: record {name} is marked as a folder, which torch.save never writes; '
-                                  'damaged?')
+            raise CheckpointError(
+                f'{path}: record {name} is marked as a folder, which torch.save never writes; damaged?'
+            )
         if record.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f'{path}: record {name} is compressed and declares {record.file_size:,} bytes; torch'
-                                  '.save never compresses, so this is no checkpoint (or a zip bomb)')
+            raise CheckpointError(
+                f'{path}: record {name} is compressed and declares {record.file_size:,} bytes; torch'
+                '.save never compresses, so this is no checkpoint (or a zip bomb)'
+            )
         if record.file_size != record.compress_size or record.header_offset + record.file_size > size:
-            raise CheckpointError(f'{path}: record {name} declares {record.file_size:,} bytes, '
-                                  f'more than the file holds ({size:,}); damaged, or a zip bomb')
+            raise CheckpointError(
+                f'{path}: record {name} declares {record.file_size:,} bytes, '
+                f'more than the file holds ({size:,}); damaged, or a zip bomb'
+            )
     if sum(record.file_size for record in records) > size or len(set(names)) != len(names):
         raise CheckpointError(f'{path}: its records overlap or repeat; damaged, or a zip bomb')
     return pickles[0]
@@ -165,8 +180,9 @@ def check_safetensors(path: Path) -> None:
     with path.open('rb') as file:
         (length,) = struct.unpack('<Q', file.read(8))
         if length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f'{path}: a safetensors header of {length:,} bytes in a file of {size:,}; '
-                                  'truncated or damaged')
+            raise CheckpointError(
+                f'{path}: a safetensors header of {length:,} bytes in a file of {size:,}; truncated or damaged'
+            )
         try:
             header = json.loads(file.read(length))
             ends = [entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__']
@@ -175,12 +191,25 @@ def check_safetensors(path: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(f'{path}: its safetensors header is damaged ({error})') from error
     if max(ends, default=0) != size - 8 - length:
-        raise CheckpointError(f'{path}: its tensors need {max(ends, default=0):,} bytes, '
-                              f'the file has {size - 8 - length:,}; truncated or damaged')
+        raise CheckpointError(
+            f'{path}: its tensors need {max(ends, default=0):,} bytes, '
+            f'the file has {size - 8 - length:,}; truncated or damaged'
+        )
 
 
 PICKLE_ERRORS = (
     # What damaged or hostile pickles make an unpickler raise.
-    pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError,
-    struct.error, MemoryError, OverflowError, ImportError, OSError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    MemoryError,
+    OverflowError,
+    ImportError,
+    OSError,
 )

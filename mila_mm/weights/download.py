@@ -114,8 +114,10 @@ class _Transfer:
         self.part = _Part(self.source, validator, total)
         self.note.write_text(json.dumps(asdict(self.part)), encoding='utf-8')
         if total is not None and total - start > shutil.disk_usage(self.path.parent).free:
-            raise DownloadError(f'{self.path.parent}: {total - start:,} bytes are needed, the disk has '
-                                f'{shutil.disk_usage(self.path.parent).free:,} free; make room or set MILA_HOME')
+            raise DownloadError(
+                f'{self.path.parent}: {total - start:,} bytes are needed, the disk has '
+                f'{shutil.disk_usage(self.path.parent).free:,} free; make room or set MILA_HOME'
+            )
         self.bar.total, self.bar.n = total, start
         self.bar.refresh()
         with self.path.open('ab') as file:
@@ -218,8 +220,10 @@ def _try_once(transfer: _Transfer) -> None:
         raise _Retry(f'no byte for {transfer.settings.timeout:g} s') from error
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
-            raise DownloadError(f'{transfer.path}: cannot write ({error.strerror}); make room, or set MILA_HOME '
-                                'to a folder that you may write') from error
+            raise DownloadError(
+                f'{transfer.path}: cannot write ({error.strerror}); make room, or set MILA_HOME '
+                'to a folder that you may write'
+            ) from error
         raise _Retry(f'connection lost ({printable(str(error)) or type(error).__name__})') from error
     except ValueError as error:  # addresses that only the attempt shows to be none, here or in a redirect
         raise SourceError(f'not an address that can be opened ({printable(str(error))})') from error

@@ -24,7 +24,7 @@ def printable(text: str, limit: int = _SHOWN) -> str:
         The text, with escapes for what cannot be printed.
     """
     if len(text) > limit:
-        text = f'{text[:limit - 23]}...{text[-20:]}'
+        text = f'{text[: limit - 23]}...{text[-20:]}'
     return ''.join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

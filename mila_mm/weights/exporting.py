@@ -54,7 +54,7 @@ def export(
         prefix = names.backbone_prefix(tensors)
         if prefix is None:
             raise UserError(f'{source}: no MILA backbone in it')
-        tensors = {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
+        tensors = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
     if naming == 'released':
         content = names.to_released(tensors, layout=layout, image_size=image_size)
         tensors = next(iter(content.values()))

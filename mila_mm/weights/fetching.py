@@ -73,8 +73,10 @@ def wanted(source: str | PublishedFile) -> Wanted:
     if isinstance(source, str) and source.startswith(('http://', 'https://')):
         name = os.path.basename(unquote(_checked(source).path)) or 'download'
         if not name.isprintable() or len(os.fsencode(name)) > _MAX_NAME:
-            raise UserError(f'{source[:200]!r}: ends in a name that no file can have; expected at most {_MAX_NAME} '
-                            'bytes, without control characters. Fetch it by hand and give the path')
+            raise UserError(
+                f'{source[:200]!r}: ends in a name that no file can have; expected at most {_MAX_NAME} '
+                'bytes, without control characters. Fetch it by hand and give the path'
+            )
         match = _HASH_IN_NAME.search(name)
         if not match:
             # Different files called model.pth must not be taken for one another.
@@ -122,8 +124,9 @@ def fetch(source: str | PublishedFile, *, progress: bool | None = None) -> Path:
         verify(target)
         return target.path
     if options.offline:
-        raise DownloadError(f'{target.label} is not in the cache and {ENV_OFFLINE} forbids fetching it\n'
-                            f'{_by_hand(target)}')
+        raise DownloadError(
+            f'{target.label} is not in the cache and {ENV_OFFLINE} forbids fetching it\n{_by_hand(target)}'
+        )
     try:
         target.path.parent.mkdir(parents=True, exist_ok=True)
         with _Lock(target.path):
@@ -133,8 +136,10 @@ def fetch(source: str | PublishedFile, *, progress: bool | None = None) -> Path:
     except OSError as error:
         if isinstance(error, UserError):
             raise
-        raise DownloadError(f'{target.path.parent}: the cache cannot be written ({error.strerror}); set {ENV_HOME} to '
-                            'a folder that you may write') from error
+        raise DownloadError(
+            f'{target.path.parent}: the cache cannot be written ({error.strerror}); set {ENV_HOME} to '
+            'a folder that you may write'
+        ) from error
     verify(target)
     return target.path
 
@@ -165,8 +170,10 @@ def _sources(target: Wanted, mirrors: Sequence[str]) -> list[str]:
     if not target.mirrored:
         return [target.url]
     # not str.format: other braces in an address are its own
-    places = [m.replace('{file}', target.path.name) if '{file}' in m else f'{m.rstrip("/")}/{target.path.name}'
-              for m in mirrors]
+    places = [
+        m.replace('{file}', target.path.name) if '{file}' in m else f'{m.rstrip("/")}/{target.path.name}'
+        for m in mirrors
+    ]
     for place in places:
         if '://' in place:
             _checked(place)
@@ -180,8 +187,11 @@ def _fetch_locked(target: Wanted, options: Settings, progress: bool | None) -> N
     for source in _sources(target, options.mirrors):
         _log(f'fetching {target.label} from {source} to {target.path}')
         if is_plain_http(source) and not target.sha256:
-            _log(f'{source}: plain http to another machine, and no checksum is known: whoever is on the way can change '
-                 'the weights', warning=True)
+            _log(
+                f'{source}: plain http to another machine, and no checksum is known: whoever is on the way can change '
+                'the weights',
+                warning=True,
+            )
         try:
             download(source, part, options, label=target.label, progress=progress)
             record = _examine(target, part, source)
@@ -215,7 +225,8 @@ def _examine(target: Wanted, file: Path, source: str) -> Record:
     if known is not None and known.sha256 != digest:
         raise CheckpointError(
             f'{file}: sha256 {digest} ({size:,} bytes), but {record_path(target.path)} recorded {known.sha256} '
-            f'({known.size:,} bytes) at first; if the change is intended, delete that record')
+            f'({known.size:,} bytes) at first; if the change is intended, delete that record'
+        )
     return Record(size, digest, file.stat().st_mtime_ns, source)
 
 
@@ -244,8 +255,9 @@ def verify(target: Wanted, *, full: bool = False) -> Record:
     try:
         write_record(target.path, record)
     except OSError as error:  # a cache that is shared read-only: usable, only hashed at each use
-        _log(f'{record_path(target.path)}: not written ({error.strerror}); the file is hashed at each use',
-             warning=True)
+        _log(
+            f'{record_path(target.path)}: not written ({error.strerror}); the file is hashed at each use', warning=True
+        )
     return record
 
 
@@ -283,6 +295,8 @@ def local_path(source: str, *, progress: bool | None = None) -> Path:
         return fetch(source, progress=progress)
     path = Path(source).expanduser()
     if not path.exists():
-        raise MissingCheckpointError(f'{path}: no such checkpoint; published ones are named {SCHEME}tiny-in1k and so '
-                                     'on (`tools/weights.py list`)')
+        raise MissingCheckpointError(
+            f'{path}: no such checkpoint; published ones are named {SCHEME}tiny-in1k and so '
+            'on (`tools/weights.py list`)'
+        )
     return path

@@ -118,7 +118,9 @@ def load_backbone(
         others = [name for name in tensors if not name.startswith(prefix)]
         if others:
             report.dropped[_HEADS] = others
-        tensors = OrderedDict((name[len(prefix):], value) for name, value in tensors.items() if name.startswith(prefix))
+        tensors = OrderedDict(
+            (name[len(prefix) :], value) for name, value in tensors.items() if name.startswith(prefix)
+        )
     own = backbone.state_dict()
     leftovers = [name for name in tensors if names.is_classifier_leftover(name) and name not in own]
     if leftovers:
@@ -199,8 +201,11 @@ def _load(module: nn.Module, tensors: Mapping[str, Any], report: LoadReport, str
     explained = {name for keys in report.fresh.values() for name in keys}
     # Modules rename keys of their older versions while they load, so only a load tells what is missing; where names
     # alone leave a doubt, the model's own values are kept to put them back if the file is refused.
-    doubt = report.mismatched or any(name not in own for name in fitting) or any(
-        name not in fitting and name not in explained and not name.endswith(_COUNT) for name in own)
+    doubt = (
+        report.mismatched
+        or any(name not in own for name in fitting)
+        or any(name not in fitting and name not in explained and not name.endswith(_COUNT) for name in own)
+    )
     before = _snapshot(own) if doubt or (strict and _lacks_some_counts(own, fitting)) else None
     try:
         missing, unexpected = module.load_state_dict(fitting, strict=False)
@@ -273,8 +278,9 @@ def _drop_not_built(module: nn.Module, tensors: OrderedDict, own: Mapping[str, A
         return
     backbone = module.get_submodule(prefix.rstrip('.')) if prefix else module
     stages = len(getattr(backbone, 'dims', ()))
-    built = 1 + max((int(m[1]) for m in (re.match(re.escape(prefix) + r'layers\.(\d+)\.', key) for key in own) if m),
-                    default=-1)
+    built = 1 + max(
+        (int(m[1]) for m in (re.match(re.escape(prefix) + r'layers\.(\d+)\.', key) for key in own) if m), default=-1
+    )
     pattern = re.compile(re.escape(prefix) + r'(?:norm(\d+)\.|layers\.(\d+)\.(downsample\.)?)')
     unused = []
     for key in tensors:
@@ -309,16 +315,24 @@ def _adapt_stem(value: Tensor, target: Tensor, name: str, report: LoadReport) ->
     return adapted
 
 
-def _tell(module: nn.Module, tensors: Mapping[str, Any], own: Mapping[str, Any], report: LoadReport, strict: bool
-          ) -> None:
+def _tell(
+    module: nn.Module, tensors: Mapping[str, Any], own: Mapping[str, Any], report: LoadReport, strict: bool
+) -> None:
     """Log the report; raise where strict and something is unexplained."""
     if not report.complete and strict:
-        raise MismatchError(f'{report.source}: does not fit the model.\n' + '\n'.join(report.problems())
-                            + f'\n{advice(report, tensors, own)}', report)
+        raise MismatchError(
+            f'{report.source}: does not fit the model.\n'
+            + '\n'.join(report.problems())
+            + f'\n{advice(report, tensors, own)}',
+            report,
+        )
     _log(f'{report.source}: {report}', logging.INFO if report.complete else logging.WARNING)
     if report.nonfinite:
-        _log(f'{report.source}: {len(report.nonfinite)} tensors hold NaN or infinity: {listed(report.nonfinite)}; '
-             'outputs will be NaN', logging.WARNING)
+        _log(
+            f'{report.source}: {len(report.nonfinite)} tensors hold NaN or infinity: {listed(report.nonfinite)}; '
+            'outputs will be NaN',
+            logging.WARNING,
+        )
 
 
 def _log(message: str, level: int) -> None:

@@ -149,8 +149,11 @@ def load_from_mmcls(filename: str, map_location: Any = None) -> Any:
 
     content = load_from_http(_look_up(filename, get_mmcls_models()), map_location)
     state_dict, _ = names.unwrap(content, source=filename)
-    return {'state_dict': {key.removeprefix('backbone.'): value for key, value in state_dict.items()
-                           if key.startswith('backbone.')}}
+    return {
+        'state_dict': {
+            key.removeprefix('backbone.'): value for key, value in state_dict.items() if key.startswith('backbone.')
+        }
+    }
 
 
 def load_from_ceph(filename: str, map_location: Any = None, backend: str = 'petrel') -> Any:

@@ -53,8 +53,9 @@ def unwrap(content: Any, *, key: str | None = None, source: str = 'checkpoint') 
         found = ', '.join(printable(str(name)) for name in list(content)[:6]) or 'nothing'
     else:
         found = f'a {type(content).__name__}'
-    raise CheckpointError(f'{source}: holds no weights; expected a dict with '
-                          f'{key or " or ".join(LAYOUTS)}, found {found}')
+    raise CheckpointError(
+        f'{source}: holds no weights; expected a dict with {key or " or ".join(LAYOUTS)}, found {found}'
+    )
 
 
 def _tensors_only(state_dict: Mapping[Any, Any], source: str) -> Mapping[str, Any]:
@@ -91,7 +92,7 @@ def to_project(state_dict: Mapping[str, Any]) -> tuple[OrderedDict[str, Any], di
     tensors = dict(state_dict)
     for wrapper in _WRAPPERS:
         if tensors and all(key.startswith(wrapper) for key in tensors):
-            tensors = {key[len(wrapper):]: value for key, value in tensors.items()}
+            tensors = {key[len(wrapper) :]: value for key, value in tensors.items()}
     averaged = {f'ema_{key.replace(".", "_")}' for key in tensors if '.' in key}
     dropped: dict[str, list[str]] = {}
     for key in list(tensors):
@@ -169,8 +170,10 @@ def rope_tables(state_dict: Mapping[str, Any], prefix: str, image_size: int) -> 
     for match in filter(None, map(pattern.fullmatch, list(state_dict))):
         weight = state_dict[match[0]]
         if weight.dim() != 2:
-            raise UserError(f'{match[0]}: shape {tuple(weight.shape)}, expected (out, in) of a linear layer; '
-                            'these are no weights of a MILA, so there are no RoPE tables for them')
+            raise UserError(
+                f'{match[0]}: shape {tuple(weight.shape)}, expected (out, in) of a linear layer; '
+                'these are no weights of a MILA, so there are no RoPE tables for them'
+            )
         side, quarter = image_size // 4 // 2 ** int(match[1]), weight.shape[1] // 4
         theta = 1 / (10000 ** (torch.arange(quarter) / quarter))
         turns = torch.arange(side)[:, None] * theta
@@ -200,6 +203,12 @@ def describe(state_dict: Mapping[str, Any], prefix: str = '') -> str:
     stem = state_dict.get(f'{prefix}patch_embed.conv3.1.conv.weight')
     width = stem.shape[0] if stem is not None and stem.dim() else 0
     blocks = tuple(depths[stage] for stage in sorted(depths))
-    name = next((name for name, arch in ARCHS.items()
-                 if blocks and arch.embed_dim == width and arch.depths[: len(blocks)] == blocks), 'custom')
+    name = next(
+        (
+            name
+            for name, arch in ARCHS.items()
+            if blocks and arch.embed_dim == width and arch.depths[: len(blocks)] == blocks
+        ),
+        'custom',
+    )
     return f'MILA {name} (width {width}, depths {" ".join(map(str, blocks))})'

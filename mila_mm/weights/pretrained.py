@@ -56,8 +56,13 @@ class _Pretrained:
         """Load the weights and note where they came from."""
         options = self.options
         load_backbone(
-            module, options['checkpoint'], prefix=options.get('prefix'), strict=options.get('strict', True),
-            adapt_in_channels=options.get('adapt_in_channels', False), key=options.get('key'))
+            module,
+            options['checkpoint'],
+            prefix=options.get('prefix'),
+            strict=options.get('strict', True),
+            adapt_in_channels=options.get('adapt_in_channels', False),
+            key=options.get('key'),
+        )
         if hasattr(module, '_params_init_info'):
             from mmengine.model import update_init_info
 
@@ -72,8 +77,12 @@ def _is_pretrained(cfg: Any) -> bool:
 def _check(cfg: Mapping[str, Any]) -> None:
     unknown = sorted(set(cfg) - _OPTIONS)
     if unknown:
-        raise UserError(f'init_cfg of type Pretrained: unknown option {", ".join(unknown)}; '
-                        f'expected some of {", ".join(sorted(_OPTIONS))}')
+        raise UserError(
+            f'init_cfg of type Pretrained: unknown option {", ".join(unknown)}; '
+            f'expected some of {", ".join(sorted(_OPTIONS))}'
+        )
     if not isinstance(cfg.get('checkpoint'), str) or not cfg['checkpoint']:
-        raise UserError(f'init_cfg of type Pretrained: expected a checkpoint, got {cfg.get("checkpoint")!r}; '
-                        "say checkpoint='mila://tiny-in1k' or a path")
+        raise UserError(
+            f'init_cfg of type Pretrained: expected a checkpoint, got {cfg.get("checkpoint")!r}; '
+            "say checkpoint='mila://tiny-in1k' or a path"
+        )

@@ -55,15 +55,25 @@ class PublishedFile:
 
 def _classifier(arch: str, share: str, top1: float) -> PublishedFile:
     return PublishedFile(
-        name=f'{arch}-in1k', task='classification', arch=arch, url=_SHARE.format(share),
-        layout='model', prefix='', result=f'ImageNet-1K top-1 {top1}',
+        name=f'{arch}-in1k',
+        task='classification',
+        arch=arch,
+        url=_SHARE.format(share),
+        layout='model',
+        prefix='',
+        result=f'ImageNet-1K top-1 {top1}',
     )
 
 
 def _detector(arch: str, schedule: str, share: str, box_ap: float, mask_ap: float) -> PublishedFile:
     return PublishedFile(
-        name=f'mask-rcnn-{arch}-{schedule}', task='detection', arch=arch, url=_SHARE.format(share),
-        layout='state_dict', prefix='backbone.', result=f'COCO box AP {box_ap}, mask AP {mask_ap}',
+        name=f'mask-rcnn-{arch}-{schedule}',
+        task='detection',
+        arch=arch,
+        url=_SHARE.format(share),
+        layout='state_dict',
+        prefix='backbone.',
+        result=f'COCO box AP {box_ap}, mask AP {mask_ap}',
     )
 
 
@@ -77,8 +87,13 @@ _FILES = (
     _detector('small', '3x', 'b501c886982e4c7f926d', 50.5, 44.9),
     _detector('base', '1x', '826278b01bed4df2bbc1', 50.5, 45.0),
     PublishedFile(
-        name='upernet-base-160k', task='segmentation', arch='base', url=_SHARE.format('41760d4a531a4ffc9cbf'),
-        layout='state_dict', prefix='backbone.', result='ADE20K mIoU 51.9',
+        name='upernet-base-160k',
+        task='segmentation',
+        arch='base',
+        url=_SHARE.format('41760d4a531a4ffc9cbf'),
+        layout='state_dict',
+        prefix='backbone.',
+        result='ADE20K mIoU 51.9',
     ),
 )
 

@@ -58,5 +58,7 @@ def restore_random_state(state: dict[str, Any], rank: int = 0) -> None:
         if 'cuda' in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state['cuda'].cpu())
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f'random_state of the checkpoint cannot be restored ({type(error).__name__}: {error}); '
-                              'was the file written by this version?') from error
+        raise CheckpointError(
+            f'random_state of the checkpoint cannot be restored ({type(error).__name__}: {error}); '
+            'was the file written by this version?'
+        ) from error

@@ -27,15 +27,31 @@ from mila_mm.weights.standins import REGISTRATIONS, STAND_INS, plain
 
 # What torch's own list would let pass and no checkpoint of weights needs (subclasses, constructors
 # that allocate by a number in the file, sparse and quantised tensors) is left out.
-_TORCH_NAMES = frozenset({
-    'collections.OrderedDict', 'collections.Counter', 'torch.Size', 'torch.device', 'torch.nn.parameter.Parameter',
-    'torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_tensor_v3',
-    'torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state',
-    'torch.storage.UntypedStorage', 'torch.storage.TypedStorage',
-    '_codecs.encode', '__builtin__.set', 'builtins.set', 'builtins.complex',
-})
-_DTYPES = frozenset(f'torch.{name}' for name, value in vars(torch).items()
-                    if isinstance(value, torch.dtype) and not name.startswith(('q', 'bits')))
+_TORCH_NAMES = frozenset(
+    {
+        'collections.OrderedDict',
+        'collections.Counter',
+        'torch.Size',
+        'torch.device',
+        'torch.nn.parameter.Parameter',
+        'torch._utils._rebuild_tensor',
+        'torch._utils._rebuild_tensor_v2',
+        'torch._utils._rebuild_tensor_v3',
+        'torch._utils._rebuild_parameter',
+        'torch._utils._rebuild_parameter_with_state',
+        'torch.storage.UntypedStorage',
+        'torch.storage.TypedStorage',
+        '_codecs.encode',
+        '__builtin__.set',
+        'builtins.set',
+        'builtins.complex',
+    }
+)
+_DTYPES = frozenset(
+    f'torch.{name}'
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype) and not name.startswith(('q', 'bits'))
+)
 _STORAGE = re.compile(r'torch(\.cuda)?\.[A-Z][A-Za-z0-9]*Storage')
 # pickles of protocol 2 spell Python 3's builtins so
 _OLD_MODULES = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}
@@ -107,8 +123,11 @@ def _cause(error: BaseException) -> str:
         return 'written with another pickle protocol than torch.save uses by default; save it again with the default'
     for marker in ('WeightsUnpickler error: ', 'Weights only load failed. '):
         text = text.rpartition(marker)[2]
-    lines = [line for line in text.split('\n\nCheck the documentation')[0].splitlines()
-             if line.strip() and 'weights_only' not in line]
+    lines = [
+        line
+        for line in text.split('\n\nCheck the documentation')[0].splitlines()
+        if line.strip() and 'weights_only' not in line
+    ]
     words = lines[-1].strip() if lines else ''
     return f'truncated, damaged, or no weights: {type(error).__name__}{": " if words else ""}{words[:200]}'
 
@@ -125,8 +144,10 @@ def _modern(name: str) -> str:
 def _refuse(path: Path, names: set[str]) -> None:
     listed = ', '.join(printable(name) for name in sorted(names)[:_SHOWN])
     more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-    raise UnsafeCheckpointError(f'{path}: names {listed}{more}, which no file of weights needs\n'
-                                'Unpickling such names can run any code: nothing of the file was run or read.')
+    raise UnsafeCheckpointError(
+        f'{path}: names {listed}{more}, which no file of weights needs\n'
+        'Unpickling such names can run any code: nothing of the file was run or read.'
+    )
 
 
 def _screen_zip(path: Path) -> None:
@@ -150,8 +171,10 @@ def _screen_legacy(path: Path) -> None:
         scans = _screen(path, [Scan(data) for _ in range(5)])
         declared, held = sum(scans[3].storages.values()), len(data) - scans[4].position
     if declared > held:
-        raise CheckpointError(f'{path}: declares {declared:,} bytes of tensors, holds {held:,}; '
-                              'truncated, damaged, or made to exhaust memory')
+        raise CheckpointError(
+            f'{path}: declares {declared:,} bytes of tensors, holds {held:,}; '
+            'truncated, damaged, or made to exhaust memory'
+        )
 
 
 def _screen(path: Path, scans: list[Scan]) -> list[Scan]:
@@ -172,8 +195,10 @@ def _screen(path: Path, scans: list[Scan]) -> list[Scan]:
     if bad:
         _refuse(path, bad)
     if problem is not None:
-        raise CheckpointError(f'{path}: its pickle is truncated, damaged, or not of weights '
-                              f'({type(problem).__name__}: {printable(str(problem))})') from problem
+        raise CheckpointError(
+            f'{path}: its pickle is truncated, damaged, or not of weights '
+            f'({type(problem).__name__}: {printable(str(problem))})'
+        ) from problem
     return scans
 
 
@@ -203,8 +228,10 @@ def _check_tensors(path: Path, content: Any) -> None:
                 raise CheckpointError(f'{path}: holds a tensor without stored values ({value.layout}, {value.device})')
             left -= value.numel() * value.element_size()
             if left < 0:
-                raise CheckpointError(f'{path}: its tensors, one of shape {tuple(value.shape)}, claim more than '
-                                      f'{_SHARING} x the {size:,} bytes of the file; made to exhaust memory?')
+                raise CheckpointError(
+                    f'{path}: its tensors, one of shape {tuple(value.shape)}, claim more than '
+                    f'{_SHARING} x the {size:,} bytes of the file; made to exhaust memory?'
+                )
         elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
             seen.add(id(value))
             stack.extend(value.values() if isinstance(value, dict) else value)

@@ -62,9 +62,15 @@ class LoadReport:
 
     def problems(self) -> list[str]:
         """Return what did not match, a line for each kind."""
-        return [f'{len(keys)} {what}: {listed(keys)}' for what, keys in (
-            ('missing', self.missing), ('unexpected', self.unexpected), ('of another shape or type', self.mismatched),
-        ) if keys]
+        return [
+            f'{len(keys)} {what}: {listed(keys)}'
+            for what, keys in (
+                ('missing', self.missing),
+                ('unexpected', self.unexpected),
+                ('of another shape or type', self.mismatched),
+            )
+            if keys
+        ]
 
     def __str__(self) -> str:
         parts = [f'{self.loaded} tensors loaded']
@@ -90,8 +96,10 @@ def advice(report: LoadReport, tensors: Mapping[str, Any], own: Mapping[str, Any
     if theirs is None and ours is not None:
         return 'There is no MILA in the file; is it of another model?'
     if theirs == '' and ours:
-        return ('The file holds a backbone only: give it to the backbone, '
-                "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...), not to load_from.")
+        return (
+            'The file holds a backbone only: give it to the backbone, '
+            "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...), not to load_from."
+        )
     stem = [entry for entry in report.mismatched if entry.partition(': ')[0].endswith(names.STEM)]
     if stem and len(stem) == len(report.problems()) == len(report.mismatched):
         return 'Only the number of input channels differs: adapt_in_channels=True converts the stem.'
@@ -99,5 +107,7 @@ def advice(report: LoadReport, tensors: Mapping[str, Any], own: Mapping[str, Any
         file_arch, model_arch = names.describe(tensors, theirs), names.describe(own, ours)
         if file_arch != model_arch:
             return f'The file is of {file_arch}, the model is {model_arch}.'
-    return ('If the difference is meant (another number of classes, say), load_strict=False takes what fits '
-            '(--cfg-options load_strict=False).')
+    return (
+        'If the difference is meant (another number of classes, say), load_strict=False takes what fits '
+        '(--cfg-options load_strict=False).'
+    )

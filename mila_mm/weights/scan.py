@@ -17,8 +17,21 @@ _MAX_DEPTH = 100
 # Units of work, about 100 bytes or 50 ns each, that any file may cost, and that each byte of its pickle may add.
 _WORK, _WORK_PER_BYTE = 1 << 20, 4
 _CHARACTERS_PER_UNIT = 64
-_ITEM_SIZES = {'Double': 8, 'Float': 4, 'Half': 2, 'BFloat16': 2, 'Long': 8, 'Int': 4, 'Short': 2, 'Char': 1, 'Byte': 1,
-               'Bool': 1, 'ComplexDouble': 16, 'ComplexFloat': 8, 'Untyped': 1}
+_ITEM_SIZES = {
+    'Double': 8,
+    'Float': 4,
+    'Half': 2,
+    'BFloat16': 2,
+    'Long': 8,
+    'Int': 4,
+    'Short': 2,
+    'Char': 1,
+    'Byte': 1,
+    'Bool': 1,
+    'ComplexDouble': 16,
+    'ComplexFloat': 8,
+    'Untyped': 1,
+}
 # Types that files name to say what a storage is; called with a number they would allocate as much.
 _NEVER_CALLED = frozenset({'torch.storage.UntypedStorage', 'torch.storage.TypedStorage'})
 _LONG_PUT, _PUT, _GET, _LONG_GET, _BYTE, _STOP = b'rqhjK.'
@@ -123,7 +136,7 @@ class Scan:
                 at = self.position
 
     def _take(self, count: int) -> bytes:
-        taken = self.data[self.position:self.position + count]
+        taken = self.data[self.position : self.position + count]
         if len(taken) < count:
             raise ValueError('the data ends inside the pickle')
         self.position += count
@@ -266,12 +279,32 @@ def _makes_tuple(count: int) -> Callable[[Scan], None]:
 
 
 _OPCODES: dict[int, Callable[[Scan], None]] = {
-    0x80: Scan._protocol, ord('('): Scan._mark, ord('t'): Scan._marked_tuple, ord('c'): Scan._global,
-    ord('X'): Scan._string, ord('U'): Scan._bytes_string, 0x8a: Scan._long, ord('a'): Scan._append,
-    ord('e'): Scan._extend, ord('s'): Scan._set_one, ord('u'): Scan._set_marked, ord('R'): Scan._call,
-    0x81: Scan._call, ord('b'): Scan._build, ord('Q'): Scan._storage, ord(')'): _pushes('tuple'),
-    ord(']'): _pushes('list'), ord('}'): _pushes('dict'), 0x8f: _pushes('object'),
-    ord('N'): _pushes_constant(None), 0x88: _pushes_constant(True), 0x89: _pushes_constant(False),
-    ord('M'): _pushes_number('<H'), ord('J'): _pushes_number('<i'), ord('G'): _pushes_number('>d'),
-    0x85: _makes_tuple(1), 0x86: _makes_tuple(2), 0x87: _makes_tuple(3),
+    0x80: Scan._protocol,
+    ord('('): Scan._mark,
+    ord('t'): Scan._marked_tuple,
+    ord('c'): Scan._global,
+    ord('X'): Scan._string,
+    ord('U'): Scan._bytes_string,
+    0x8A: Scan._long,
+    ord('a'): Scan._append,
+    ord('e'): Scan._extend,
+    ord('s'): Scan._set_one,
+    ord('u'): Scan._set_marked,
+    ord('R'): Scan._call,
+    0x81: Scan._call,
+    ord('b'): Scan._build,
+    ord('Q'): Scan._storage,
+    ord(')'): _pushes('tuple'),
+    ord(']'): _pushes('list'),
+    ord('}'): _pushes('dict'),
+    0x8F: _pushes('object'),
+    ord('N'): _pushes_constant(None),
+    0x88: _pushes_constant(True),
+    0x89: _pushes_constant(False),
+    ord('M'): _pushes_number('<H'),
+    ord('J'): _pushes_number('<i'),
+    ord('G'): _pushes_number('>d'),
+    0x85: _makes_tuple(1),
+    0x86: _makes_tuple(2),
+    0x87: _makes_tuple(3),
 }

@@ -103,7 +103,8 @@ class _Text:
         """Return the parts joined as a path joins them."""
         # a path joined with itself again and again would double with each turn; one part alone cannot grow
         if not all(isinstance(arg, str) for arg in args) or (
-                len(args) > 1 and sum(len(arg) + 1 for arg in args) > _MAX_PATH):
+            len(args) > 1 and sum(len(arg) + 1 for arg in args) > _MAX_PATH
+        ):
             raise UnpicklingError(f'a path of more than {_MAX_PATH} characters, or not made of strings')
         return re.sub('/+', '/', '/'.join(args))
 
@@ -226,13 +227,31 @@ def _names(stand_in: Any, *paths: str) -> dict[str, Any]:
 # The full name in a file -> what answers to it.
 STAND_INS: dict[str, Any] = {
     **_names(Namespace, 'argparse.Namespace', 'types.SimpleNamespace'),
-    **_names(_Mapping, 'yacs.config.CfgNode', 'fvcore.common.config.CfgNode', 'detectron2.config.config.CfgNode',
-             'iopath.common.config.CfgNode', 'addict.addict.Dict', 'addict.Dict', 'mmcv.utils.config.ConfigDict',
-             'mmengine.config.config.ConfigDict', 'collections.defaultdict', 'easydict.EasyDict'),
+    **_names(
+        _Mapping,
+        'yacs.config.CfgNode',
+        'fvcore.common.config.CfgNode',
+        'detectron2.config.config.CfgNode',
+        'iopath.common.config.CfgNode',
+        'addict.addict.Dict',
+        'addict.Dict',
+        'mmcv.utils.config.ConfigDict',
+        'mmengine.config.config.ConfigDict',
+        'collections.defaultdict',
+        'easydict.EasyDict',
+    ),
     **_names(ConfigFile, 'mmcv.utils.config.Config', 'mmengine.config.config.Config'),
-    **_names(_Text, 'pathlib.PosixPath', 'pathlib.WindowsPath', 'pathlib.PurePosixPath', 'pathlib.PureWindowsPath',
-             'pathlib.Path', 'pathlib._local.PosixPath', 'pathlib._local.WindowsPath',
-             'torch.torch_version.TorchVersion'),
+    **_names(
+        _Text,
+        'pathlib.PosixPath',
+        'pathlib.WindowsPath',
+        'pathlib.PurePosixPath',
+        'pathlib.PureWindowsPath',
+        'pathlib.Path',
+        'pathlib._local.PosixPath',
+        'pathlib._local.WindowsPath',
+        'torch.torch_version.TorchVersion',
+    ),
     'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
     'mmengine.logging.message_hub.MessageHub': MessageHub,
     'builtins.getattr': history_method,
@@ -307,8 +326,10 @@ class _Plain:
             metadata = value.__dict__.get('_metadata')
             if isinstance(metadata, dict):
                 result._metadata = OrderedDict(
-                    (name, {'version': entry['version']}) for name, entry in metadata.items()
-                    if isinstance(name, str) and isinstance(entry, dict) and type(entry.get('version')) is int)
+                    (name, {'version': entry['version']})
+                    for name, entry in metadata.items()
+                    if isinstance(name, str) and isinstance(entry, dict) and type(entry.get('version')) is int
+                )
             return result
         if kind in (dict, Counter):
             return kind({self.convert(k): self.convert(v) for k, v in value.items()})

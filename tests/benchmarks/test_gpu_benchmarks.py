@@ -16,8 +16,14 @@ from torch import nn
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / 'benchmarks'
 MACHINE = {'gpu': 'some GPU', 'driver': '1', 'torch': '2', 'triton': '3', 'commit': 'c' * 40, 'date': '2026-01-01'}
-TIMES = {'forward': {'median': 1.0}, 'both': {'median': 3.0}, 'forward_graph': None, 'both_graph': None,
-         'forward_peak_bytes': 2**30, 'both_peak_bytes': 2**31}
+TIMES = {
+    'forward': {'median': 1.0},
+    'both': {'median': 3.0},
+    'forward_graph': None,
+    'both_graph': None,
+    'forward_peak_bytes': 2**30,
+    'both_peak_bytes': 2**31,
+}
 NAMES = pytest.mark.parametrize('name', ['attention_op', 'block_fusions', 'backbone'])
 Run = Callable[..., int]
 
@@ -41,6 +47,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 @pytest.fixture
 def run(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Run a benchmark on two sizes; ``measured`` receives what it measures and may raise."""
+
     def run(name: str, measured: Callable[[str], None], *argv: str, commit: str = MACHINE['commit']) -> int:
         module, measure = load(name), load('measure')
         cpu = torch.device('cpu')
@@ -50,8 +57,9 @@ def run(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_
         monkeypatch.setattr(module, 'require_kernels', lambda: None, raising=False)
         monkeypatch.setattr(module, 'worst_errors', lambda *_: (0.0, 0.0), raising=False)
         monkeypatch.setattr(module, 'difference', lambda *_: 0.0, raising=False)
-        monkeypatch.setattr(module, 'models', lambda arch, names, backend: {n: nn.Identity() for n in names},
-                            raising=False)
+        monkeypatch.setattr(
+            module, 'models', lambda arch, names, backend: {n: nn.Identity() for n in names}, raising=False
+        )
         monkeypatch.setattr(module, 'draw', lambda *_: [torch.zeros(4, device=cpu)] * 2, raising=False)
 
         def measure_one(*args: Any) -> dict[str, Any]:
@@ -59,10 +67,28 @@ def run(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_
             return dict(TIMES)
 
         monkeypatch.setattr(module, 'measure_one', measure_one)
-        one = {'attention_op': ['--stages', '1'], 'block_fusions': ['--stages', '1', '--fusions', 'dwc_silu'],
-               'backbone': []}[name]
-        monkeypatch.setattr(sys, 'argv', [name, '--sizes', '64x64x1', '64x96x2', '--implementations', 'ours', 'eager',
-                                          '--out', str(tmp_path / 'out.json'), *one, *argv])
+        one = {
+            'attention_op': ['--stages', '1'],
+            'block_fusions': ['--stages', '1', '--fusions', 'dwc_silu'],
+            'backbone': [],
+        }[name]
+        monkeypatch.setattr(
+            sys,
+            'argv',
+            [
+                name,
+                '--sizes',
+                '64x64x1',
+                '64x96x2',
+                '--implementations',
+                'ours',
+                'eager',
+                '--out',
+                str(tmp_path / 'out.json'),
+                *one,
+                *argv,
+            ],
+        )
         return module.main()
 
     return run
@@ -118,19 +144,35 @@ def test_a_write_that_fails_leaves_the_file(load: Callable[[str], ModuleType], t
 
 
 def fusion_row(dtype: str, batch: int, implementation: str, milliseconds: float) -> dict[str, Any]:
-    return {'fusion': 'dwc_silu', 'dtype': dtype, 'stage': 'dwc_silu 1', 'implementation': implementation,
-            'image': [224, 224], 'batch': batch, 'both': {'median': milliseconds}, 'both_graph': None}
+    return {
+        'fusion': 'dwc_silu',
+        'dtype': dtype,
+        'stage': 'dwc_silu 1',
+        'implementation': implementation,
+        'image': [224, 224],
+        'batch': batch,
+        'both': {'median': milliseconds},
+        'both_graph': None,
+    }
 
 
 def test_verdicts_pool_neither_dtypes_nor_sizes(load: Callable[[str], ModuleType]) -> None:
     rows = []
     for dtype, batch, ours in (('bf16', 1, 1.0), ('bf16', 8, 4.0), ('fp32', 1, 4.0)):
-        rows += [fusion_row(dtype, batch, 'ours', ours), fusion_row(dtype, batch, 'eager', 9.0),
-                 fusion_row(dtype, batch, 'compiled', 2.0)]
+        rows += [
+            fusion_row(dtype, batch, 'ours', ours),
+            fusion_row(dtype, batch, 'eager', 9.0),
+            fusion_row(dtype, batch, 'compiled', 2.0),
+        ]
     lines = load('block_fusions').verdicts(rows)
     said = {line.partition(',')[2].partition(':')[0].strip(): line.partition(': ')[2] for line in lines}
-    assert list(said) == ['bf16, all sizes', 'bf16, 224 x 224, batch 1', 'bf16, 224 x 224, batch 8',
-                          'fp32, all sizes', 'fp32, 224 x 224, batch 1']
+    assert list(said) == [
+        'bf16, all sizes',
+        'bf16, 224 x 224, batch 1',
+        'bf16, 224 x 224, batch 8',
+        'fp32, all sizes',
+        'fp32, 224 x 224, batch 1',
+    ]
     assert said['bf16, 224 x 224, batch 1'].startswith('WINS, 2.00 x')
     assert said['bf16, 224 x 224, batch 8'].startswith('LOSES, 0.50 x')
     assert said['fp32, all sizes'].startswith('LOSES, 0.50 x')
@@ -138,15 +180,28 @@ def test_verdicts_pool_neither_dtypes_nor_sizes(load: Callable[[str], ModuleType
 
 
 def row(implementation: str, forward: float, both: float, peak: float, **more: Any) -> dict[str, Any]:
-    return {'dtype': 'bf16', 'implementation': implementation, 'image': [800, 1280], 'correct': True,
-            'forward': {'median': forward}, 'both': {'median': both}, 'forward_peak_bytes': 2**30,
-            'both_peak_bytes': peak * 2**30, **more}
+    return {
+        'dtype': 'bf16',
+        'implementation': implementation,
+        'image': [800, 1280],
+        'correct': True,
+        'forward': {'median': forward},
+        'both': {'median': both},
+        'forward_peak_bytes': 2**30,
+        'both_peak_bytes': peak * 2**30,
+        **more,
+    }
 
 
 @pytest.fixture
-def report(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-           capsys: pytest.CaptureFixture[str]) -> Callable[[dict[str, Any]], str]:
+def report(
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[[dict[str, Any]], str]:
     """Print the report of a document."""
+
     def report(document: dict[str, Any]) -> str:
         path = tmp_path / 'result.json'
         path.write_text(json.dumps({'machine': MACHINE, **document}))
@@ -159,8 +214,12 @@ def report(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, t
 
 def test_report_of_a_backbone(report: Callable[[dict[str, Any]], str]) -> None:
     step = {'arch': 'tiny', 'batch': 2}
-    rows = [row('eager', 20, 50, 4, **step), row('compiled', 10, 28, 3, **step), row('ours', 8, 20, 1.5, **step),
-            row('ours-fused', 6, 25, 1.8, **step)]
+    rows = [
+        row('eager', 20, 50, 4, **step),
+        row('compiled', 10, 28, 3, **step),
+        row('ours', 8, 20, 1.5, **step),
+        row('ours-fused', 6, 25, 1.8, **step),
+    ]
     out = report({'benchmark': 'backbone', 'rows': rows})
     assert '| eager ms | compiled ms | ours ms | ours-fused ms |' in out
     assert '| 50.000 | 28.000 | 20.000 | 25.000 | 2.5 x | 1.4 x |  | 4.00, 3.00, 1.50, 1.80 |' in out
@@ -173,21 +232,25 @@ def test_report_of_a_backbone(report: Callable[[dict[str, Any]], str]) -> None:
         f'- MISSED: {title} ours-fused: 2.00 x eager, goal 2.5 x',
         f'- met: {title} ours-fused: 0.45 of the peak memory of eager, goal 0.5',
         f'- MISSED: {title} ours-fused: 1.12 x compiled, goal 1.3 x',
-        f'- MISSED: {title} ours-fused: 0.60 of the peak memory of compiled, goal 0.5']
+        f'- MISSED: {title} ours-fused: 0.60 of the peak memory of compiled, goal 0.5',
+    ]
 
 
 def test_report_of_the_op(report: Callable[[dict[str, Any]], str]) -> None:
     rows = []
     for stage, share in zip((1, 2, 3, 4), (80, 69, 71, 20), strict=True):
         case = {'stage': stage, 'batch': 8}
-        rows += [row('eager', 8, 14, 4, **case), row('ours', 1 + (stage == 4), 2, 1, forward_percent_of_copy=share,
-                                                     both_percent_of_copy=50, **case)]
+        rows += [
+            row('eager', 8, 14, 4, **case),
+            row('ours', 1 + (stage == 4), 2, 1, forward_percent_of_copy=share, both_percent_of_copy=50, **case),
+        ]
     out = report({'benchmark': 'attention_op', 'copy_bandwidth': 4e12, 'rows': rows})
     assert [line for line in out.splitlines() if line.startswith('- ')] == [
         '- met: forward of stage 1, batch 8: 80 % of copy bandwidth, goal 70 %',
         '- MISSED: forward of stage 2, batch 8: 69 % of copy bandwidth, goal 70 %',
         '- met: forward of stage 3, batch 8: 71 % of copy bandwidth, goal 70 %',
         '- MISSED: forward of all attentions of MILA-T, batch 8: 6.5 x eager, goal 8 x',
-        '- met: forward + backward of all attentions of MILA-T, batch 8: 7.0 x eager, goal 6 x']
+        '- met: forward + backward of all attentions of MILA-T, batch 8: 7.0 x eager, goal 6 x',
+    ]
     few = report({'benchmark': 'attention_op', 'copy_bandwidth': 4e12, 'rows': rows[:2]})
     assert [line[:30] for line in few.splitlines() if line.startswith('- ')] == ['- met: forward of stage 1, bat']

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='tests what th
 @pytest.fixture
 def benchmark(monkeypatch):
     """Import a script of benchmarks/ and call its main."""
+
     def run(name: str, *argv: object):
         monkeypatch.syspath_prepend(str(BENCHMARKS))
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, argv)])

@@ -13,8 +13,11 @@ import mila_mm.engine
 from mila_mm.datasets.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(p.relative_to(ROOT / 'configs').as_posix() for p in (ROOT / 'configs').rglob('*.py')
-                 if not {'_base_', 'scale', 'imagenet', 'study', 'swapped', 'study_nano_shapes.py'} & set(p.parts))
+CONFIGS = sorted(
+    p.relative_to(ROOT / 'configs').as_posix()
+    for p in (ROOT / 'configs').rglob('*.py')
+    if not {'_base_', 'scale', 'imagenet', 'study', 'swapped', 'study_nano_shapes.py'} & set(p.parts)
+)
 PAPER = [c for c in CONFIGS if '/' not in c and 'layer_decay' not in c]
 WIDTHS = {'tiny': [64, 128, 256, 512], 'small': [64, 128, 256, 512], 'base': [96, 192, 384, 768]}
 
@@ -42,6 +45,7 @@ def data(tmp_path_factory):
 
 def shrink_sizes(node):
     """Divide every size of the data pipelines by 8."""
+
     def divide(size):
         return [divide(s) for s in size] if isinstance(size, (list, tuple)) else max(size // 8, 8)
 
@@ -87,8 +91,11 @@ def shrink(cfg, data):
         if not cfg.filename.endswith('shapes.py'):
             shrink_sizes(cfg[loader].dataset.pipeline)
         cfg[loader].update(num_workers=0, persistent_workers=False)
-        for old, new in (('data/coco', data / 'coco'), ('data/ade/ADEChallengeData2016', data / 'ade'),
-                         ('data/shapes', data / 'shapes')):
+        for old, new in (
+            ('data/coco', data / 'coco'),
+            ('data/ade/ADEChallengeData2016', data / 'ade'),
+            ('data/shapes', data / 'shapes'),
+        ):
             cfg[loader] = ConfigDict(replace(cfg[loader].to_dict(), old, str(new)))
             for evaluator in ('val_evaluator', 'test_evaluator'):
                 cfg[evaluator] = replace(cfg[evaluator], old, str(new))
@@ -115,8 +122,9 @@ def test_trains_predicts_and_evaluates(name, data, tmp_path, monkeypatch):
     metric = 'val/coco/bbox_mAP' if 'mask_rcnn' in name else 'val/mIoU'
     assert -1 <= history[metric].current() <= 100, 'predictions of the held-out images were evaluated'
     assert (tmp_path / 'run' / 'iter_1.pth').is_file()
-    assert any(v.abs().sum() > 0 for k, v in runner.optim_wrapper.optimizer.state_dict()['state'][0].items()
-               if k == 'exp_avg'), 'the optimizer has moved'
+    assert any(
+        v.abs().sum() > 0 for k, v in runner.optim_wrapper.optimizer.state_dict()['state'][0].items() if k == 'exp_avg'
+    ), 'the optimizer has moved'
 
 
 @pytest.mark.parametrize('name', [c for c in PAPER if c.startswith('mask_rcnn')])

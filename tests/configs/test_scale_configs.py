@@ -43,8 +43,10 @@ def data(tmp_path_factory):
 def sixteenth(node):
     """Divide every size of the pipelines by 16."""
     if isinstance(node, dict):
-        return {key: smaller(value) if key in ('scale', 'scales', 'crop_size') else sixteenth(value)
-                for key, value in node.items()}
+        return {
+            key: smaller(value) if key in ('scale', 'scales', 'crop_size') else sixteenth(value)
+            for key, value in node.items()
+        }
     return type(node)(sixteenth(inner) for inner in node) if isinstance(node, (list, tuple)) else node
 
 
@@ -86,8 +88,9 @@ def shrunken(name, data, folder):
     return path
 
 
-@pytest.mark.parametrize('name', ['mask_rcnn_mila_t_lsj_1024.py', 'mask_rcnn_mila_t_1x_sync_bn.py',
-                                  'upernet_mila_t_cityscapes_1024x2048.py'])
+@pytest.mark.parametrize(
+    'name', ['mask_rcnn_mila_t_lsj_1024.py', 'mask_rcnn_mila_t_1x_sync_bn.py', 'upernet_mila_t_cityscapes_1024x2048.py']
+)
 def test_trains_and_evaluates(name, data, tmp_path):
     runner = mila_mm.engine.train(str(shrunken(name, data, tmp_path)), work_dir=str(tmp_path / 'run'))
     history = runner.message_hub.log_scalars
@@ -97,8 +100,9 @@ def test_trains_and_evaluates(name, data, tmp_path):
     if 'upernet' in name:  # tiles of the same model, in the test config
         tiled = shrunken('upernet_mila_t_cityscapes_tiled.py', data, tmp_path)
         options = ['model.tile=64,96', 'model.stride=48,64']
-        metrics = mila_mm.engine.test(str(tiled), str(tmp_path / 'run/iter_2.pth'), work_dir=str(tmp_path / 'test'),
-                                      cfg_options=options)
+        metrics = mila_mm.engine.test(
+            str(tiled), str(tmp_path / 'run/iter_2.pth'), work_dir=str(tmp_path / 'test'), cfg_options=options
+        )
         assert 0 <= metrics['mIoU'] <= 100
 
 
@@ -113,8 +117,14 @@ def test_lsj_1536_is_1024_at_another_size():
     assert types[0] == types[1]
 
 
-@pytest.mark.parametrize(('name', 'total'), [('mask_rcnn_mila_t_lsj_1024.py', 64), ('mask_rcnn_mila_t_lsj_1536.py', 64),
-                                             ('upernet_mila_t_cityscapes_1024x2048.py', 16)])
+@pytest.mark.parametrize(
+    ('name', 'total'),
+    [
+        ('mask_rcnn_mila_t_lsj_1024.py', 64),
+        ('mask_rcnn_mila_t_lsj_1536.py', 64),
+        ('upernet_mila_t_cityscapes_1024x2048.py', 16),
+    ],
+)
 def test_batches_of_eight_gpus_add_up(name, total):
     cfg = Config.fromfile(SCALE / name)
     assert 8 * cfg.train_dataloader.batch_size * cfg.optim_wrapper.accumulative_counts == total
@@ -124,8 +134,11 @@ def test_batches_of_eight_gpus_add_up(name, total):
 def test_amp_fragments_stand_beside_the_other_parts(tmp_path):
     base = SCALE.parent / '_base_'
     for name, expected in (('amp', 'auto'), ('amp_bf16', 'bf16'), ('amp_fp16', 'fp16')):
-        parts = [f'{base}/models/mask_rcnn_mila.py', f'{base}/schedules/mask_rcnn_adamw_1x.py',
-                 f'{base}/precision/{name}.py']
+        parts = [
+            f'{base}/models/mask_rcnn_mila.py',
+            f'{base}/schedules/mask_rcnn_adamw_1x.py',
+            f'{base}/precision/{name}.py',
+        ]
         (tmp_path / f'{name}.py').write_text(f'_base_ = {parts}\ndefault_scope = "mmdet"\n')
         assert load_config(str(tmp_path / f'{name}.py')).amp == expected
 

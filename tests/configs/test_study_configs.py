@@ -44,8 +44,15 @@ def test_a_config_is_its_row_in_milas_recipe(recipe, row):
 
 def test_undecayed_names_are_those_of_parameters():
     init_default_scope('mmdet')
-    model = MODELS.build(dict(type='mila_mm.LinearAttentionTransformer', arch='nano', forget_gate=True, shortcut=True,
-                              positional_encoding='ape'))
+    model = MODELS.build(
+        dict(
+            type='mila_mm.LinearAttentionTransformer',
+            arch='nano',
+            forget_gate=True,
+            shortcut=True,
+            positional_encoding='ape',
+        )
+    )
     for key in ('log_rate', 'shortcut', 'table'):
         names = [n for n, _ in model.named_parameters() if key in n]
         assert len(names) == 5, 'one for each block and nothing else'

@@ -65,21 +65,35 @@ def backend():
 
 def runner(folder: Path, iterations: int, name: str, resume: bool = False) -> FlexibleRunner:
     loader = dict(batch_size=2, num_workers=0, dataset=Ones(), collate_fn=dict(type='pseudo_collate'))
-    cfg = Config(dict(
-        train_cfg=dict(by_epoch=False, max_iters=iterations, val_interval=3), val_cfg=dict(),
-        val_evaluator=dict(type=Step), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
-        train_dataloader=dict(sampler=dict(type='InfiniteSampler', shuffle=True)),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2, save_best='score',
-                                           rule='greater')),
-        randomness=dict(seed=3), strategy=dict(type='SingleDeviceStrategy'), experiment_name=name, log_level='ERROR',
-    ))
+    cfg = Config(
+        dict(
+            train_cfg=dict(by_epoch=False, max_iters=iterations, val_interval=3),
+            val_cfg=dict(),
+            val_evaluator=dict(type=Step),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
+            train_dataloader=dict(sampler=dict(type='InfiniteSampler', shuffle=True)),
+            default_hooks=dict(
+                checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2, save_best='score', rule='greater')
+            ),
+            randomness=dict(seed=3),
+            strategy=dict(type='SingleDeviceStrategy'),
+            experiment_name=name,
+            log_level='ERROR',
+        )
+    )
     make_safe(cfg)
     torch.manual_seed(0)
     train_dataloader = {**loader, **cfg.pop('train_dataloader')}
     val_dataloader = dict(sampler=dict(type='DefaultSampler', shuffle=False), **loader)
     made = FlexibleRunner(
-        model=Linear(), work_dir=str(folder), train_dataloader=train_dataloader, val_dataloader=val_dataloader,
-        resume=resume, cfg=cfg, default_scope='mmengine', **cfg
+        model=Linear(),
+        work_dir=str(folder),
+        train_dataloader=train_dataloader,
+        val_dataloader=val_dataloader,
+        resume=resume,
+        cfg=cfg,
+        default_scope='mmengine',
+        **cfg,
     )
     settle_resume(made)
     made.train()

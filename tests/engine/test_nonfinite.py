@@ -123,6 +123,7 @@ def test_code_between_modules_in_the_backward():
 
 def test_describe_tells_what_is_wrong():
     text = describe([torch.tensor([1.0, float('nan'), float('-inf'), 3.0]), torch.zeros(2, 3, dtype=torch.bfloat16)])
-    assert text == ('4 float32, 1 NaN and 1 infinite of 4, from 1 to 3, mean 2, std 1; '
-                    '2x3 bfloat16, from 0 to 0, mean 0, std 0')
+    assert text == (
+        '4 float32, 1 NaN and 1 infinite of 4, from 1 to 3, mean 2, std 1; 2x3 bfloat16, from 0 to 0, mean 0, std 0'
+    )
     assert describe(torch.tensor(float('nan'))) == 'scalar float32, 1 NaN and 0 infinite of 1'

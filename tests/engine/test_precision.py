@@ -43,15 +43,20 @@ def test_use_amp_sets_the_wrapper(name, dtype):
     use_amp(cfg, name)  # a dumped config may be trained again
 
 
-@pytest.mark.parametrize(('amp', 'expected'),
-                         [(True, 'auto'), ('auto', 'auto'), ('fp16', 'fp16'), (None, None), (False, None)])
+@pytest.mark.parametrize(
+    ('amp', 'expected'), [(True, 'auto'), ('auto', 'auto'), ('fp16', 'fp16'), (None, None), (False, None)]
+)
 def test_amp_of_a_config(amp, expected):
     assert configured_amp(Config(dict(amp=amp))) == expected
 
 
 def test_wrong_names_are_refused():
-    for make in (lambda: configured_amp(Config(dict(amp='fp8'))), lambda: wrapper('fp32'),
-                 lambda: wrapper('fp16', loss_scale='static'), lambda: wrapper('fp16', loss_scale=-1.0)):
+    for make in (
+        lambda: configured_amp(Config(dict(amp='fp8'))),
+        lambda: wrapper('fp32'),
+        lambda: wrapper('fp16', loss_scale='static'),
+        lambda: wrapper('fp16', loss_scale=-1.0),
+    ):
         with pytest.raises(UserError, match='expected'):
             make()
 
@@ -147,8 +152,9 @@ def test_norm_statistics_are_fp32_under_autocast(dtype):
     expected = nn.functional.batch_norm(maps.double(), None, None, training=True)
     assert (y.double() - expected).abs().max() <= 4 * EPS[dtype] * expected.abs().max()
     assert batch_norm.running_var.dtype == torch.float32
-    torch.testing.assert_close(batch_norm.running_var.double(), 0.9 + 0.1 * maps.double().var((0, 2, 3)),
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        batch_norm.running_var.double(), 0.9 + 0.1 * maps.double().var((0, 2, 3)), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -178,7 +184,7 @@ def test_training_stays_finite(dtype, steps, tmp_path):
         labels = torch.randint(0, 4, (8,))
         images = torch.randn(8, 3, 64, 64) * 0.3
         for image, label in zip(images, labels, strict=True):
-            image[:, 32 * (label // 2):32 * (label // 2) + 32, 32 * (label % 2):32 * (label % 2) + 32] += 2
+            image[:, 32 * (label // 2) : 32 * (label // 2) + 32, 32 * (label % 2) : 32 * (label % 2) + 32] += 2
         with amp.optim_context(model):
             loss = nn.functional.cross_entropy(head(model(images)[0].mean((2, 3))), labels)
         amp.update_params(loss)

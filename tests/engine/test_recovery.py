@@ -29,8 +29,16 @@ def found(folder: Path, **options) -> list[str]:
 
 
 def test_what_a_run_saves_is_found(tmp_path) -> None:
-    for name in ('epoch_3.pth', 'iter_7.pth', 'stop_iter_8.pth', 'best_acc_epoch_3.pth', 'epoch_3-12345678.pth',
-                 'weights.pth', '.iter_9.pth.4.unfinished', 'epoch_x.pth'):
+    for name in (
+        'epoch_3.pth',
+        'iter_7.pth',
+        'stop_iter_8.pth',
+        'best_acc_epoch_3.pth',
+        'epoch_3-12345678.pth',
+        'weights.pth',
+        '.iter_9.pth.4.unfinished',
+        'epoch_x.pth',
+    ):
         (tmp_path / name).touch()
     assert found(tmp_path) == ['epoch_3.pth', 'iter_7.pth', 'stop_iter_8.pth']
 
@@ -88,7 +96,7 @@ def marked_as_folders(path: Path) -> None:
     content = path.read_bytes()
     start = content.index(b'PK\x01\x02')
     while start >= 0:  # the attributes of each record in the directory
-        content = content[: start + 38] + bytes([content[start + 38] | 0x10]) + content[start + 39:]
+        content = content[: start + 38] + bytes([content[start + 38] | 0x10]) + content[start + 39 :]
         start = content.find(b'PK\x01\x02', start + 1)
     path.write_bytes(content)
 
@@ -103,10 +111,12 @@ DAMAGE = {
     'gone': (Path.unlink, 'no such file'),
     'weights alone': (lambda path: torch.save({'state_dict': {}}, path), 'no state of a training run'),
     'no optimizer': (
-        lambda path: torch.save(dict(state_dict={}, meta=dict(iter=9), message_hub={}), path), 'no optimizer state'
+        lambda path: torch.save(dict(state_dict={}, meta=dict(iter=9), message_hub={}), path),
+        'no optimizer state',
     ),
     'no iteration': (
-        lambda path: torch.save(dict(state_dict={}, meta={}, message_hub={}, optimizer={}), path), 'which iteration'
+        lambda path: torch.save(dict(state_dict={}, meta={}, message_hub={}, optimizer={}), path),
+        'which iteration',
     ),
     'another model': (lambda path: write(path, 9, model=nn.Linear(3, 2)), 'does not fit'),
     'a model with more': (lambda path: write(path, 9, model=nn.Sequential(nn.Linear(2, 2))), 'does not fit'),

@@ -69,7 +69,7 @@ def test_epochs_continue_in_the_middle(workers, grouped) -> None:
     for done in range(per_epoch):
         if done in (0, 1, per_epoch - 1) or not workers:
             rest = epochs(loader(workers, grouped=grouped, **options), 1, 3, done)
-            assert same(rest, straight[per_epoch + done:]), done
+            assert same(rest, straight[per_epoch + done :]), done
 
 
 def test_augmentation_differs_between_epochs_and_samples() -> None:

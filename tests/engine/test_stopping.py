@@ -227,6 +227,7 @@ def test_other_ranks_leave_the_first_word_to_rank_0(monkeypatch, capfd, error, l
 @pytest.mark.parametrize(('error', 'left'), [(None, True), (UserError('wrong'), False)])
 def test_the_process_group_is_left_after_a_success(tmp_path, error, left) -> None:
     """After a failure the other ranks may never come to leave it with this one."""
+
     def main(_) -> None:
         torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
         if error is not None:

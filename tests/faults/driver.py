@@ -166,8 +166,10 @@ class Faults:
             check(not list(work_dir.rglob('.*.unfinished')), 'full disk: a half-written file is left')
             found = newest(work_dir)
             check(found is not None, 'full disk: the checkpoint before is gone')
-            say(f'full disk ({"tmpfs" if tmpfs else "file size limit"}): {ended.err.splitlines()[0].split("/")[-1]}; '
-                f'{found.name} is whole')
+            say(
+                f'full disk ({"tmpfs" if tmpfs else "file size limit"}): {ended.err.splitlines()[0].split("/")[-1]}; '
+                f'{found.name} is whole'
+            )
             again = Path(shutil.copytree(work_dir, self.folder / f'{work_dir.name}_again'))
         self.finish(again, '--resume')
         compare(self.folder / 'reference', again)
@@ -223,8 +225,10 @@ def compare(expected: Path, got: Path) -> None:
         one, two = (torch.load(folder / name, weights_only=False) for folder in (expected, got))
         different = sorted(differences(one, two))
         check(not different, f'{got.name}/{name} differs from the undisturbed run in {different[:10]}')
-    check([p.name for p in sorted(expected.glob('*.pth'))] == [p.name for p in sorted(got.glob('*.pth'))],
-          f'{got.name}: other checkpoints are left than in the undisturbed run')
+    check(
+        [p.name for p in sorted(expected.glob('*.pth'))] == [p.name for p in sorted(got.glob('*.pth'))],
+        f'{got.name}: other checkpoints are left than in the undisturbed run',
+    )
 
 
 def differences(one: Any, two: Any, key: str = '') -> Iterator[str]:
@@ -265,8 +269,12 @@ def write_config(folder: Path, task: str, iterations: int) -> Path:
     write_shapes(folder / 'shapes', num_train=10, num_val=2, size=64, seed=0)
     text = (HERE / f'{task}.config').read_text()
     path = folder / f'{task}.py'
-    path.write_text(text.replace('$ROOT', str(ROOT)).replace('$DATA', str(folder / 'shapes'))
-                    .replace('$ITERATIONS', str(iterations)).replace('$EPOCHS', str(iterations // 5)))
+    path.write_text(
+        text.replace('$ROOT', str(ROOT))
+        .replace('$DATA', str(folder / 'shapes'))
+        .replace('$ITERATIONS', str(iterations))
+        .replace('$EPOCHS', str(iterations // 5))
+    )
     return path
 
 

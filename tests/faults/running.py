@@ -135,9 +135,7 @@ class Run:
         os.close(self.hearing)
         os.close(self.telling)
         _, status = os.waitpid(self.pid, 0)
-        return Ended(
-            os.waitstatus_to_exitcode(status), self.log.read_text(), self.log.with_suffix('.err').read_text()
-        )
+        return Ended(os.waitstatus_to_exitcode(status), self.log.read_text(), self.log.with_suffix('.err').read_text())
 
 
 def start(argv: list[str], log: Path, launch: str, announce: bool = True) -> Run:

@@ -143,8 +143,9 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(job) -> None:
 @pytest.mark.parametrize(('signum', 'status'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_before_there_are_ranks_ends_the_launcher(job, signum, status) -> None:
     early = job(f'early_{status}')
-    while not Path(f'/proc/{early.process.pid}/cmdline').read_bytes().count(b'_torchrun.py') \
-            or not handles(early.process.pid, signal.SIGUSR1):
+    while not Path(f'/proc/{early.process.pid}/cmdline').read_bytes().count(b'_torchrun.py') or not handles(
+        early.process.pid, signal.SIGUSR1
+    ):
         assert early.process.poll() is None, early.err.read_text()
         time.sleep(0.01)
     early.process.send_signal(signum)

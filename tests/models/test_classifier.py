@@ -50,6 +50,7 @@ def released(released_weights):
 
 # What timm tests of every model.
 
+
 def test_timm_knows_the_names_and_their_weights():
     assert timm.list_models('mila*') == sorted(NAMES)
     assert timm.list_models('mila*', pretrained=True) == [f'{n}.in1k' for n in sorted(NAMES)]
@@ -117,7 +118,8 @@ def test_features_only(name):
     assert model.feature_info.channels() == list(arch.dims) and model.feature_info.reduction() == [4, 8, 16, 32]
     maps = model(image(1, 3, 75, 101))
     assert [tuple(m.shape) for m in maps] == [
-        (1, c, h, w) for c, h, w in zip(arch.dims, (19, 10, 5, 3), (26, 13, 7, 4), strict=True)]
+        (1, c, h, w) for c, h, w in zip(arch.dims, (19, 10, 5, 3), (26, 13, 7, 4), strict=True)
+    ]
     assert all(m.isfinite().all() for m in maps)
 
 
@@ -187,12 +189,19 @@ def test_grad_checkpointing_changes_nothing():
 @pytest.mark.parametrize('coarse', [False, True])
 def test_layer_groups_rise_with_depth(coarse):
     from timm.models import group_parameters
+
     model = micro()
     groups = group_parameters(model, model.group_matcher(coarse), reverse=True)
     assert set(groups) == {n for n, _ in model.named_parameters()}
     assert groups['patch_embed.conv1.conv.weight'] == 0
-    order = ['patch_embed.conv1.conv.weight', 'layers.0.blocks.0.norm1.weight', 'layers.2.blocks.0.norm1.weight',
-             'layers.2.blocks.1.norm1.weight', 'layers.3.blocks.0.norm1.weight', 'head.weight']
+    order = [
+        'patch_embed.conv1.conv.weight',
+        'layers.0.blocks.0.norm1.weight',
+        'layers.2.blocks.0.norm1.weight',
+        'layers.2.blocks.1.norm1.weight',
+        'layers.3.blocks.0.norm1.weight',
+        'head.weight',
+    ]
     depths = [groups[n] for n in order]
     assert depths == sorted(depths) and (coarse or depths[2] < depths[3])
 
@@ -208,6 +217,7 @@ def test_drop_path_and_dropout_reach_the_model():
 
 # Weights.
 
+
 @pytest.mark.parametrize('how', ['load_state_dict', 'load_pretrained', 'checkpoint_path', 'overlay'])
 @torch.no_grad()
 def test_equals_the_released_classifier(how, released, tmp_path, monkeypatch):
@@ -220,8 +230,11 @@ def test_equals_the_released_classifier(how, released, tmp_path, monkeypatch):
         model.load_pretrained(file)
     else:
         monkeypatch.setitem(ARCHS, 'tiny', ARCHS['nano'].__class__(**MICRO))
-        where = (dict(checkpoint_path=str(file)) if how == 'checkpoint_path' else
-                 dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file), num_classes=10)))
+        where = (
+            dict(checkpoint_path=str(file))
+            if how == 'checkpoint_path'
+            else dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file), num_classes=10))
+        )
         model = create_model('mila_tiny', num_classes=10, **where).eval()
     x = torch.from_numpy(np.random.default_rng(7).standard_normal((2, 3, 64, 64)).astype(np.float32))
     expected = np.load(DATA / 'data' / 'parity' / 'outputs.npz')['micro_cls_64x64_logits']
@@ -241,8 +254,12 @@ def test_pretrained_fetches_by_name_and_adapts_head_and_stem(tmp_path, monkeypat
     assert torch.equal(model.layers[3].blocks[0].attn.qk.weight, published.layers[3].blocks[0].attn.qk.weight)
     grey = image(1, 1, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(model.forward_features(grey),
-                                   published.eval().forward_features(grey.expand(1, 3, 32, 32)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            model.forward_features(grey),
+            published.eval().forward_features(grey.expand(1, 3, 32, 32)),
+            rtol=1e-3,
+            atol=1e-4,
+        )
     assert create_model('mila_tiny', pretrained=True, num_classes=0).num_classes == 0
     features = create_model('mila_tiny', pretrained=True, features_only=True)
     assert torch.equal(features.model.layers[0].blocks[0].mlp.fc1.weight, published.layers[0].blocks[0].mlp.fc1.weight)
@@ -250,6 +267,7 @@ def test_pretrained_fetches_by_name_and_adapts_head_and_stem(tmp_path, monkeypat
 
 def test_weights_of_another_size_are_refused(tmp_path):
     from mila_mm.weights import MismatchError
+
     torch.save({'model': MILAClassifier('nano').state_dict()}, tmp_path / 'nano.pth')
     model = micro()
     with pytest.raises(MismatchError, match='MILA nano'):
@@ -270,17 +288,21 @@ torch.save({'model': model.state_dict()}, sys.argv[1])
 timm.create_model('mila_tiny', num_classes=3).load_pretrained(sys.argv[1])
 print(model(torch.rand(1, 3, 32, 32)).shape)
 """
-    done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'w.pth')], capture_output=True, text=True,
-                          check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path / 'w.pth')], capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == 'torch.Size([1, 3])'
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(num_classes=-1), 'num_classes'),
-    (dict(global_pool='middle'), 'middle'),
-    (dict(global_pool=''), 'num_classes=0'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(num_classes=-1), 'num_classes'),
+        (dict(global_pool='middle'), 'middle'),
+        (dict(global_pool=''), 'num_classes=0'),
+    ],
+)
 def test_arguments_that_make_no_model(arguments, message):
     with pytest.raises(ValueError, match=message):
         micro(**arguments)

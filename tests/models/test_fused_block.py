@@ -36,8 +36,13 @@ def test_equals_the_modules(fused, with_cp):
     for a, b in zip(fused_maps, maps, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for name, grad in grads.items():
-        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item() + 1e-7,
-                                   msg=lambda m, name=name: f'{name}: {m}')
+        torch.testing.assert_close(
+            fused_grads[name],
+            grad,
+            rtol=1e-3,
+            atol=1e-4 * grad.abs().max().item() + 1e-7,
+            msg=lambda m, name=name: f'{name}: {m}',
+        )
 
 
 def test_each_choice_changes_what_runs(monkeypatch):
@@ -48,8 +53,12 @@ def test_each_choice_changes_what_runs(monkeypatch):
         original = getattr(layers, name)
         monkeypatch.setattr(layers, name, lambda *a, o=original, n=name, **k: called.append(n) or o(*a, **k))
     image = torch.rand(1, 3, 32, 32)
-    expected = {False: [], ('cpe_norm',): ['cpe_norm'] * 6, ('dwc_silu',): ['dwc_silu'] * 3,
-                True: ['cpe_norm', 'dwc_silu', 'cpe_norm'] * 3}
+    expected = {
+        False: [],
+        ('cpe_norm',): ['cpe_norm'] * 6,
+        ('dwc_silu',): ['dwc_silu'] * 3,
+        True: ['cpe_norm', 'dwc_silu', 'cpe_norm'] * 3,
+    }
     for fused, calls in expected.items():
         called.clear()
         model = MILA(**SMALL, fused=fused).eval()

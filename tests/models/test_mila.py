@@ -55,6 +55,7 @@ def test_an_image_alone_equals_the_image_in_a_batch():
 @pytest.mark.parametrize('library', ['mmengine', 'mmdet', 'mmseg', 'mila_mm'])
 def test_builds_by_name_in_any_registry_and_scope(library, type_):
     import mila_mm.models  # noqa: F401 - 'MILA' alone works once this is imported
+
     registry = importlib.import_module(f'{library}.registry').MODELS
     assert isinstance(registry.build(dict(type=type_, arch=MICRO)), MILA)
     DefaultScope.get_instance('test', scope_name='mmdet' if library == 'mmseg' else 'mmseg')
@@ -82,7 +83,8 @@ def test_frozen_stages(frozen_stages):
     for _ in range(2):  # the mode is set anew before every epoch
         model.train()
         frozen = ('patch_embed',) * (frozen_stages >= 0) + tuple(
-            f'{part}{i}' for i in range(max(frozen_stages, 0)) for part in ('layers.', 'norm'))
+            f'{part}{i}' for i in range(max(frozen_stages, 0)) for part in ('layers.', 'norm')
+        )
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == (not name.startswith(tuple(f + '.' for f in frozen))), name
         before = copy.deepcopy(model.patch_embed.state_dict())
@@ -114,6 +116,7 @@ def test_norm_cfg():
 @pytest.mark.parametrize('trained', [False, True])
 def test_folding_a_batch_norm_equals_applying_it(trained):
     from mila_mm.models.layers import ConvLayer
+
     layer = ConvLayer(6, 8, 3, bias=trained, norm_layer=torch.nn.BatchNorm2d).double()
     with torch.no_grad():
         layer.norm.running_mean.normal_()
@@ -127,13 +130,17 @@ def test_folding_a_batch_norm_equals_applying_it(trained):
     plain = torch.relu(layer.norm(layer.conv(x)))
     torch.testing.assert_close(folded, plain)
     leaves = [x, *layer.parameters()]
-    for a, b in zip(torch.autograd.grad((folded * weight).sum(), leaves),
-                    torch.autograd.grad((plain * weight).sum(), leaves), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((folded * weight).sum(), leaves),
+        torch.autograd.grad((plain * weight).sum(), leaves),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
 def test_hooks_on_a_folded_layer_fire():
     from mila_mm.models.layers import ConvLayer
+
     layer = ConvLayer(3, 4, 3, norm_layer=torch.nn.BatchNorm2d).eval()
     seen = []
     handle = layer.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
@@ -190,6 +197,7 @@ def test_drop_path_rises_linearly():
 
 def test_rope_is_in_no_state_dict_and_computed_once_per_size(monkeypatch):
     from mila_mm.ops import rope
+
     assert not any('rope' in k or 'rotation' in k for k in MILA(MICRO).state_dict())
     mila_mm.ops.clear_rope_cache()
     built = []
@@ -221,8 +229,9 @@ def test_autocast(dtype):
     with torch.autocast('cpu', dtype=dtype):
         maps = model(image)
         sum(m.float().square().mean() for m in maps).backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
-               for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+    )
     exact = model(image)
     for got, expected in zip(maps, exact, strict=True):
         error = (got.float() - expected).abs().max() / expected.abs().max()
@@ -256,19 +265,23 @@ def test_in_channels():
     assert MILA(MICRO, in_channels=5)(torch.rand(2, 5, 32, 32))[0].shape == (2, 16, 8, 8)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    (dict(arch='huge'), r'one of nano, tiny, small, base.*huge'),
-    (dict(arch=dict(embed_dim=16, depths=(1, 1))), r'exactly embed_dim, depths, num_heads'),
-    (dict(arch=dict(embed_dim=18, depths=(1,), num_heads=(1,))), r'multiple of 4.*18'),
-    (dict(arch=dict(embed_dim=16, depths=(1, 1), num_heads=(1, 3))), r'3 heads for width 32 in stage 1'),
-    (dict(arch=dict(embed_dim=16, depths=(1, 1), num_heads=(1,))), r'one for each stage'),
-    (dict(arch=MICRO, out_indices=(0, 4)), r'stages from 0 to 3'),
-    (dict(arch=MICRO, out_indices=()), r'stages from 0 to 3'),
-    (dict(arch=MICRO, frozen_stages=5), r'frozen_stages from -1 to 4'),
-    (dict(arch=MICRO, drop_path_rate=1.0), r'drop_path_rate in \[0, 1\)'),
-    (dict(arch=MICRO, attn_backend='cuda'), r'attn_backend to be one of auto, triton, reference'),
-    (dict(arch=MICRO, mlp_ratio=0), r'mlp_ratio above 0'),
-], ids=lambda v: v if isinstance(v, str) else '')
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(arch='huge'), r'one of nano, tiny, small, base.*huge'),
+        (dict(arch=dict(embed_dim=16, depths=(1, 1))), r'exactly embed_dim, depths, num_heads'),
+        (dict(arch=dict(embed_dim=18, depths=(1,), num_heads=(1,))), r'multiple of 4.*18'),
+        (dict(arch=dict(embed_dim=16, depths=(1, 1), num_heads=(1, 3))), r'3 heads for width 32 in stage 1'),
+        (dict(arch=dict(embed_dim=16, depths=(1, 1), num_heads=(1,))), r'one for each stage'),
+        (dict(arch=MICRO, out_indices=(0, 4)), r'stages from 0 to 3'),
+        (dict(arch=MICRO, out_indices=()), r'stages from 0 to 3'),
+        (dict(arch=MICRO, frozen_stages=5), r'frozen_stages from -1 to 4'),
+        (dict(arch=MICRO, drop_path_rate=1.0), r'drop_path_rate in \[0, 1\)'),
+        (dict(arch=MICRO, attn_backend='cuda'), r'attn_backend to be one of auto, triton, reference'),
+        (dict(arch=MICRO, mlp_ratio=0), r'mlp_ratio above 0'),
+    ],
+    ids=lambda v: v if isinstance(v, str) else '',
+)
 def test_a_wrong_argument_says_expected_and_got(options, message):
     with pytest.raises(ValueError, match=message):
         MILA(**options)

@@ -58,8 +58,13 @@ def test_classifier_logits(released_weights):
     shapes = json.loads(keys.read_text())
     weights = released_weights({k: v for k, v in shapes.items() if not k.endswith('rope.rotations')})
     model = MILA(MICRO, out_indices=(3,)).eval()
-    model.load_state_dict({k.replace('norm.', 'norm3.') if k.startswith('norm.') else k: v
-                           for k, v in weights.items() if not k.startswith('head.')})
+    model.load_state_dict(
+        {
+            k.replace('norm.', 'norm3.') if k.startswith('norm.') else k: v
+            for k, v in weights.items()
+            if not k.startswith('head.')
+        }
+    )
     pooled = model(released_image((2, 3, 64, 64)))[0].mean(dim=(2, 3))
     logits = torch.nn.functional.linear(pooled, weights['head.weight'], weights['head.bias']).numpy()
     expected = OUTPUTS['micro_cls_64x64_logits']
@@ -75,8 +80,10 @@ def test_parameter_count(arch, millions):
 
 def test_the_yardstick_of_the_benchmarks_is_the_same_model(released_weights):
     import sys
+
     sys.path.insert(0, str(DATA.parents[2] / 'benchmarks'))
     from transcription import TranscribedMILA
+
     sys.path.pop(0)
     yardstick = TranscribedMILA('tiny').eval()
     yardstick.load_state_dict(released_weights({k: v.shape for k, v in yardstick.state_dict().items()}))

@@ -16,12 +16,15 @@ from mila_mm.models import STUDY_ROWS, LinearAttentionClassifier, LinearAttentio
 
 MICRO = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
 # Every row, and combinations that no row has
-VARIANTS = {**STUDY_ROWS,
-            'mamba': dict(block='mamba', input_gate=True, forget_gate=True, shortcut=True, normalization=False,
-                          single_head=True),
-            'all encodings': dict(positional_encoding=('ape', 'lepe', 'cpe', 'rope'), forget_gate=True),
-            'mila, gated': dict(block='mila', positional_encoding=('lepe', 'cpe', 'rope'), input_gate=True),
-            'single head, rope': dict(single_head=True, positional_encoding='rope')}
+VARIANTS = {
+    **STUDY_ROWS,
+    'mamba': dict(
+        block='mamba', input_gate=True, forget_gate=True, shortcut=True, normalization=False, single_head=True
+    ),
+    'all encodings': dict(positional_encoding=('ape', 'lepe', 'cpe', 'rope'), forget_gate=True),
+    'mila, gated': dict(block='mila', positional_encoding=('lepe', 'cpe', 'rope'), input_gate=True),
+    'single head, rope': dict(single_head=True, positional_encoding='rope'),
+}
 EACH = pytest.mark.parametrize('options', VARIANTS.values(), ids=VARIANTS)
 
 
@@ -30,9 +33,20 @@ def micro(**options):
 
 
 # Table 1 and 2 of the paper: millions of parameters and 10^9 multiply-adds, with 1000 classes at 224 x 224
-PRINTED = {'baseline': (28, 4.5), 'input_gate': (29, 4.5), 'forget_gate': (29, 4.8), 'shortcut': (28, 4.5),
-           'no_normalization': (28, 4.5), 'single_head': (24, 3.9), 'block_all': (28, 4.7),
-           'block_substitute': (31, 4.8), 'ape': (30, 4.5), 'lepe': (28, 4.5), 'cpe': (28, 4.5), 'rope': (28, 4.5)}
+PRINTED = {
+    'baseline': (28, 4.5),
+    'input_gate': (29, 4.5),
+    'forget_gate': (29, 4.8),
+    'shortcut': (28, 4.5),
+    'no_normalization': (28, 4.5),
+    'single_head': (24, 3.9),
+    'block_all': (28, 4.7),
+    'block_substitute': (31, 4.8),
+    'ape': (30, 4.5),
+    'lepe': (28, 4.5),
+    'cpe': (28, 4.5),
+    'rope': (28, 4.5),
+}
 
 
 @functools.cache
@@ -185,15 +199,19 @@ def test_a_switch_changes_what_it_says_and_nothing_else():
         return {k: tuple(v.shape) for k, v in micro(**options).state_dict().items()}
 
     base = names()
-    for row, added in {'input_gate': ['delta.down.weight', 'delta.up.weight', 'delta.up.bias'],
-                       'forget_gate': ['delta.down.weight', 'delta.up.weight', 'delta.up.bias',
-                                       'forget_gate.log_rate'],
-                       'shortcut': ['shortcut'], 'no_normalization': [], 'rope': [],
-                       'lepe': ['lepe.weight', 'lepe.bias']}.items():
+    for row, added in {
+        'input_gate': ['delta.down.weight', 'delta.up.weight', 'delta.up.bias'],
+        'forget_gate': ['delta.down.weight', 'delta.up.weight', 'delta.up.bias', 'forget_gate.log_rate'],
+        'shortcut': ['shortcut'],
+        'no_normalization': [],
+        'rope': [],
+        'lepe': ['lepe.weight', 'lepe.bias'],
+    }.items():
         now = names(**STUDY_ROWS[row])
         assert base.items() <= now.items()
         assert sorted(k for k in now if k not in base and k.startswith('layers.0.')) == sorted(
-            f'layers.0.blocks.0.attn.{a}' for a in added)
+            f'layers.0.blocks.0.attn.{a}' for a in added
+        )
     single = names(single_head=True)
     assert single['layers.3.blocks.0.attn.qk.weight'] == (2 * 32, 128)
     assert [k for k in base if single[k] != base[k] and '.qk.' not in k] == []
@@ -240,7 +258,7 @@ def test_builds_by_name_in_any_registry(library, type_):
 def test_out_indices(out_indices, layout):
     model = micro(layout=layout, out_indices=out_indices).train()
     maps = model(torch.rand(2, 3, 64, 64))
-    assert [m.shape[1] for m in maps] == [16 * 2**(i % 4) for i in out_indices]
+    assert [m.shape[1] for m in maps] == [16 * 2 ** (i % 4) for i in out_indices]
     sum(m.square().sum() for m in maps).backward()
     assert all(p.grad is not None for p in model.parameters()), 'a parameter that no output uses breaks DDP'
 
@@ -249,7 +267,8 @@ def test_out_indices(out_indices, layout):
 def test_frozen_stages_and_norm_eval(frozen_stages):
     model = micro(layout='mila', forget_gate=True, frozen_stages=frozen_stages, norm_eval=True)
     frozen = ('patch_embed.',) * (frozen_stages >= 0) + tuple(
-        f'{part}{i}.' for i in range(max(frozen_stages, 0)) for part in ('layers.', 'norm'))
+        f'{part}{i}.' for i in range(max(frozen_stages, 0)) for part in ('layers.', 'norm')
+    )
     for _ in range(2):
         model.train()
         for name, parameter in model.named_parameters():
@@ -281,20 +300,27 @@ def test_the_trunk_needs_no_framework_and_traces():
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    (dict(block='conv'), "expected block to be one of transformer, mamba, mila, got 'conv'"),
-    (dict(layout='vit'), "expected layout to be one of swin, mila, got 'vit'"),
-    (dict(positional_encoding=('rope', 'alibi')), 'positional_encoding to be any of ape, lepe, cpe, rope'),
-    (dict(expansion=2.0), "no expansion with block 'transformer'"),
-    (dict(block='mila', expansion=-1.0), r'expected expansion and qk_ratio above 0, got \(-1.0, -1.0\)'),
-    (dict(block='mila', conv_kernel_size=4), 'expected conv_kernel_size to be an odd number, got 4'),
-    (dict(gate_reduction=0), 'expected gate_reduction of at least 1, got 0'),
-    (dict(qk_ratio=0.8), r'expected widths divisible by 1 heads, and that of q and k with RoPE by 4|divisible by 2'),
-    (dict(img_size=(1, 2, 3)), r'expected img_size to be a side or \(height, width\)'),
-    (dict(arch='small'), 'expected arch to be one of nano, tiny or a dict'),
-    (dict(drop_path_rate=1.0), 'expected drop_path_rate in'),
-    (dict(out_indices=(4,)), 'expected out_indices to be different stages'),
-], ids=lambda value: '-'.join(value) if isinstance(value, dict) else '')
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(block='conv'), "expected block to be one of transformer, mamba, mila, got 'conv'"),
+        (dict(layout='vit'), "expected layout to be one of swin, mila, got 'vit'"),
+        (dict(positional_encoding=('rope', 'alibi')), 'positional_encoding to be any of ape, lepe, cpe, rope'),
+        (dict(expansion=2.0), "no expansion with block 'transformer'"),
+        (dict(block='mila', expansion=-1.0), r'expected expansion and qk_ratio above 0, got \(-1.0, -1.0\)'),
+        (dict(block='mila', conv_kernel_size=4), 'expected conv_kernel_size to be an odd number, got 4'),
+        (dict(gate_reduction=0), 'expected gate_reduction of at least 1, got 0'),
+        (
+            dict(qk_ratio=0.8),
+            r'expected widths divisible by 1 heads, and that of q and k with RoPE by 4|divisible by 2',
+        ),
+        (dict(img_size=(1, 2, 3)), r'expected img_size to be a side or \(height, width\)'),
+        (dict(arch='small'), 'expected arch to be one of nano, tiny or a dict'),
+        (dict(drop_path_rate=1.0), 'expected drop_path_rate in'),
+        (dict(out_indices=(4,)), 'expected out_indices to be different stages'),
+    ],
+    ids=lambda value: '-'.join(value) if isinstance(value, dict) else '',
+)
 def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         LinearAttentionTransformer(**{'arch': MICRO} | options)

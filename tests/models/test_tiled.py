@@ -22,13 +22,29 @@ def segmentor(out_channels=5, tile=(40, 48), stride=(24, 32)):
     if out_channels == 1:
         options = dict(num_classes=2, out_channels=1, threshold=0.5)
     return EncoderDecoder(
-        data_preprocessor=dict(type='SegDataPreProcessor', mean=[120.0, 110, 100], std=[60.0, 61, 62], bgr_to_rgb=True,
-                               pad_val=0, seg_pad_val=255),
-        backbone=dict(type='mila_mm.MILA', arch=dict(embed_dim=16, depths=(1, 1), num_heads=(1, 1)),
-                      out_indices=(0, 1)),
-        decode_head=dict(type='FCNHead', in_channels=32, in_index=1, channels=8, num_convs=1, norm_cfg=dict(type='BN'),
-                         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=out_channels == 1), **options),
-        test_cfg=ConfigDict(mode='slide', crop_size=tile, stride=stride)).eval()
+        data_preprocessor=dict(
+            type='SegDataPreProcessor',
+            mean=[120.0, 110, 100],
+            std=[60.0, 61, 62],
+            bgr_to_rgb=True,
+            pad_val=0,
+            seg_pad_val=255,
+        ),
+        backbone=dict(
+            type='mila_mm.MILA', arch=dict(embed_dim=16, depths=(1, 1), num_heads=(1, 1)), out_indices=(0, 1)
+        ),
+        decode_head=dict(
+            type='FCNHead',
+            in_channels=32,
+            in_index=1,
+            channels=8,
+            num_convs=1,
+            norm_cfg=dict(type='BN'),
+            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=out_channels == 1),
+            **options,
+        ),
+        test_cfg=ConfigDict(mode='slide', crop_size=tile, stride=stride),
+    ).eval()
 
 
 def batch(*sizes):
@@ -37,9 +53,20 @@ def batch(*sizes):
     return dict(inputs=[torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes], data_samples=samples)
 
 
-@pytest.mark.parametrize(('size', 'tiles', 'out_channels'), [
-    ((40, 48), 1, 5), ((64, 80), 3, 5), ((97, 131), 3, 5), ((97, 131), 1, 1), ((33, 200), 2, 5), ((120, 41), 1, 5),
-    ((20, 30), 1, 5), ((41, 49), 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    ('size', 'tiles', 'out_channels'),
+    [
+        ((40, 48), 1, 5),
+        ((64, 80), 3, 5),
+        ((97, 131), 3, 5),
+        ((97, 131), 1, 1),
+        ((33, 200), 2, 5),
+        ((120, 41), 1, 5),
+        ((20, 30), 1, 5),
+        ((41, 49), 4, 1),
+    ],
+    ids=str,
+)
 def test_labels_are_those_of_mmseg(size, tiles, out_channels):
     model = segmentor(out_channels)
     tiled = TiledSegmentor(model, tile=(40, 48), stride=(24, 32), tiles_per_batch=tiles)
@@ -62,14 +89,24 @@ def test_several_images_of_different_sizes():
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 def test_sums_in_16_bits_change_few_labels(dtype):
     model = segmentor()
-    maps = [TiledSegmentor(model, (40, 48), (24, 32), logits_dtype=d).test_step(batch((97, 131)))[0].pred_sem_seg.data
-            for d in ('float32', dtype)]
+    maps = [
+        TiledSegmentor(model, (40, 48), (24, 32), logits_dtype=d).test_step(batch((97, 131)))[0].pred_sem_seg.data
+        for d in ('float32', dtype)
+    ]
     assert (maps[0] != maps[1]).float().mean() < 0.02
 
 
-@pytest.mark.parametrize(('length', 'tile', 'stride', 'expected'),
-                         [(10, 10, 5, [0]), (3, 10, 5, [0]), (11, 10, 5, [0, 1]), (15, 10, 5, [0, 5]),
-                          (26, 10, 5, [0, 5, 10, 15, 16]), (30, 10, 10, [0, 10, 20])])
+@pytest.mark.parametrize(
+    ('length', 'tile', 'stride', 'expected'),
+    [
+        (10, 10, 5, [0]),
+        (3, 10, 5, [0]),
+        (11, 10, 5, [0, 1]),
+        (15, 10, 5, [0, 5]),
+        (26, 10, 5, [0, 5, 10, 15, 16]),
+        (30, 10, 10, [0, 10, 20]),
+    ],
+)
 def test_tile_starts(length, tile, stride, expected):
     assert tile_starts(length, tile, stride) == expected
 
@@ -81,8 +118,11 @@ def test_an_image_that_was_resized_is_refused():
         TiledSegmentor(segmentor()).test_step(data)
 
 
-@pytest.mark.parametrize('options', [dict(tile=(8, 8), stride=(9, 8)), dict(stride=(0, 8)), dict(tiles_per_batch=0),
-                                     dict(logits_dtype='int8')], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [dict(tile=(8, 8), stride=(9, 8)), dict(stride=(0, 8)), dict(tiles_per_batch=0), dict(logits_dtype='int8')],
+    ids=str,
+)
 def test_refuses_what_makes_no_sense(options):
     with pytest.raises(ValueError, match='TiledSegmentor: expected'):
         TiledSegmentor(segmentor(), **options)

@@ -12,8 +12,14 @@ from mila_mm.ops import mila_attention, mila_attention_reference, rope_tables
 from mila_mm.ops.rope import rope_grid
 
 # batch, height, width, channels, heads: odd; a head across the halves of RoPE; one row, one column, one token; wide
-SHAPES = [(2, 7, 11, 64, 2), (1, 5, 9, 96, 3), (1, 1, 13, 64, 2), (1, 13, 1, 64, 4), (1, 1, 1, 32, 1),
-          (3, 4, 16, 32, 2)]
+SHAPES = [
+    (2, 7, 11, 64, 2),
+    (1, 5, 9, 96, 3),
+    (1, 1, 13, 64, 2),
+    (1, 13, 1, 64, 4),
+    (1, 1, 1, 32, 1),
+    (3, 4, 16, 32, 2),
+]
 
 
 def draw(batch, height, width, channels, dtype=torch.float64, mean=0.0, seed=0):
@@ -57,8 +63,11 @@ def by_the_formula(qk, v, weight, bias, height, width, heads, gate):
         for channel in range(c):
             head = range(channel // d * d, channel // d * d + d)
             z = 1 / (sum(f[token][i] * sum(f[m][c + i] for m in range(n)) / n for i in head) + 1e-6)
-            total = sum(sum(rotated[token][0][i] * rotated[m][1][i] for i in head) * v[m, channel]
-                        for m in range(n)) / n * z
+            total = (
+                sum(sum(rotated[token][0][i] * rotated[m][1][i] for i in head) * v[m, channel] for m in range(n))
+                / n
+                * z
+            )
             total += bias[channel]
             for dy in (-1, 0, 1):
                 for dx in (-1, 0, 1):
@@ -128,9 +137,11 @@ def test_torch_func_takes_the_reference():
         return mila_attention(qk, v, weight, bias, (2, 3), 2, gate, backend=backend)
 
     direction = torch.randn(qk.shape, dtype=qk.dtype)
-    for transform in (lambda f: torch.func.jvp(f, (qk,), (direction,))[1],
-                      lambda f: torch.func.grad(lambda x: f(x).square().sum())(qk),
-                      lambda f: torch.func.vmap(f)(torch.stack((qk, -qk)))):
+    for transform in (
+        lambda f: torch.func.jvp(f, (qk,), (direction,))[1],
+        lambda f: torch.func.grad(lambda x: f(x).square().sum())(qk),
+        lambda f: torch.func.vmap(f)(torch.stack((qk, -qk))),
+    ):
         got = transform(attend)
         assert got.abs().sum() > 0
         torch.testing.assert_close(got, transform(lambda x: attend(x, 'reference')))
@@ -179,20 +190,23 @@ def test_one_token_attends_to_itself_alone(heads, mean, seed):
 def test_linear_in_the_values(height, width, factor, seed):
     inputs = draw(1, height, width, 32, seed=seed)
     other = torch.randn_like(inputs[1])
+
     def attend(v):
         return mila_attention(inputs[0], v, inputs[2], torch.zeros_like(inputs[3]), (height, width), 2)
+
     torch.testing.assert_close(attend(inputs[1] + factor * other), attend(inputs[1]) + factor * attend(other))
 
 
-@pytest.mark.parametrize('layout', ['sliced', 'channels_last', 'transposed_qk', 'expanded_grad', 'transposed_grad',
-                                    'offset'])
+@pytest.mark.parametrize(
+    'layout', ['sliced', 'channels_last', 'transposed_qk', 'expanded_grad', 'transposed_grad', 'offset']
+)
 def test_layouts(layout):
     batch, height, width, channels = 2, 5, 6, 32
     inputs = draw(batch, height, width, channels)
     grad = torch.randn(batch, 30, channels, dtype=torch.float64)
     expected_inputs = [t.clone() for t in inputs]
     if layout == 'sliced':
-        inputs[0] = torch.cat([inputs[0], inputs[0]], dim=-1)[..., :2 * channels]
+        inputs[0] = torch.cat([inputs[0], inputs[0]], dim=-1)[..., : 2 * channels]
     elif layout == 'channels_last':
         inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)
         inputs[4] = inputs[4].transpose(1, 2).contiguous().transpose(1, 2)
@@ -262,8 +276,10 @@ def test_eager_cpu_and_the_op_agree():
     grad = torch.randn(2, 35, 64, generator=torch.Generator().manual_seed(4))
     options = (7, 5, 2, 1e-6, 10000.0)
     results = []
-    for function in (lambda: mila_attention(*inputs[:4], (7, 5), 2, inputs[4]),
-                     lambda: torch.ops.mila_mm.attention_forward(*inputs, *options)[0]):
+    for function in (
+        lambda: mila_attention(*inputs[:4], (7, 5), 2, inputs[4]),
+        lambda: torch.ops.mila_mm.attention_forward(*inputs, *options)[0],
+    ):
         y = function()
         results.append((y, *torch.autograd.grad(y, inputs, grad)))
     for eager, op in zip(*results, strict=True):
@@ -308,7 +324,7 @@ def test_rope_tables_grow_and_hold_the_definition():
     again, _ = rope_tables(3, 32, 10000.0, torch.device('cpu'))
     assert again is cos and cos.dtype == torch.float32 and cos.shape[1] == 8
     longer, _ = rope_tables(1000, 32, 10000.0, torch.device('cpu'))
-    assert longer.shape[0] >= 1000 and torch.equal(longer[:cos.shape[0]], cos)
+    assert longer.shape[0] >= 1000 and torch.equal(longer[: cos.shape[0]], cos)
     angle = torch.tensor([3 * 10000 ** (-i / 8) for i in range(8)], dtype=torch.float64)
     torch.testing.assert_close(cos[3].double(), angle.cos(), rtol=0, atol=1e-6)
     torch.testing.assert_close(sin[3].double(), angle.sin(), rtol=0, atol=1e-6)
@@ -316,24 +332,28 @@ def test_rope_tables_grow_and_hold_the_definition():
     assert torch.equal(grid[2 * 6 + 5, :8, 0], cos[2]) and torch.equal(grid[2 * 6 + 5, 8:, 1], sin[5])
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(backend='cuda'), 'backend to be one of auto, triton, reference'),
-    (dict(spatial_shape=(4, 6)), r'v of N = H \* W tokens for spatial_shape \(4, 6\), got 20'),
-    (dict(spatial_shape=20), r'spatial_shape to be \(H, W\), got 20'),
-    (dict(spatial_shape=(4.0, 5.0)), r'spatial_shape to be two integers, got \(4.0, 5.0\)'),
-    (dict(spatial_shape=(-4, -5)), r'spatial_shape \(-4, -5\), got 20'),
-    (dict(num_heads='2'), "num_heads to be an integer, got '2'"),
-    (dict(v=torch.zeros(1, 32, 4, 5)), r'images \(B, C, H, W\) are v.flatten\(2\).transpose\(1, 2\), got'),
-    (dict(qk=torch.zeros(1, 20, 64, device='meta')), 'qk and v on one device, got'),
-    (dict(lepe_bias=torch.zeros(32, dtype=torch.long)), 'lepe_weight and lepe_bias of floating dtypes, got'),
-    (dict(num_heads=3), 'num_heads to divide the width 32, got 3'),
-    (dict(qk=torch.zeros(1, 20, 32)), r'qk of shape \(B, N, 2C\) = \(1, 20, 64\) to go with v, got \(1, 20, 32\)'),
-    (dict(lepe_bias=None), 'lepe_weight and lepe_bias, or neither'),
-    (dict(lepe_weight=torch.zeros(32, 3, 3)), r'lepe_weight of shape \(32, 1, 3, 3\)'),
-    (dict(gate=torch.zeros(1, 20, 16)), 'gate of the shape of v'),
-    (dict(gate=torch.zeros(1, 20, 32, dtype=torch.half)), 'gate of the dtype of v'),
-    (dict(v=torch.zeros(1, 20, 32, dtype=torch.half)), 'qk and v both fp16, bf16, fp32 or fp64, got'),
-], ids=lambda x: '' if isinstance(x, str) else next(iter(x)))
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(backend='cuda'), 'backend to be one of auto, triton, reference'),
+        (dict(spatial_shape=(4, 6)), r'v of N = H \* W tokens for spatial_shape \(4, 6\), got 20'),
+        (dict(spatial_shape=20), r'spatial_shape to be \(H, W\), got 20'),
+        (dict(spatial_shape=(4.0, 5.0)), r'spatial_shape to be two integers, got \(4.0, 5.0\)'),
+        (dict(spatial_shape=(-4, -5)), r'spatial_shape \(-4, -5\), got 20'),
+        (dict(num_heads='2'), "num_heads to be an integer, got '2'"),
+        (dict(v=torch.zeros(1, 32, 4, 5)), r'images \(B, C, H, W\) are v.flatten\(2\).transpose\(1, 2\), got'),
+        (dict(qk=torch.zeros(1, 20, 64, device='meta')), 'qk and v on one device, got'),
+        (dict(lepe_bias=torch.zeros(32, dtype=torch.long)), 'lepe_weight and lepe_bias of floating dtypes, got'),
+        (dict(num_heads=3), 'num_heads to divide the width 32, got 3'),
+        (dict(qk=torch.zeros(1, 20, 32)), r'qk of shape \(B, N, 2C\) = \(1, 20, 64\) to go with v, got \(1, 20, 32\)'),
+        (dict(lepe_bias=None), 'lepe_weight and lepe_bias, or neither'),
+        (dict(lepe_weight=torch.zeros(32, 3, 3)), r'lepe_weight of shape \(32, 1, 3, 3\)'),
+        (dict(gate=torch.zeros(1, 20, 16)), 'gate of the shape of v'),
+        (dict(gate=torch.zeros(1, 20, 32, dtype=torch.half)), 'gate of the dtype of v'),
+        (dict(v=torch.zeros(1, 20, 32, dtype=torch.half)), 'qk and v both fp16, bf16, fp32 or fp64, got'),
+    ],
+    ids=lambda x: '' if isinstance(x, str) else next(iter(x)),
+)
 def test_a_wrong_argument_says_expected_and_got(change, message):
     qk, v, weight, bias, gate = draw(1, 4, 5, 32, torch.float32)
     arguments = dict(qk=qk, v=v, lepe_weight=weight, lepe_bias=bias, spatial_shape=(4, 5), num_heads=2, gate=gate)
@@ -357,5 +377,7 @@ def test_large_sums_do_not_drift():
 
 def test_gate_is_before_its_silu():
     qk, v, weight, bias, gate = draw(1, 4, 5, 32)
-    torch.testing.assert_close(mila_attention(qk, v, weight, bias, (4, 5), 2, gate),
-                               mila_attention(qk, v, weight, bias, (4, 5), 2) * F.silu(gate))
+    torch.testing.assert_close(
+        mila_attention(qk, v, weight, bias, (4, 5), 2, gate),
+        mila_attention(qk, v, weight, bias, (4, 5), 2) * F.silu(gate),
+    )

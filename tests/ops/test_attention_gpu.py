@@ -61,8 +61,16 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def draw(
-    batch: int, height: int, width: int, channels: int, dtype: torch.dtype, lepe: bool = True, gate: bool = True,
-    weight_dtype: torch.dtype = FP32, mean: float = 0.0, seed: int = 0,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    dtype: torch.dtype,
+    lepe: bool = True,
+    gate: bool = True,
+    weight_dtype: torch.dtype = FP32,
+    mean: float = 0.0,
+    seed: int = 0,
 ) -> tuple[list[Tensor | None], Tensor]:
     """Random inputs in the order (qk, v, lepe_weight, lepe_bias, gate), and a gradient of the output."""
     random = torch.Generator('cuda').manual_seed(seed)
@@ -82,7 +90,11 @@ def draw(
 
 
 def run(
-    function: Callable[..., Tensor], inputs: list[Tensor | None], grad_y: Tensor, size: tuple[int, int], heads: int,
+    function: Callable[..., Tensor],
+    inputs: list[Tensor | None],
+    grad_y: Tensor,
+    size: tuple[int, int],
+    heads: int,
     **options: object,
 ) -> dict[str, Tensor]:
     """Output and gradients of an implementation, by name."""
@@ -110,7 +122,12 @@ def errors(got: Tensor, want: Tensor, floor: float = 0.0) -> tuple[float, float]
 
 
 def check(
-    mode: str, inputs: list[Tensor | None], grad_y: Tensor, size: tuple[int, int], heads: int, factor: float = 1.0,
+    mode: str,
+    inputs: list[Tensor | None],
+    grad_y: Tensor,
+    size: tuple[int, int],
+    heads: int,
+    factor: float = 1.0,
     cancelling: bool = False,
 ) -> None:
     """Hold the kernels to the limits of the mode.
@@ -133,9 +150,22 @@ def check(
 
 # batch, height, width, channels, heads
 SHAPES = [
-    (1, 1, 1, 64, 2), (1, 1, 15, 64, 2), (3, 16, 1, 64, 2), (1, 17, 1, 32, 1), (1, 1, 63, 128, 4), (2, 8, 8, 64, 2),
-    (3, 5, 13, 96, 3), (16, 7, 7, 512, 16), (2, 15, 17, 192, 6), (1, 16, 16, 256, 8), (2, 25, 40, 384, 12),
-    (2, 4, 250, 768, 24), (1, 1, 4001, 64, 2), (1, 4001, 1, 64, 2), (3, 57, 33, 128, 4), (1, 200, 334, 64, 2),
+    (1, 1, 1, 64, 2),
+    (1, 1, 15, 64, 2),
+    (3, 16, 1, 64, 2),
+    (1, 17, 1, 32, 1),
+    (1, 1, 63, 128, 4),
+    (2, 8, 8, 64, 2),
+    (3, 5, 13, 96, 3),
+    (16, 7, 7, 512, 16),
+    (2, 15, 17, 192, 6),
+    (1, 16, 16, 256, 8),
+    (2, 25, 40, 384, 12),
+    (2, 4, 250, 768, 24),
+    (1, 1, 4001, 64, 2),
+    (1, 4001, 1, 64, 2),
+    (3, 57, 33, 128, 4),
+    (1, 200, 334, 64, 2),
 ]
 
 

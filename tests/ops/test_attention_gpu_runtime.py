@@ -25,8 +25,11 @@ def draw(batch: int, height: int, width: int, channels: int = 64, dtype: torch.d
         return torch.randn(shape, generator=random, device='cuda', dtype=dtype).requires_grad_()
 
     return (
-        normal(batch, tokens, 2 * channels, dtype=dtype), normal(batch, tokens, channels, dtype=dtype),
-        normal(channels, 1, 3, 3), normal(channels), normal(batch, tokens, channels, dtype=dtype),
+        normal(batch, tokens, 2 * channels, dtype=dtype),
+        normal(batch, tokens, channels, dtype=dtype),
+        normal(channels, 1, 3, 3),
+        normal(channels),
+        normal(batch, tokens, channels, dtype=dtype),
     )
 
 

@@ -59,8 +59,13 @@ def test_gpu_check_imports() -> None:
 def make_gpu_check(python: Path | str, *options: str) -> subprocess.CompletedProcess[str]:
     if shutil.which('make') is None:
         pytest.skip('no make')
-    return subprocess.run(['make', *options, 'gpu-check', f'PYTHON={python}', 'BENCHMARK_FLAGS=--resume'], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ['make', *options, 'gpu-check', f'PYTHON={python}', 'BENCHMARK_FLAGS=--resume'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_gpu_check_collects_its_tests() -> None:
@@ -74,8 +79,11 @@ def test_gpu_check_collects_its_tests() -> None:
 
 def test_every_gpu_test_of_the_ops_is_in_gpu_check() -> None:
     listed = make_gpu_check('python', '-n').stdout
-    marked = [path for path in sorted(Path(__file__).parent.glob('test_*.py'))
-              if re.search(r'^(pytestmark = |@)pytest\.mark\.gpu', path.read_text(), re.MULTILINE)]
+    marked = [
+        path
+        for path in sorted(Path(__file__).parent.glob('test_*.py'))
+        if re.search(r'^(pytestmark = |@)pytest\.mark\.gpu', path.read_text(), re.MULTILINE)
+    ]
     assert len(marked) >= 4
     assert [path.name for path in marked if f'tests/ops/{path.name}' not in listed] == []
 
@@ -88,8 +96,13 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
     python.chmod(0o755)
     run = make_gpu_check(python)
     steps = log.read_text().splitlines()
-    assert [step.split()[0] for step in steps] == ['-c', '-m', 'benchmarks/attention_op.py',
-                                                   'benchmarks/block_fusions.py', 'benchmarks/backbone.py']
+    assert [step.split()[0] for step in steps] == [
+        '-c',
+        '-m',
+        'benchmarks/attention_op.py',
+        'benchmarks/block_fusions.py',
+        'benchmarks/backbone.py',
+    ]
     assert all(step.endswith(' --resume') for step in steps[2:])
     assert run.returncode != 0 and 'Error 3' in run.stderr
     assert 'tests/ops/test_attention_gpu.py' in run.stderr and 'block_fusions.py --resume ended with 3' in run.stderr

@@ -92,8 +92,9 @@ def test_without_a_c_compiler_the_kernels_do_not_run(set_cc: bool, gpu: None, mo
     assert kernels.why_not(QK, V, 2) == expected and kernels.why_not_stencil(V) == expected
 
 
-def test_without_pythons_headers_the_kernels_do_not_run(gpu: None, monkeypatch: pytest.MonkeyPatch,
-                                                        tmp_path: Path) -> None:
+def test_without_pythons_headers_the_kernels_do_not_run(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / 'Python.h').unlink()
     assert kernels.why_not(QK, V, 2) == f"expected Python's headers for Triton, got no {tmp_path / 'Python.h'}"
     kernels._why_no_compiler.cache_clear()
@@ -209,8 +210,9 @@ def test_a_residual_is_not_rounded_to_tf32(rounds: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', rounds)
     with torch.no_grad():
         got = conv(x.as_subclass(Pretender), 5, 7, residual=True).as_subclass(Tensor)
-        plain = x + like_cudnn(x.transpose(1, 2).unflatten(2, (5, 7)), conv.weight, conv.bias, padding=1,
-                               groups=16).flatten(2).transpose(1, 2)
+        plain = x + like_cudnn(
+            x.transpose(1, 2).unflatten(2, (5, 7)), conv.weight, conv.bias, padding=1, groups=16
+        ).flatten(2).transpose(1, 2)
     error, allowed = ((y.double() - want).norm().item() for y in (got, plain))
     assert error <= 1.01 * allowed + 1e-5 * want.norm().item() * (not rounds)
     assert torch.equal(weights[0], conv.weight) == rounds, 'where nothing is rounded it is one convolution'

@@ -13,8 +13,9 @@ from mila_mm.ops import gated_linear_attention, gated_linear_attention_reference
 from mila_mm.ops.gated import scan
 
 LENGTHS = [1, 2, 63, 500]
-BOTH = pytest.mark.parametrize('function', [gated_linear_attention, gated_linear_attention_reference],
-                               ids=['op', 'reference'])
+BOTH = pytest.mark.parametrize(
+    'function', [gated_linear_attention, gated_linear_attention_reference], ids=['op', 'reference']
+)
 
 
 def draw(tokens, channels=6, heads=2, states=3, batch=2, seed=0, dtype=torch.float64):
@@ -24,9 +25,14 @@ def draw(tokens, channels=6, heads=2, states=3, batch=2, seed=0, dtype=torch.flo
     def uniform(*shape):
         return torch.rand(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    return [uniform(batch, tokens, heads * states), uniform(batch, tokens, heads * states),
-            uniform(batch, tokens, channels) - 0.5, uniform(batch, tokens, channels) + 0.1,
-            -0.1 - uniform(states, channels), uniform(channels)]
+    return [
+        uniform(batch, tokens, heads * states),
+        uniform(batch, tokens, heads * states),
+        uniform(batch, tokens, channels) - 0.5,
+        uniform(batch, tokens, channels) + 0.1,
+        -0.1 - uniform(states, channels),
+        uniform(channels),
+    ]
 
 
 def gradients(y, leaves, seed=1):
@@ -67,11 +73,20 @@ def test_mambas_parametrisation_equals_equation_11(tokens, chunk_size, borders, 
     x, w_b, w_c, w_1, w_2, a, d = leaves
     expected = equation_11(*leaves)
     delta = F.softplus(x @ w_1 @ w_2)[None]
-    got = gated_linear_attention((x @ w_c)[None], (x @ w_b)[None], x[None], input_gate=delta, forget_gate=(delta, a),
-                                 shortcut=d, normalize=False, chunk_size=chunk_size)[0]
+    got = gated_linear_attention(
+        (x @ w_c)[None],
+        (x @ w_b)[None],
+        x[None],
+        input_gate=delta,
+        forget_gate=(delta, a),
+        shortcut=d,
+        normalize=False,
+        chunk_size=chunk_size,
+    )[0]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-    for name, mine, theirs in zip(['x', 'W_B', 'W_C', 'W_1', 'W_2', 'A', 'D'], gradients(got, leaves),
-                                  gradients(expected, leaves), strict=True):
+    for name, mine, theirs in zip(
+        ['x', 'W_B', 'W_C', 'W_1', 'W_2', 'A', 'D'], gradients(got, leaves), gradients(expected, leaves), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f'{name}: {m}')
 
 
@@ -81,8 +96,17 @@ def test_gradcheck(tokens, fast, normalize, small_segments):
     leaves = [t.requires_grad_() for t in draw(tokens, channels=4, heads=2, states=2, batch=1)]
 
     def function(q, k, v, delta, a, d):
-        return gated_linear_attention(q, k, v, num_heads=2, input_gate=delta, forget_gate=(delta, a), shortcut=d,
-                                      normalize=normalize, chunk_size=2)
+        return gated_linear_attention(
+            q,
+            k,
+            v,
+            num_heads=2,
+            input_gate=delta,
+            forget_gate=(delta, a),
+            shortcut=d,
+            normalize=normalize,
+            chunk_size=2,
+        )
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=fast)
 
@@ -121,22 +145,39 @@ def test_the_last_token_of_the_causal_form_sees_what_the_global_one_does():
 
 
 @settings(deadline=None, max_examples=25)
-@given(data=st.data(), tokens=st.integers(1, 40), heads=st.integers(1, 3), states=st.integers(1, 4),
-       chunk_size=st.integers(1, 50))
+@given(
+    data=st.data(),
+    tokens=st.integers(1, 40),
+    heads=st.integers(1, 3),
+    states=st.integers(1, 4),
+    chunk_size=st.integers(1, 50),
+)
 def test_any_combination_equals_the_reference(data, tokens, heads, states, chunk_size):
     forgets, normalize, gated, shortcut, passed, norm_q, norm_k = (data.draw(st.booleans()) for _ in range(7))
     causal = None if forgets else data.draw(st.booleans())
 
     def run(function, **more):
         q, k, v, delta, a, d = leaves = [t.requires_grad_() for t in draw(tokens, 2 * heads, heads, states)]
-        y = function(q, k, v, num_heads=heads, normalize=normalize, causal=causal,
-                     input_gate=delta if gated else None, forget_gate=(delta, a) if forgets else None,
-                     shortcut=d if shortcut else None, x=delta * v if passed else None,
-                     norm_q=q * q if norm_q else None, norm_k=k + 1 if norm_k else None, **more)
+        y = function(
+            q,
+            k,
+            v,
+            num_heads=heads,
+            normalize=normalize,
+            causal=causal,
+            input_gate=delta if gated else None,
+            forget_gate=(delta, a) if forgets else None,
+            shortcut=d if shortcut else None,
+            x=delta * v if passed else None,
+            norm_q=q * q if norm_q else None,
+            norm_k=k + 1 if norm_k else None,
+            **more,
+        )
         return y, *gradients(y, leaves)
 
-    for mine, theirs in zip(run(gated_linear_attention, chunk_size=chunk_size), run(gated_linear_attention_reference),
-                            strict=True):
+    for mine, theirs in zip(
+        run(gated_linear_attention, chunk_size=chunk_size), run(gated_linear_attention_reference), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
 
 
@@ -154,8 +195,9 @@ def extreme_gates(kind, tokens, channels):
         logs = torch.tensor([TINY, NEARLY_ONE], dtype=torch.float64).repeat(tokens // 2)[None, :, None]
         logs = logs.expand(1, tokens, channels).contiguous()
     else:
-        logs = F.logsigmoid(torch.empty(1, tokens, channels, dtype=torch.float64).uniform_(
-            -13.8155, 13.8155, generator=g))
+        logs = F.logsigmoid(
+            torch.empty(1, tokens, channels, dtype=torch.float64).uniform_(-13.8155, 13.8155, generator=g)
+        )
     return logs
 
 
@@ -176,8 +218,9 @@ def test_extreme_gates_over_4096_tokens(kind, normalize, dtype):
     assert got.dtype == torch.float32 and got.isfinite().all()
     scale = expected.abs().max()
     torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=1e-5)
-    for name, mine, theirs in zip(['q', 'k', 'v', 'delta', 'a'], gradients(got, low), gradients(expected, exact),
-                                  strict=True):
+    for name, mine, theirs in zip(
+        ['q', 'k', 'v', 'delta', 'a'], gradients(got, low), gradients(expected, exact), strict=True
+    ):
         assert mine.isfinite().all(), name
         scale = theirs.abs().max() + 1e-30
         tolerance = 1e-4 if mine.dtype == torch.float32 else 1e-2  # the gradient itself is rounded to 16 bits
@@ -187,8 +230,9 @@ def test_extreme_gates_over_4096_tokens(kind, normalize, dtype):
 def test_the_fp64_scan_behind_the_extremes_equals_the_recurrence():
     q, k, v, *_ = draw(4096, channels=2, heads=1, states=2, batch=1)
     gate = -extreme_gates('at random', 4096, 2), -torch.ones(2, 2, dtype=torch.float64)
-    torch.testing.assert_close(gated_linear_attention(q, k, v, forget_gate=gate),
-                               gated_linear_attention_reference(q, k, v, forget_gate=gate))
+    torch.testing.assert_close(
+        gated_linear_attention(q, k, v, forget_gate=gate), gated_linear_attention_reference(q, k, v, forget_gate=gate)
+    )
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
@@ -196,8 +240,12 @@ def test_16_bits_in_16_bits_out_and_fp32_inside(dtype):
     q, k, v, delta, a, d = (t.to(dtype) for t in draw(300))
     for gate in (None, (delta, a)):
         y = gated_linear_attention(q, k, v, num_heads=2, forget_gate=gate, shortcut=d)
-        expected = gated_linear_attention(*(t.double() for t in (q, k, v)), num_heads=2, shortcut=d.double(),
-                                          forget_gate=None if gate is None else tuple(t.double() for t in gate))
+        expected = gated_linear_attention(
+            *(t.double() for t in (q, k, v)),
+            num_heads=2,
+            shortcut=d.double(),
+            forget_gate=None if gate is None else tuple(t.double() for t in gate),
+        )
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-3)
 
@@ -284,7 +332,7 @@ def test_a_second_differentiation_says_what_to_do():
     q, k, v, delta, a, _ = (t.requires_grad_() for t in draw(5))
     for backend in ('auto', 'reference'):
         y = gated_linear_attention(q, k, v, num_heads=2, forget_gate=(delta, a), normalize=False, backend=backend)
-        grad, = torch.autograd.grad(y.square().sum(), v, create_graph=True)
+        (grad,) = torch.autograd.grad(y.square().sum(), v, create_graph=True)
         if backend == 'reference':
             assert torch.autograd.grad(grad.sum(), q)[0].abs().sum() > 0
         else:
@@ -292,18 +340,22 @@ def test_a_second_differentiation_says_what_to_do():
                 torch.autograd.grad(grad.sum(), q)
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(num_heads=4), r'expected num_heads to divide the widths 6 and 6, got 4'),
-    (dict(causal=False), 'expected causal to be True or None with a forget gate, got False'),
-    (dict(forget_gate=(torch.zeros(2, 5, 6), torch.zeros(6, 3))), r'of shapes \(2, 5, 6\) and \(3, 6\), got'),
-    (dict(input_gate=torch.zeros(2, 5, 1)), r'expected input_gate of the shape of v, \(2, 5, 6\), got \(2, 5, 1\)'),
-    (dict(shortcut=torch.zeros(5)), r'expected shortcut of shape \(6,\), got \(5,\)'),
-    (dict(norm_q=torch.zeros(2, 5, 3)), 'expected norm_q and norm_k of the shape of q'),
-    (dict(k=torch.zeros(2, 4, 6)), r'expected q and k of one shape \(2, 5, heads \* d\)'),
-    (dict(v=torch.zeros(2, 0, 6)), 'with N above 0'),
-    (dict(chunk_size=0), 'expected chunk_size above 0, got 0'),
-    (dict(backend='cuda'), "expected backend to be one of auto, reference, got 'cuda'"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(num_heads=4), r'expected num_heads to divide the widths 6 and 6, got 4'),
+        (dict(causal=False), 'expected causal to be True or None with a forget gate, got False'),
+        (dict(forget_gate=(torch.zeros(2, 5, 6), torch.zeros(6, 3))), r'of shapes \(2, 5, 6\) and \(3, 6\), got'),
+        (dict(input_gate=torch.zeros(2, 5, 1)), r'expected input_gate of the shape of v, \(2, 5, 6\), got \(2, 5, 1\)'),
+        (dict(shortcut=torch.zeros(5)), r'expected shortcut of shape \(6,\), got \(5,\)'),
+        (dict(norm_q=torch.zeros(2, 5, 3)), 'expected norm_q and norm_k of the shape of q'),
+        (dict(k=torch.zeros(2, 4, 6)), r'expected q and k of one shape \(2, 5, heads \* d\)'),
+        (dict(v=torch.zeros(2, 0, 6)), 'with N above 0'),
+        (dict(chunk_size=0), 'expected chunk_size above 0, got 0'),
+        (dict(backend='cuda'), "expected backend to be one of auto, reference, got 'cuda'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
+)
 def test_mistakes_are_named(change, message):
     q, k, v, delta, a, _ = draw(5)
     options = dict(q=q, k=k, v=v, num_heads=2, forget_gate=(delta, a)) | change

@@ -32,6 +32,9 @@ def test_equals_the_cpu(tokens: int) -> None:
     here, on_gpu = run(*leaves), run(*there)
     torch.testing.assert_close(on_gpu.cpu(), here)
     weight = torch.randn(here.shape, generator=random, dtype=torch.float64)
-    for mine, theirs in zip(torch.autograd.grad((on_gpu * weight.cuda()).sum(), there),
-                            torch.autograd.grad((here * weight).sum(), leaves), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad((on_gpu * weight.cuda()).sum(), there),
+        torch.autograd.grad((here * weight).sum(), leaves),
+        strict=True,
+    ):
         torch.testing.assert_close(mine.cpu(), theirs)

@@ -15,8 +15,15 @@ BOTH = pytest.mark.parametrize('name', OPS)
 SHAPES = [(2, 7, 11, 16), (1, 1, 13, 8), (1, 13, 1, 8), (1, 1, 1, 12), (3, 4, 4, 32)]
 
 
-def draw(name: str, batch: int, height: int, width: int, channels: int, dtype: torch.dtype = torch.float64,
-         weight_dtype: torch.dtype | None = None) -> list[Tensor]:
+def draw(
+    name: str,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    dtype: torch.dtype = torch.float64,
+    weight_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
     shapes = [(batch, height * width, channels), (channels, 1, 3, 3), *[(channels,)] * (3 if name == 'cpe_norm' else 1)]
     x, *parameters = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
@@ -43,7 +50,7 @@ def by_the_formula(name: str, inputs: list[Tensor], height: int, width: int) -> 
     p = torch.zeros_like(x).unflatten(1, (height, width)) + bias
     for down in range(3):
         for right in range(3):
-            p = p + weight[:, 0, down, right] * grid[:, down:down + height, right:right + width]
+            p = p + weight[:, 0, down, right] * grid[:, down : down + height, right : right + width]
     p = p.flatten(1, 2)
     if not norm:
         return (p / (1 + (-p).exp()),)
@@ -78,8 +85,8 @@ def test_16_bits_with_master_weights(name: str, dtype: torch.dtype) -> None:
     got = gradients(op, inputs, (5, 7))
     wide = gradients(reference, [t.double() for t in inputs], (5, 7))
     count = len(got) - len(inputs)
-    assert all(y.dtype == dtype for y in got[:count + 1])
-    assert all(grad.dtype == torch.float32 for grad in got[count + 1:])
+    assert all(y.dtype == dtype for y in got[: count + 1])
+    assert all(grad.dtype == torch.float32 for grad in got[count + 1 :])
     for a, b in zip(got, wide, strict=True):
         error = (a.double() - b).norm() / b.norm()
         assert error < (2e-3 if dtype == torch.float16 else 2e-2)
@@ -147,8 +154,9 @@ def test_opcheck(name: str, batch: int) -> None:
     namespace = torch.ops.mila_mm
     x, *parameters = draw(name, batch, 3, 5, 16, torch.float32)
     for variant in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
-        inputs = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-                  for t in (variant, *parameters)]
+        inputs = [
+            t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (variant, *parameters)
+        ]
         detached = [t.detach() for t in inputs]
         if name == 'cpe_norm':
             torch.library.opcheck(namespace.cpe_norm_forward, (*inputs, 3, 5, 1e-5, torch.bfloat16))
@@ -185,19 +193,29 @@ def test_a_second_differentiation_says_so(name: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(backend='cuda'), 'backend to be one of auto, triton, reference'),
-    (dict(size=(4, 6)), r'N = H \* W tokens for spatial_shape \(4, 6\), got 20'),
-    (dict(x=torch.zeros(20, 8)), r'x of shape \(B, N, C\)'),
-    (dict(weight=torch.zeros(8, 3, 3)), r'a weight of shape \(8, 1, 3, 3\), got \(8, 3, 3\)'),
-    (dict(bias=torch.zeros(4)), r'bias of shape \(8,\), got \(4,\)'),
-], ids=lambda value: '' if isinstance(value, str) else next(iter(value)))
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(backend='cuda'), 'backend to be one of auto, triton, reference'),
+        (dict(size=(4, 6)), r'N = H \* W tokens for spatial_shape \(4, 6\), got 20'),
+        (dict(x=torch.zeros(20, 8)), r'x of shape \(B, N, C\)'),
+        (dict(weight=torch.zeros(8, 3, 3)), r'a weight of shape \(8, 1, 3, 3\), got \(8, 3, 3\)'),
+        (dict(bias=torch.zeros(4)), r'bias of shape \(8,\), got \(4,\)'),
+    ],
+    ids=lambda value: '' if isinstance(value, str) else next(iter(value)),
+)
 def test_a_wrong_argument_says_expected_and_got(name: str, change: dict[str, object], message: str) -> None:
     x, weight, bias, *norm = draw(name, 1, 4, 5, 8, torch.float32)
     arguments = {'x': x, 'weight': weight, 'bias': bias, 'size': (4, 5), 'backend': 'auto', **change}
     with pytest.raises(ValueError, match=message):
-        OPS[name][0](arguments['x'], arguments['weight'], arguments['bias'], *norm, arguments['size'],
-                     backend=arguments['backend'])
+        OPS[name][0](
+            arguments['x'],
+            arguments['weight'],
+            arguments['bias'],
+            *norm,
+            arguments['size'],
+            backend=arguments['backend'],
+        )
 
 
 @BOTH

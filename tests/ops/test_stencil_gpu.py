@@ -20,8 +20,10 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = pytest.mark.parametrize('dtype', [FP32, FP16, BF16], ids=['fp32', 'fp16', 'bf16'])
 BOTH = pytest.mark.parametrize('name', ['cpe_norm', 'dwc_silu'])
 REFERENCES = {'cpe_norm': cpe_norm_reference, 'dwc_silu': dwc_silu_reference}
-NAMES = {'cpe_norm': ('out', 'y', 'x', 'conv_weight', 'conv_bias', 'norm_weight', 'norm_bias'),
-         'dwc_silu': ('y', 'x', 'weight', 'bias')}
+NAMES = {
+    'cpe_norm': ('out', 'y', 'x', 'conv_weight', 'conv_bias', 'norm_weight', 'norm_bias'),
+    'dwc_silu': ('y', 'x', 'weight', 'bias'),
+}
 # Root mean square and maximum relative error of outputs and of gradients.
 LIMITS = {FP32: ((1e-6, 5e-6), (1e-6, 5e-6)), FP16: ((5e-4, 2e-3), (1e-3, 3e-3)), BF16: ((3e-3, 1e-2), (6e-3, 1.5e-2))}
 
@@ -62,8 +64,9 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def run(name: str, inputs: list[Tensor], size: tuple[int, int],
-        grads: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+def run(
+    name: str, inputs: list[Tensor], size: tuple[int, int], grads: list[Tensor] | None = None
+) -> tuple[Tensor, ...]:
     """Outputs and gradients of the Triton kernels."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     with poisoned_memory():
@@ -72,8 +75,9 @@ def run(name: str, inputs: list[Tensor], size: tuple[int, int],
         return *(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, grads)
 
 
-def check(name: str, inputs: list[Tensor], size: tuple[int, int], grads: list[Tensor] | None = None,
-          factor: float = 1.0) -> None:
+def check(
+    name: str, inputs: list[Tensor], size: tuple[int, int], grads: list[Tensor] | None = None, factor: float = 1.0
+) -> None:
     """Hold outputs and gradients to fp64."""
     got = run(name, inputs, size, grads)
     outputs = len(got) - len(inputs)
@@ -102,7 +106,8 @@ def test_widths(name: str, dtype: torch.dtype, channels: int) -> None:
 @BOTH
 @DTYPES
 @pytest.mark.parametrize(
-    'size', [(1, 1), (1, 15), (16, 1), (1, 17), (8, 8), (16, 16), (31, 33), (63, 64), (200, 333)], ids=str)
+    'size', [(1, 1), (1, 15), (16, 1), (1, 17), (8, 8), (16, 16), (31, 33), (63, 64), (200, 333)], ids=str
+)
 def test_maps(name: str, dtype: torch.dtype, size: tuple[int, int]) -> None:
     check(name, draw(name, 3, *size, 64, dtype), size)
 
@@ -177,7 +182,7 @@ def as_channels_first(x: Tensor) -> Tensor:
 def test_layouts_give_the_same_bits(name: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
     inputs, size = draw(name, 2, 13, 20, 64, dtype), (13, 20)
     want = run(name, inputs, size)
-    grads = [layout(g) for g in gradients_like(want[:len(want) - len(inputs)])]
+    grads = [layout(g) for g in gradients_like(want[: len(want) - len(inputs)])]
     for index, x in enumerate(run(name, [layout(inputs[0]), *inputs[1:]], size, grads)):
         assert torch.equal(x, want[index]), NAMES[name][index]
 

@@ -33,8 +33,17 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) 
 class Problem:
     """Inputs of one op, what the kernels make of them, and what fp64 autograd makes of the same numbers."""
 
-    def __init__(self, op: str, batch: int, height: int, width: int, channels: int, dtype: torch.dtype,
-                 weight_dtype: torch.dtype = FP32, y_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        op: str,
+        batch: int,
+        height: int,
+        width: int,
+        channels: int,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype = FP32,
+        y_dtype: torch.dtype | None = None,
+    ) -> None:
         random = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -47,7 +56,7 @@ class Problem:
         self.parameters = [normal(channels, 1, 3, 3).to(weight_dtype)]
         self.parameters += [normal(channels).to(weight_dtype) for _ in range(vectors)]
         grads = 2 if op == 'cpe_norm' else 1
-        self.grads = [normal(*shape).to(d) for d in (dtype, self.y_dtype)[2 - grads:]]
+        self.grads = [normal(*shape).to(d) for d in (dtype, self.y_dtype)[2 - grads :]]
         self.names = CPE_NORM if op == 'cpe_norm' else DWC_SILU
 
     def run(self) -> dict[str, Tensor]:
@@ -55,8 +64,9 @@ class Problem:
         from mila_mm.ops.triton import stencil_launch
 
         if self.op == 'cpe_norm':
-            out, y, mean, rstd = stencil_launch.cpe_norm_forward(self.x, *self.parameters, *self.size, EPS,
-                                                                 self.y_dtype)
+            out, y, mean, rstd = stencil_launch.cpe_norm_forward(
+                self.x, *self.parameters, *self.size, EPS, self.y_dtype
+            )
             assert mean.dtype == rstd.dtype == FP32
             grads = stencil_launch.cpe_norm_backward(*self.grads, self.x, *self.parameters, out, mean, rstd, *self.size)
             outputs: tuple[Tensor, ...] = (out, y)
@@ -86,8 +96,10 @@ class Problem:
             exact = max((self.x.dtype, got.dtype, self.grads[-1].dtype), key=lambda dtype: torch.finfo(dtype).eps)
             limits = LIMITS[exact if name != 'out' else got.dtype][name.startswith('grad')]
             difference, scale = got.double() - want[name], want[name]
-            errors = ((difference.square().mean() / scale.square().mean()).sqrt().item(),
-                      (difference.abs().max() / scale.abs().max()).item())
+            errors = (
+                (difference.square().mean() / scale.square().mean()).sqrt().item(),
+                (difference.abs().max() / scale.abs().max()).item(),
+            )
             if not all(error <= factor * limit for error, limit in zip(errors, limits, strict=True)):
                 bad.append(f'{name}: rms {errors[0]:.2e}, max {errors[1]:.2e}, limits {limits}')
         assert not bad, '\n'.join(bad)

@@ -21,7 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     f'{name}_kernel'
     for name in (
-        'state', 'reduce', 'output', 'gate_backward', 'query_backward', 'key_value_backward', 'lepe_backward',
+        'state',
+        'reduce',
+        'output',
+        'gate_backward',
+        'query_backward',
+        'key_value_backward',
+        'lepe_backward',
         'lepe_reduce',
     )
 }

@@ -19,8 +19,15 @@ EPS, BASE = 1e-6, 10000.0
 
 
 def reference(
-    qk: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-    height: int, width: int, heads: int, normaliser_moves: bool = True,
+    qk: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    height: int,
+    width: int,
+    heads: int,
+    normaliser_moves: bool = True,
 ) -> Tensor:
     """The formula of the paper on fp64 inputs, written with complex numbers and no help from the package."""
     batch, tokens, channels = v.shape
@@ -78,8 +85,17 @@ class Problem:
     """Inputs of one call, what the kernels make of them, and what fp64 autograd makes of the same numbers."""
 
     def __init__(
-        self, batch: int, height: int, width: int, channels: int, heads: int, dtype: torch.dtype,
-        lepe: bool = True, gate: bool = True, weight_dtype: torch.dtype = torch.float32, seed: int = 0,
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        channels: int,
+        heads: int,
+        dtype: torch.dtype,
+        lepe: bool = True,
+        gate: bool = True,
+        weight_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
     ) -> None:
         random = torch.Generator().manual_seed(seed)
 
@@ -168,7 +184,8 @@ def test_equals_fp64(arithmetic: tuple[torch.dtype, str | None], shape: tuple[in
 @interpreted
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
 @pytest.mark.parametrize(
-    ('channels', 'heads'), [(32, 2), (48, 2), (72, 3), (48, 1), (144, 3), (64, 1), (128, 2), (16, 1)],
+    ('channels', 'heads'),
+    [(32, 2), (48, 2), (72, 3), (48, 1), (144, 3), (64, 1), (128, 2), (16, 1)],
     ids=['d16', 'd24', 'd24-straddling', 'd48', 'd48-straddling', 'd64', 'd64-two-heads', 'd16-one-head'],
 )
 def test_head_widths(channels: int, heads: int, dtype: torch.dtype) -> None:

@@ -69,8 +69,11 @@ def test_memory_is_poisoned() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason='speaks of the process that starts the interpreting one')
 def test_a_failure_there_is_a_failure_here(request: pytest.FixtureRequest) -> None:
-    conftest = next(plugin for plugin in request.config.pluginmanager.get_plugins()
-                    if getattr(plugin, '__file__', None) == str(Path(__file__).with_name('conftest.py')))
+    conftest = next(
+        plugin
+        for plugin in request.config.pluginmanager.get_plugins()
+        if getattr(plugin, '__file__', None) == str(Path(__file__).with_name('conftest.py'))
+    )
     outcomes: dict[tuple[str, str], str | None] = {('test_some', 'test_other'): None}
     session = SimpleNamespace(stash={conftest._outcomes: outcomes})
     item = SimpleNamespace(session=session, path=Path('test_some.py'), name='test_thing', get_closest_marker=bool)

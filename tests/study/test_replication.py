@@ -17,8 +17,17 @@ DATA = dict(num_train=8, num_val=4, size=64, seed=0)
 
 
 def result(row, miou, seed=0):
-    return dict(row=row, seed=seed, metrics=dict(mIoU=miou), params=1_500_000, seconds=60.0, iterations=600,
-                batch_size=16, data=DATA, machine=MACHINE)
+    return dict(
+        row=row,
+        seed=seed,
+        metrics=dict(mIoU=miou),
+        params=1_500_000,
+        seconds=60.0,
+        iterations=600,
+        batch_size=16,
+        data=DATA,
+        machine=MACHINE,
+    )
 
 
 def row(name, *values, published=None):
@@ -36,7 +45,9 @@ def test_runs_are_grouped_by_row_in_the_order_of_the_paper():
     runs = [result('lepe', 60, 1), result('baseline', 50), result('lepe', 58, 0)]
     rows = summarise(runs, PUBLISHED)
     assert [(r.name, r.values, r.mean, r.published) for r in rows] == [
-        ('baseline', (50,), 50, 77.6), ('lepe', (58, 60), 59, 81.6)]
+        ('baseline', (50,), 50, 77.6),
+        ('lepe', (58, 60), 59, 81.6),
+    ]
 
 
 def test_noise_is_two_standard_errors_of_a_difference():
@@ -48,10 +59,17 @@ def test_noise_is_two_standard_errors_of_a_difference():
     assert noise([*rows, row('d', 1)]) > noise(rows)
 
 
-@pytest.mark.parametrize(('ours', 'theirs', 'margin', 'expected'), [
-    (55, 78, 1.0, 'as in the paper'), (45, 72, 1.0, 'as in the paper'), (45, 78, 1.0, 'the other way'),
-    (50.5, 78, 1.0, 'within the noise'), (50.5, 78, None, 'as in the paper'), (55, None, 1.0, ''),
-])
+@pytest.mark.parametrize(
+    ('ours', 'theirs', 'margin', 'expected'),
+    [
+        (55, 78, 1.0, 'as in the paper'),
+        (45, 72, 1.0, 'as in the paper'),
+        (45, 78, 1.0, 'the other way'),
+        (50.5, 78, 1.0, 'within the noise'),
+        (50.5, 78, None, 'as in the paper'),
+        (55, None, 1.0, ''),
+    ],
+)
 def test_verdict(ours, theirs, margin, expected):
     baseline = row('baseline', 50, published=77.6)
     assert verdict(row('x', ours, published=theirs), baseline, margin) == expected
@@ -61,6 +79,7 @@ def test_verdict(ours, theirs, margin, expected):
 def test_rank_correlation():
     def rows(*pairs):
         return [row(str(i), a, published=b) for i, (a, b) in enumerate(pairs)]
+
     assert rank_correlation(rows((1, 70), (5, 71), (6, 90))) == pytest.approx(1)
     assert rank_correlation(rows((1, 90), (5, 71), (6, 70))) == pytest.approx(-1)
     assert rank_correlation(rows((1, 70), (2, 70), (3, 80), (4, 80))) == pytest.approx(2 / math.sqrt(5))
@@ -68,9 +87,17 @@ def test_rank_correlation():
 
 
 def test_the_page_says_what_agrees_and_what_does_not():
-    runs = [result(name, miou + step, seed) for name, miou in (
-        ('baseline', 50), ('no_normalization', 30), ('forget_gate', 40), ('shortcut', 50.01), ('lepe_cpe_rope', 70))
-        for seed, step in ((0, -0.5), (1, 0.5))]
+    runs = [
+        result(name, miou + step, seed)
+        for name, miou in (
+            ('baseline', 50),
+            ('no_normalization', 30),
+            ('forget_gate', 40),
+            ('shortcut', 50.01),
+            ('lepe_cpe_rope', 70),
+        )
+        for seed, step in ((0, -0.5), (1, 0.5))
+    ]
     page = markdown(runs)
     assert '| no_normalization | 1.50 M | 29.50 30.50 | 30.00 | -20.00 | 72.4 | -5.2 | as in the paper |' in page
     assert '| lepe_cpe_rope | 1.50 M | 69.50 70.50 | 70.00 | +20.00 |  |  |  |' in page

@@ -15,8 +15,11 @@ WARMUP = dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=
 
 def with_recipe(schedule=None, lr=0.01, optimizer='SGD', **wrapper) -> Draft:
     """Apply the recipe, whose rate for detectors is 1e-4, to a config without a model."""
-    config = dict(optim_wrapper=dict(optimizer=dict(type=optimizer, lr=lr), **wrapper), param_scheduler=schedule,
-                  auto_scale_lr=dict(base_batch_size=16))
+    config = dict(
+        optim_wrapper=dict(optimizer=dict(type=optimizer, lr=lr), **wrapper),
+        param_scheduler=schedule,
+        auto_scale_lr=dict(base_batch_size=16),
+    )
     draft = Draft(config)
     assert apply_mila_recipe(draft, 'mmdet') == (draft.config['optim_wrapper']['optimizer']['type'] == 'AdamW')
     return draft
@@ -26,8 +29,11 @@ def with_recipe(schedule=None, lr=0.01, optimizer='SGD', **wrapper) -> Draft:
     ('steps', 'expected', 'warm_up'),
     [
         ([dict(type='OneCycleLR', eta_max=0.01, total_steps=9)], [dict(eta_max=1e-4)], False),
-        ([dict(type='CosineAnnealingLR', eta_min=1e-3), dict(type='CosineAnnealingMomentum', eta_min=0.85)],
-         [dict(eta_min=1e-5), dict(eta_min=0.85)], True),
+        (
+            [dict(type='CosineAnnealingLR', eta_min=1e-3), dict(type='CosineAnnealingMomentum', eta_min=0.85)],
+            [dict(eta_min=1e-5), dict(eta_min=0.85)],
+            True,
+        ),
         ([dict(type='ReduceOnPlateauLR', min_value=1e-3)], [dict(min_value=1e-5)], True),
         ([dict(type='PolyParamScheduler', param_name='weight_decay', eta_min=0.5)], [dict(eta_min=0.5)], True),
         ([dict(type='LinearLR', start_factor=1.0, end_factor=0.01)], [{}], True),
@@ -39,8 +45,20 @@ def with_recipe(schedule=None, lr=0.01, optimizer='SGD', **wrapper) -> Draft:
         ([dict(type='LinearMomentum', start_factor=0.1)], [{}], True),
         ([dict(type='mmdet.QuadraticWarmupLR', begin=0, end=5)], [{}], False),
     ],
-    ids=['one cycle', 'momentum', 'plateau', 'weight decay', 'decay', 'decay from half', 'warm-up', 'later',
-         'constant one', 'constant low', 'momentum rises', 'quadratic'],
+    ids=[
+        'one cycle',
+        'momentum',
+        'plateau',
+        'weight decay',
+        'decay',
+        'decay from half',
+        'warm-up',
+        'later',
+        'constant one',
+        'constant low',
+        'momentum rises',
+        'quadratic',
+    ],
 )
 def test_schedule(steps, expected, warm_up) -> None:
     """Only rates are scaled, and a warm-up comes in front only of what does not begin with one."""
@@ -82,17 +100,24 @@ def groups_of(result, scope: str = 'mmdet') -> tuple[torch.nn.Module, dict[str, 
 
 def norms_of(model: torch.nn.Module) -> set[str]:
     kinds = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.GroupNorm, torch.nn.LayerNorm)
-    return {f'{name}.{kind}' for name, module in model.named_modules() if isinstance(module, kinds)
-            for kind, _ in module.named_parameters(recurse=False)}
+    return {
+        f'{name}.{kind}'
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+        for kind, _ in module.named_parameters(recurse=False)
+    }
 
 
 def test_the_rules_of_the_config_stay(tmp_path) -> None:
     path = tmp_path / 'mine.py'
-    path.write_text(RETINANET + """
+    path.write_text(
+        RETINANET
+        + """
 optim_wrapper = dict(paramwise_cfg=dict(
     bias_lr_mult=2.0, bypass_duplicate=True,
     custom_keys={'bbox_head': dict(lr_mult=10.0), 'backbone': dict(lr_mult=0.1), 'backbone.layer3': dict(lr_mult=0.5)}))
-""")
+"""
+    )
     result = plan_swap(str(path), 'nano', recipe='mila', whole_models=False)
     rules = result.config.optim_wrapper.paramwise_cfg
     assert rules.bypass_duplicate is True and 'backbone.layer3' not in rules.custom_keys
@@ -113,23 +138,32 @@ def test_no_norm_decays_by_any_name() -> None:
     model, groups = groups_of(result)
     norms = norms_of(model)
     assert any('.bn.' in name for name in norms)
-    assert all((group['weight_decay'] == 0) == (name in norms or name.endswith('.bias'))
-               for name, group in groups.items())
+    assert all(
+        (group['weight_decay'] == 0) == (name in norms or name.endswith('.bias')) for name, group in groups.items()
+    )
 
 
 def test_layer_wise_rates_of_sgd_become_those_of_mila(tmp_path) -> None:
     path = tmp_path / 'mine.py'
-    path.write_text(RETINANET + """
+    path.write_text(
+        RETINANET
+        + """
 optim_wrapper = dict(
     _delete_=True, type='AmpOptimWrapper', constructor='mmdet.LearningRateDecayOptimizerConstructor',
     optimizer=dict(type='SGD', lr=0.1), paramwise_cfg=dict(decay_rate=0.8, decay_type='layer_wise', num_layers=6))
-""")
+"""
+    )
     result = plan_swap(str(path), 'nano', recipe='mila', whole_models=False)
     assert result.config.optim_wrapper.type == 'AmpOptimWrapper'
     model, groups = groups_of(result)
-    rates = [groups[f'backbone.{name}']['lr'] for name in ('patch_embed.conv1.conv.weight',
-                                                           'layers.0.blocks.0.attn.qk.weight',
-                                                           'layers.3.blocks.0.attn.qk.weight')]
+    rates = [
+        groups[f'backbone.{name}']['lr']
+        for name in (
+            'patch_embed.conv1.conv.weight',
+            'layers.0.blocks.0.attn.qk.weight',
+            'layers.3.blocks.0.attn.qk.weight',
+        )
+    ]
     assert rates == sorted(set(rates)) and groups['bbox_head.retina_cls.weight']['lr'] == pytest.approx(1e-4)
     norms = norms_of(model)
     assert all((group['weight_decay'] == 0) == (name in norms) for name, group in groups.items())

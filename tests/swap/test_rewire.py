@@ -29,8 +29,10 @@ def rewired(consumer, old=RESNET, new=MILA, kept=ALL, eager=False):
         (dict(in_channels=1024, in_index=2), dict(in_channels=256, in_index=2)),
         (dict(in_channels=[256, 2048], in_index=[0, -1]), dict(in_channels=[64, 512], in_index=[0, -1])),
         (dict(in_channels=2048, in_index=3, c1_in_channels=256), dict(in_channels=512, in_index=3, c1_in_channels=64)),
-        (dict(inner=[dict(in_channels=2048), dict(in_channels=7)]), dict(inner=[dict(in_channels=512),
-                                                                              dict(in_channels=7)])),
+        (
+            dict(inner=[dict(in_channels=2048), dict(in_channels=7)]),
+            dict(inner=[dict(in_channels=512), dict(in_channels=7)]),
+        ),
         (dict(type='SingleRoIExtractor', out_channels=2048), dict(type='SingleRoIExtractor', out_channels=512)),
     ],
     ids=['list', 'reversed', 'end', 'last', 'by index', 'by indices', 'low level', 'nested', 'RoIs'],
@@ -57,8 +59,7 @@ def test_record_of_changes_is_the_change() -> None:
     draft = Draft({'neck': dict(type='FPN', in_channels=[256, 512, 1024, 2048], out_channels=256)})
     rewire(draft, ('neck',), Feed(RESNET, MILA, ALL))
     (change,) = draft.merged()
-    assert (change.key, change.old, change.new) == (
-        'neck.in_channels', [256, 512, 1024, 2048], [64, 128, 256, 512])
+    assert (change.key, change.old, change.new) == ('neck.in_channels', [256, 512, 1024, 2048], [64, 128, 256, 512])
 
 
 def test_levels_and_indices_count_from_the_maps_that_are_left() -> None:
@@ -67,7 +68,9 @@ def test_levels_and_indices_count_from_the_maps_that_are_left() -> None:
     assert rewired(neck, new=upper, kept=(1, 2, 3)) == dict(in_channels=[128, 256, 512], start_level=0, end_level=2)
     heads = [dict(in_channels=2048, in_index=3), dict(in_channels=1024, in_index=-2)]
     assert rewired(heads, new=Maps((256, 512), (16, 32)), kept=(2, 3)) == [
-        dict(in_channels=512, in_index=1), dict(in_channels=256, in_index=-2)]
+        dict(in_channels=512, in_index=1),
+        dict(in_channels=256, in_index=-2),
+    ]
 
 
 def test_scales_give_the_sizes_of_before() -> None:
@@ -79,7 +82,8 @@ def test_scales_give_the_sizes_of_before() -> None:
 def test_a_pyramid_on_one_map_keeps_its_proportions() -> None:
     neck = dict(type='SimpleFPN', backbone_channel=768, in_channels=[192, 384, 768, 768], out_channels=256)
     assert rewired(neck, Maps((768,), (16,)), Maps((256,), (16,)), (0,)) == dict(
-        type='SimpleFPN', backbone_channel=256, in_channels=[64, 128, 256, 256], out_channels=256)
+        type='SimpleFPN', backbone_channel=256, in_channels=[64, 128, 256, 256], out_channels=256
+    )
 
 
 def test_eager_takes_every_equal_width_for_one_of_the_maps() -> None:
@@ -97,8 +101,20 @@ def test_eager_takes_every_equal_width_for_one_of_the_maps() -> None:
     [
         (dict(low_level=256), dict(low_level=64)),
         (dict(widths=[256, 512, 1024, 2048]), dict(widths=[64, 128, 256, 512])),
-        (dict(hidden=2048, hidden_dim=256, feedforward_channels=2048, ffn_channels=1024, embed_dims=256,
-              input_size=512, num_proposals=256, crop_size=(512, 1024), norm=dict(num_groups=256)), None),
+        (
+            dict(
+                hidden=2048,
+                hidden_dim=256,
+                feedforward_channels=2048,
+                ffn_channels=1024,
+                embed_dims=256,
+                input_size=512,
+                num_proposals=256,
+                crop_size=(512, 1024),
+                norm=dict(num_groups=256),
+            ),
+            None,
+        ),
         # of a map that the width does not fit
         (dict(in_channels=256, in_index=3), None),
     ],

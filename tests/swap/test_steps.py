@@ -25,7 +25,9 @@ def test_one_step_and_one_prediction(config) -> None:
 
 def test_a_model_that_cannot_be_built_says_why(tmp_path) -> None:
     path = tmp_path / 'mine.py'
-    path.write_text("_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'\ndefault_scope = 'mmdet'\n"
-                    "model = dict(bbox_head=dict(loss_cls=dict(type='NoSuchLoss')))\n")
+    path.write_text(
+        "_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'\ndefault_scope = 'mmdet'\n"
+        "model = dict(bbox_head=dict(loss_cls=dict(type='NoSuchLoss')))\n"
+    )
     with pytest.raises(StepFailed, match='NoSuchLoss'):
         train_and_predict(str(path))

@@ -23,6 +23,7 @@ default_scope = 'mmdet'
 @pytest.fixture
 def write(tmp_path):
     """Write a config of a user's and return its path."""
+
     def write(text: str, name: str = 'mine.py') -> str:
         path = tmp_path / 'configs' / name
         path.parent.mkdir(exist_ok=True)
@@ -78,29 +79,51 @@ def test_every_parameter_of_a_swapped_model_gets_a_gradient(write) -> None:
 @pytest.mark.parametrize(
     ('config', 'expected'),
     [
-        ('mmdet::ssd/ssd300_coco', {'model.neck.in_channels': (64, 128),
-                                    'model.neck.out_channels': (64, 128, 512, 256, 256, 256),
-                                    'model.bbox_head.in_channels': (64, 128, 512, 256, 256, 256)}),
+        (
+            'mmdet::ssd/ssd300_coco',
+            {
+                'model.neck.in_channels': (64, 128),
+                'model.neck.out_channels': (64, 128, 512, 256, 256, 256),
+                'model.bbox_head.in_channels': (64, 128, 512, 256, 256, 256),
+            },
+        ),
         # as wide as the image is long
-        ('mmdet::ssd/ssd512_coco', {'model.neck.out_channels': (64, 128, 512, 256, 256, 256, 256),
-                                    'model.bbox_head.anchor_generator.input_size': 'unchanged'}),
+        (
+            'mmdet::ssd/ssd512_coco',
+            {
+                'model.neck.out_channels': (64, 128, 512, 256, 256, 256, 256),
+                'model.bbox_head.anchor_generator.input_size': 'unchanged',
+            },
+        ),
         ('mmdet::yolo/yolov3_d53_8xb8-320-273e_coco', {'model.neck.in_channels': [256, 128, 64]}),
         ('mmdet::yolof/yolof_r50-c5_8xb8-1x_coco', {'model.neck.in_channels': 256}),
-        ('mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco', {'model.rpn_head.in_channels': 128,
-                                                                  'model.roi_head.bbox_head.in_channels': 128}),
-        ('mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco',
-         {'model.panoptic_head.in_channels': [32, 64, 128, 256]}),
-        ('mmdet::qdtrack/qdtrack_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval',
-         {'model.detector.neck.in_channels': [32, 64, 128, 256]}),
+        (
+            'mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco',
+            {'model.rpn_head.in_channels': 128, 'model.roi_head.bbox_head.in_channels': 128},
+        ),
+        (
+            'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco',
+            {'model.panoptic_head.in_channels': [32, 64, 128, 256]},
+        ),
+        (
+            'mmdet::qdtrack/qdtrack_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval',
+            {'model.detector.neck.in_channels': [32, 64, 128, 256]},
+        ),
         ('mmdet::nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco', {'model.neck.in_channels': [64, 128, 256]}),
-        ('mmseg::_base_/models/upernet_r50.py', {'model.decode_head.in_channels': [32, 64, 128, 256],
-                                                 'model.auxiliary_head.in_channels': 128}),
-        ('mmseg::_base_/models/ocrnet_r50-d8.py', {'model.decode_head.0.in_channels': 256,
-                                                   'model.decode_head.1.in_channels': 256}),
+        (
+            'mmseg::_base_/models/upernet_r50.py',
+            {'model.decode_head.in_channels': [32, 64, 128, 256], 'model.auxiliary_head.in_channels': 128},
+        ),
+        (
+            'mmseg::_base_/models/ocrnet_r50-d8.py',
+            {'model.decode_head.0.in_channels': 256, 'model.decode_head.1.in_channels': 256},
+        ),
         ('mmseg::_base_/models/fcn_hr18.py', {'model.decode_head.in_channels': [32, 64, 128, 256]}),
         ('mmseg::_base_/models/upernet_vit-b16_ln_mln.py', {'model.neck.scales': [1, 1, 1, 1]}),
-        ('mmseg::_base_/models/upernet_beit.py', {'model.neck': None,
-                                                  'model.decode_head.in_channels': [32, 64, 128, 256]}),
+        (
+            'mmseg::_base_/models/upernet_beit.py',
+            {'model.neck': None, 'model.decode_head.in_channels': [32, 64, 128, 256]},
+        ),
         ('mmseg::_base_/models/fastfcn_r50-d32_jpu_psp.py', {'model.neck.in_channels': (64, 128, 256)}),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
@@ -157,16 +180,22 @@ def test_norms_of_mila_take_the_place_of_the_old_norms() -> None:
     cfg = result.config.optim_wrapper.copy()
     cfg.pop('constructor', None)
     groups = build_optim_wrapper(model, cfg).optimizer.param_groups
-    decays = {name: group['weight_decay'] for group in groups for name, p in model.named_parameters()
-              if p is group['params'][0]}
+    decays = {
+        name: group['weight_decay']
+        for group in groups
+        for name, p in model.named_parameters()
+        if p is group['params'][0]
+    }
     assert all((decay == 0) == ('norm' in name) for name, decay in decays.items())
     assert {round(group['lr'], 8) for group in groups} == {1e-5}
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
 def test_mila_recipe(scope) -> None:
-    name = {'mmdet': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco',
-            'mmseg': 'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512'}[scope]
+    name = {
+        'mmdet': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco',
+        'mmseg': 'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512',
+    }[scope]
     cfg = quick(name, recipe='mila').config
     optimizer = cfg.optim_wrapper.optimizer
     expected = {'mmdet': ('AdamW', 1e-4, 0.05), 'mmseg': ('AdamW', 6e-5, 0.01)}[scope]
@@ -194,7 +223,9 @@ def test_recipe_scales_to_the_batch_and_keeps_adamw(write) -> None:
 
 def test_a_config_of_a_user(write) -> None:
     """Deleted and nested parts, a backbone of another width, an image of four channels, frozen, weights to drop."""
-    path = write(DETECTOR + """
+    path = write(
+        DETECTOR
+        + """
 load_from = 'old_detector.pth'
 model = dict(
     data_preprocessor=dict(mean=[0.0] * 4, std=[1.0] * 4),
@@ -202,11 +233,21 @@ model = dict(
                   norm_cfg=dict(type='SyncBN'), with_cp=True),
     neck=dict(_delete_=True, type='FPN', in_channels=[128, 256, 512], out_channels=32, num_outs=5),
     bbox_head=dict(in_channels=32, feat_channels=32, num_classes=3))
-""")
+"""
+    )
     result = quick(path, drop_path_rate=0.05)
     backbone = result.config.model.backbone
-    assert backbone == dict(type='mila_mm.MILA', arch='nano', in_channels=4, out_indices=(1, 2, 3), drop_path_rate=0.05,
-                            norm_cfg=dict(type='SyncBN'), with_cp=True, frozen_stages=4, norm_eval=True)
+    assert backbone == dict(
+        type='mila_mm.MILA',
+        arch='nano',
+        in_channels=4,
+        out_indices=(1, 2, 3),
+        drop_path_rate=0.05,
+        norm_cfg=dict(type='SyncBN'),
+        with_cp=True,
+        frozen_stages=4,
+        norm_eval=True,
+    )
     assert result.config.model.neck.in_channels == [64, 128, 256] and result.config.load_from is None
     told = ' '.join(result.unknowns)
     for words in ('old_detector.pth', '4 channels', 'did not learn at all'):
@@ -214,12 +255,15 @@ model = dict(
 
 
 def test_a_backbone_that_cannot_be_built_is_known_by_its_consumers(write) -> None:
-    path = write(DETECTOR + """
+    path = write(
+        DETECTOR
+        + """
 custom_imports = dict(imports=['nobody_has_this.models'], allow_failed_imports=False)
 model = dict(
     backbone=dict(_delete_=True, type='nobody_has_this.Net', out_indices=[0, 1, 2, 3]),
     neck=dict(in_channels=[80, 160, 320, 640]))
-""")
+"""
+    )
     result = quick(path)
     assert result.config.model.neck.in_channels == [64, 128, 256]
     assert any('cannot be built here' in u and '80 at 1/4' in u for u in result.unknowns)
@@ -261,8 +305,11 @@ def test_config_in_memory_is_not_changed() -> None:
 
 @pytest.mark.parametrize(
     'config',
-    ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco', 'mmseg::ocrnet/ocrnet_hr18_4xb4-160k_ade20k-512x512',
-     'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640'],
+    [
+        'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco',
+        'mmseg::ocrnet/ocrnet_hr18_4xb4-160k_ade20k-512x512',
+        'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640',
+    ],
 )
 def test_written_child_reads_back_as_the_function_returns(config, tmp_path) -> None:
     result = plan_swap(config, recipe='mila', weights='mila://tiny-in1k', whole_models=False)
@@ -274,8 +321,9 @@ def test_written_child_reads_back_as_the_function_returns(config, tmp_path) -> N
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-@pytest.mark.parametrize('config', ['mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco',
-                                    'mmdet::legacy_1.x/retinanet_r50_fpn_1x_coco_v1'])
+@pytest.mark.parametrize(
+    'config', ['mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco', 'mmdet::legacy_1.x/retinanet_r50_fpn_1x_coco_v1']
+)
 def test_a_folder_that_mmengine_cannot_name_is_reached_by_its_path(config, tmp_path) -> None:
     result = plan_swap(config, whole_models=False)
     out = tmp_path / 'child.py'

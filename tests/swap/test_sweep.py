@@ -35,8 +35,10 @@ def test_one_representative_for_each_family_that_was_swapped(records) -> None:
 
 
 def test_page_says_what_the_results_say(records, tmp_path) -> None:
-    steps = [dict(config=NAMES[1], ok=True, seconds=1.0, step={}),
-             dict(config=NAMES[4], ok=False, seconds=1.0, reason='a | b <c>')]
+    steps = [
+        dict(config=NAMES[1], ok=True, seconds=1.0, step={}),
+        dict(config=NAMES[4], ok=False, seconds=1.0, reason='a | b <c>'),
+    ]
     failed = [Record('mmdet::x/y.py', 'failed', 'no idea')]
     about = dict(arch='nano', date='2026-01-01', machine='m', versions='v')
     results = json.loads(to_json([*records, *failed], steps, about))

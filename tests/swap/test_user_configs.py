@@ -16,6 +16,7 @@ MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 @pytest.fixture
 def mine(tmp_path):
     """Write a config on top of RetinaNet, or the whole of one, and return its path."""
+
     def write(text: str = '', name: str = 'mine.py', base: str = RETINANET) -> str:
         path = tmp_path / name
         path.write_text(base + text)
@@ -39,8 +40,12 @@ def test_nothing_that_the_config_builds_on_is_overwritten(mine, tmp_path) -> Non
     child = mine('model = dict(bbox_head=dict(num_classes=3))\n', base="_base_ = './middle.py'\n")
     before = files_in(tmp_path)
     result = quick(child)
-    for name, words in (('base.py', 'is a base of'), ('middle.py', 'is a base of'), ('alias.py', 'is a base of'),
-                        ('mine.py', 'config itself')):
+    for name, words in (
+        ('base.py', 'is a base of'),
+        ('middle.py', 'is a base of'),
+        ('alias.py', 'is a base of'),
+        ('mine.py', 'config itself'),
+    ):
         for write in (lambda out: check_out(out, child), lambda out: write_child(result, out)):
             with pytest.raises(UserError, match=words):
                 write(tmp_path / name)
@@ -73,14 +78,17 @@ def test_a_child_that_reads_back_differently_leaves_nothing_behind(mine, tmp_pat
 
 def test_overrides_and_entries_of_the_base(mine, tmp_path) -> None:
     mine('batch = 3\nclasses = ("a", "b")\n', name='base.py')
-    config = mine("""
+    config = mine(
+        """
 _base_.optim_wrapper.optimizer.lr = 0.02
 model = dict(
     backbone=dict(_delete_=True, type='ResNet', depth=18, norm_eval=True),
     neck=dict(in_channels=[64, 128, 256, 512], out_channels=32),
     bbox_head=dict(in_channels=32, feat_channels=32, num_classes={{_base_.batch}}))
 train_dataloader = dict(batch_size={{_base_.batch}}, dataset=dict(metainfo=dict(classes={{_base_.classes}})))
-""", base="_base_ = './base.py'\n")
+""",
+        base="_base_ = './base.py'\n",
+    )
     result = quick(config, recipe='mila')
     assert result.config.model.neck.in_channels == [64, 128, 256] and result.config.model.neck.out_channels == 32
     write_child(result, tmp_path / 'children' / 'out.py')
@@ -107,8 +115,9 @@ optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'lambda': dict(lr_mult=0.1)
 def test_a_data_preprocessor_beside_the_model_is_set_too(mine) -> None:
     """mmengine's runner hands it to a model that names none."""
     retinanet = Config.fromfile(mine()).to_dict()['model']
-    normalisation = retinanet.pop('data_preprocessor') | dict(mean=[103.53, 116.28, 123.675], std=[1.0] * 3,
-                                                              bgr_to_rgb=False)
+    normalisation = retinanet.pop('data_preprocessor') | dict(
+        mean=[103.53, 116.28, 123.675], std=[1.0] * 3, bgr_to_rgb=False
+    )
     runtime = "_base_ = 'mmdet::_base_/default_runtime.py'\n"
     found = quick(mine(f'data_preprocessor = {normalisation!r}\nmodel = {retinanet!r}\n', base=runtime)).config
     assert 'data_preprocessor' not in found.model
@@ -127,8 +136,11 @@ pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bb
             dict(type='PackDetInputs')]
 model = dict(data_preprocessor=dict(_delete_=True, type='DetDataPreprocessor', pad_size_divisor=32))
 """
-    dataset = ("dict(_delete_=True, type='RepeatDataset', times=2, dataset=dict(type='CocoDataset', pipeline=pipeline))"
-               if wrapped else 'dict(pipeline=pipeline)')
+    dataset = (
+        "dict(_delete_=True, type='RepeatDataset', times=2, dataset=dict(type='CocoDataset', pipeline=pipeline))"
+        if wrapped
+        else 'dict(pipeline=pipeline)'
+    )
     result = quick(mine(f'{pipeline}train_dataloader = dict(dataset={dataset})\n'))
     assert result.config.model.data_preprocessor == dict(type='DetDataPreprocessor', pad_size_divisor=32)
     assert any('normalised in the pipeline' in u and '[0.0, 1.0, 2.0]' in u for u in result.unknowns)
@@ -180,12 +192,14 @@ def test_weights_are_named_so_that_training_finds_them_from_anywhere(mine, tmp_p
 
 def test_guessed_widths_are_told() -> None:
     result = quick('mmdet::ssd/ssd300_coco')
-    assert any('model.neck.out_channels' in unknown and 'equal to an old width' in unknown
-               for unknown in result.unknowns)
+    assert any(
+        'model.neck.out_channels' in unknown and 'equal to an old width' in unknown for unknown in result.unknowns
+    )
 
 
 def test_exact_strides_are_kept_though_none_is_a_32nd(mine) -> None:
-    config = mine("""
+    config = mine(
+        """
 default_scope = 'mmseg'
 norm_cfg = dict(type='BN')
 model = dict(
@@ -195,7 +209,9 @@ model = dict(
     decode_head=dict(in_channels=256, in_index=2, norm_cfg=norm_cfg),
     auxiliary_head=[dict(type='FCNHead', in_channels=64 << i, in_index=i, channels=16, num_classes=19)
                     for i in range(2)])
-""", base="_base_ = 'mmseg::_base_/models/fcn_r50-d8.py'\n")
+""",
+        base="_base_ = 'mmseg::_base_/models/fcn_r50-d8.py'\n",
+    )
     result = quick(config)
     assert result.new_maps.strides == (4, 8, 16) and result.config.model.decode_head.in_channels == 128
     assert any('no deeper than 1/16' in unknown for unknown in result.unknowns)

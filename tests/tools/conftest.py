@@ -234,9 +234,7 @@ def train_once(folder: Path, text: str, data: Path, write: Callable[..., Path]) 
 
 
 @pytest.fixture(scope='session')
-def trained_detector(
-    tmp_path_factory: pytest.TempPathFactory, shapes: Path, write_config: Callable[..., Path]
-) -> Path:
+def trained_detector(tmp_path_factory: pytest.TempPathFactory, shapes: Path, write_config: Callable[..., Path]) -> Path:
     """A checkpoint of the detector after one epoch. Not to be changed by a test."""
     return train_once(tmp_path_factory.mktemp('detector'), DETECTOR, shapes, write_config) / 'epoch_1.pth'
 

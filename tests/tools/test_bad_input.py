@@ -274,8 +274,11 @@ class TestCheckpoint:
         argv = [flag, 'nowhere.pth'] if flag == '--resume' else ['--cfg-options', 'load_from=nowhere.pth']
         refused(command(TRAIN, detector, *argv), flag, 'nowhere.pth')
 
-    @pytest.mark.parametrize('content', [b'', b'garbage' * 40, b'<!DOCTYPE html><html></html>', 'cut'],
-                             ids=['empty', 'garbage', 'html', 'cut'])
+    @pytest.mark.parametrize(
+        'content',
+        [b'', b'garbage' * 40, b'<!DOCTYPE html><html></html>', 'cut'],
+        ids=['empty', 'garbage', 'html', 'cut'],
+    )
     def test_not_one(self, command, refused, detector, trained_detector, content) -> None:
         content = trained_detector.read_bytes()[:5000] if content == 'cut' else content
         path = detector.parent.parent / 'bad.pth'
@@ -292,8 +295,11 @@ class TestCheckpoint:
         assert not (tmp_path / 'executed').exists()
 
     def test_of_another_arch(self, command, refused, detector, trained_detector) -> None:
-        detector.write_text(detector.read_text().replace(
-            "arch='nano'", 'arch=dict(embed_dim=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])'))
+        detector.write_text(
+            detector.read_text().replace(
+                "arch='nano'", 'arch=dict(embed_dim=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])'
+            )
+        )
         refused(command(TEST, detector, trained_detector), str(trained_detector), 'unexpected', 'backbone.layers.2')
 
     def test_of_other_classes(self, command, refused, detector, trained_detector) -> None:

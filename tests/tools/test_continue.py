@@ -17,8 +17,13 @@ def test_without_a_seed_the_first_run_s_counts(command, segmentor, workspace, mo
     """Stopped after iteration 1, the second one goes on with the order of the images that the first one drew."""
     from mila_mm.engine import stop_hook
 
-    options = ['--cfg-options', 'randomness.seed=None', 'train_cfg.max_iters=3', 'train_cfg.val_interval=3',
-               'default_hooks.checkpoint.interval=1']
+    options = [
+        '--cfg-options',
+        'randomness.seed=None',
+        'train_cfg.max_iters=3',
+        'train_cfg.val_interval=3',
+        'default_hooks.checkpoint.interval=1',
+    ]
     assert command(TRAIN, segmentor, '--work-dir', 'a', *options).status == 0
     seed = torch.load(workspace / 'a/iter_3.pth', weights_only=False)['meta']['seed']
     asked = stop_hook.StopHook._asked

@@ -19,8 +19,9 @@ def test_train_then_test_and_resume_from_the_dumped_config(command, detector, wo
     assert (workspace / 'run' / 'epoch_2.pth').is_file()
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_testing(command, detector, trained_detector, workspace,
-                                                                   refused) -> None:
+def test_outputs_that_cannot_be_written_are_refused_before_testing(
+    command, detector, trained_detector, workspace, refused
+) -> None:
     (workspace / 'file').write_text('')
     for flag, path in (('--out', 'file/x.pkl'), ('--show-dir', 'file/pictures')):
         refused(command('test.py', detector, trained_detector, flag, path), flag, 'is a file')

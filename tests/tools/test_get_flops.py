@@ -45,12 +45,13 @@ def test_sizes_of_the_paper_are_the_defaults() -> None:
 
 def test_attention_is_counted(command, detector) -> None:
     one_block = ['model.backbone.arch.embed_dim=32', 'model.backbone.arch.num_heads=[1]']
-    detector.write_text(detector.read_text().replace("arch='nano'", 'arch=dict(), out_indices=(0,)').replace(
-        'in_channels=[32, 64, 128, 256], out_channels=16', 'in_channels=[32], out_channels=16'))
-    options = ['--shape', 64, 64, '--cfg-options', *one_block]
-    shallow, deep = (
-        count(command, detector, *options, f'model.backbone.arch.depths=[{depth}]') for depth in (1, 2)
+    detector.write_text(
+        detector.read_text()
+        .replace("arch='nano'", 'arch=dict(), out_indices=(0,)')
+        .replace('in_channels=[32, 64, 128, 256], out_channels=16', 'in_channels=[32], out_channels=16')
     )
+    options = ['--shape', 64, 64, '--cfg-options', *one_block]
+    shallow, deep = (count(command, detector, *options, f'model.backbone.arch.depths=[{depth}]') for depth in (1, 2))
     tokens, width, head = 16 * 16, 32, 32
     linear = 13 * width * width  # in, out, act, qk (2), MLP (8)
     depthwise = 4 * 9 * width  # cpe1, dwc, lepe, cpe2

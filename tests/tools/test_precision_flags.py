@@ -86,8 +86,10 @@ def test_compiled_backbone_trains(command, segmentor, workspace) -> None:
 def test_debug_nonfinite_names_the_module(command, segmentor, workspace, monkeypatch, where, amp) -> None:
     (workspace / 'poison.py').write_text(POISON)
     monkeypatch.syspath_prepend(str(workspace))
-    segmentor.write_text(segmentor.read_text() + "\ncustom_imports = dict(imports=['poison'])\n"
-                         f"custom_hooks = [dict(type='Poison', where='{where}')]\n")
+    segmentor.write_text(
+        segmentor.read_text() + "\ncustom_imports = dict(imports=['poison'])\n"
+        f"custom_hooks = [dict(type='Poison', where='{where}')]\n"
+    )
     ended = command('train.py', segmentor, '--debug-nonfinite', *amp)
     assert ended.status == cli.EXIT_USER_ERROR, ended
     what = 'the loss' if where == 'forward' else 'a gradient'
@@ -99,6 +101,7 @@ def test_debug_nonfinite_names_the_module(command, segmentor, workspace, monkeyp
 def test_debug_nonfinite_changes_nothing(command, segmentor, workspace) -> None:
     for name, more in (('plain', []), ('watched', ['--debug-nonfinite'])):
         assert command('train.py', segmentor, '--work-dir', name, *more).status == 0
-    plain, watched = (torch.load(workspace / name / 'iter_2.pth', weights_only=False)['state_dict']
-                      for name in ('plain', 'watched'))
+    plain, watched = (
+        torch.load(workspace / name / 'iter_2.pth', weights_only=False)['state_dict'] for name in ('plain', 'watched')
+    )
     assert all(torch.equal(plain[key], watched[key]) for key in plain)

@@ -14,8 +14,17 @@ def test_backbone_starts_from_the_given_file(command, detector, workspace) -> No
     given = MILA('nano').state_dict()
     torch.save({'model': given}, workspace / 'backbone.pth')
     (workspace / 'run').mkdir()
-    ended = command('train.py', detector, '--resume', '--pretrained', workspace / 'backbone.pth', '--work-dir',
-                    workspace / 'run', '--cfg-options', 'optim_wrapper.optimizer.lr=0.0')
+    ended = command(
+        'train.py',
+        detector,
+        '--resume',
+        '--pretrained',
+        workspace / 'backbone.pth',
+        '--work-dir',
+        workspace / 'run',
+        '--cfg-options',
+        'optim_wrapper.optimizer.lr=0.0',
+    )
     assert ended.status == 0, ended.err
     log = next((workspace / 'run').rglob('*.log')).read_text()
     assert log.index('starts anew') > log.index('Checkpoints will be saved'), 'after the noise of the start'
@@ -33,13 +42,17 @@ def config(**backbone: object) -> Config:
     return Config(dict(model=dict(backbone=dict(type='mila_mm.MILA', **backbone))))
 
 
-@pytest.mark.parametrize(('cfg', 'says'), [
-    (config(arch='small'), 'mila://small-in1k'),
-    (config(), 'mila://tiny-in1k'),
-    (config(arch='nano'), None),
-    (config(arch='tiny', init_cfg=dict(type='Pretrained', checkpoint='x')), None),
-    (Config(dict(model=dict(backbone=dict(type='ResNet')))), None),
-], ids=['small', 'default', 'nano', 'pretrained', 'other'])
+@pytest.mark.parametrize(
+    ('cfg', 'says'),
+    [
+        (config(arch='small'), 'mila://small-in1k'),
+        (config(), 'mila://tiny-in1k'),
+        (config(arch='nano'), None),
+        (config(arch='tiny', init_cfg=dict(type='Pretrained', checkpoint='x')), None),
+        (Config(dict(model=dict(backbone=dict(type='ResNet')))), None),
+    ],
+    ids=['small', 'default', 'nano', 'pretrained', 'other'],
+)
 def test_random_weights_are_announced(cfg, says) -> None:
     notice = starts_from_scratch(cfg)
     assert (notice is None) == (says is None)

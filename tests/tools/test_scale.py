@@ -188,8 +188,17 @@ sys.exit(cli.run(main))
 
 def run_jobs(workspace: Path, ranks: int, jobs: list[dict]) -> None:
     (workspace / 'jobs.py').write_text(JOBS)
-    start = [sys.executable, '-m', 'torch.distributed.run', '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0',
-             '--local-addr=127.0.0.1', f'--nproc-per-node={ranks}', 'jobs.py', json.dumps(jobs)]
+    start = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--rdzv-backend=c10d',
+        '--rdzv-endpoint=127.0.0.1:0',
+        '--local-addr=127.0.0.1',
+        f'--nproc-per-node={ranks}',
+        'jobs.py',
+        json.dumps(jobs),
+    ]
     env = {'PYTHONPATH': f'{workspace}:{ROOT}', 'OMP_NUM_THREADS': '1', 'PATH': '/usr/bin:/bin'}
     done = subprocess.run(start, cwd=workspace, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -209,8 +218,12 @@ def test_zero_and_fsdp_train_save_and_resume_as_ddp_does(command, segmentor, sca
         (workspace / f'{name}.py').write_text(base + more)
 
     def job(name, work_dir, **more):
-        return dict(config=f'{name}.py', work_dir=work_dir, cfg_options=[
-            'train_cfg.max_iters=4', 'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None'], **more)
+        return dict(
+            config=f'{name}.py',
+            work_dir=work_dir,
+            cfg_options=['train_cfg.max_iters=4', 'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None'],
+            **more,
+        )
 
     jobs = [job(name, name) for name in ('ddp', 'zero', 'fsdp')]
     jobs += [job(name, f'{name}_again', resume=f'{name}/iter_2.pth') for name in ('zero', 'fsdp')]
@@ -251,8 +264,13 @@ def test_fsdp_needs_modules_to_wrap() -> None:
 
 @pytest.mark.parametrize(('batch', 'counts', 'expected'), [(2, 1, 0.2), (2, 2, 0.4), (1, 4, 0.4)])
 def test_auto_scale_lr_counts_accumulated_batches(command, detector, workspace, batch, counts, expected) -> None:
-    options = ['auto_scale_lr.base_batch_size=4', 'optim_wrapper.optimizer.lr=0.4', 'param_scheduler=[]',
-               f'train_dataloader.batch_size={batch}', f'optim_wrapper.accumulative_counts={counts}']
+    options = [
+        'auto_scale_lr.base_batch_size=4',
+        'optim_wrapper.optimizer.lr=0.4',
+        'param_scheduler=[]',
+        f'train_dataloader.batch_size={batch}',
+        f'optim_wrapper.accumulative_counts={counts}',
+    ]
     assert command('train.py', detector, '--auto-scale-lr', '--cfg-options', *options).status == 0
     records = max((workspace / 'work_dirs/detector').glob('*/vis_data/scalars.json')).read_text().splitlines()
     rates = [json.loads(line)['lr'] for line in records if '"lr"' in line]
@@ -265,14 +283,18 @@ def test_accumulated_steps_are_those_of_the_larger_batch(command, segmentor, sca
     for name, batch, counts, iters in (('large', 4, 1, 1), ('accumulated', 1, 4, 4)):
         (workspace / name).mkdir()
         monkeypatch.setenv('SPY_OUT', str(workspace / name))
-        options = [f'train_dataloader.batch_size={batch}', f'optim_wrapper.accumulative_counts={counts}',
-                   f'train_cfg.max_iters={iters}', 'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']
+        options = [
+            f'train_dataloader.batch_size={batch}',
+            f'optim_wrapper.accumulative_counts={counts}',
+            f'train_cfg.max_iters={iters}',
+            'val_cfg=None',
+            'val_dataloader=None',
+            'val_evaluator=None',
+        ]
         assert command('train.py', config, '--work-dir', name, '--cfg-options', *options).status == 0
     large, accumulated = (spied(workspace / name, 1)[0]['state'] for name in ('large', 'accumulated'))
     for name, expected in large.items():
         torch.testing.assert_close(accumulated[name], expected, rtol=1e-5, atol=1e-6)
-
-
 
 
 @pytest.mark.slow
@@ -286,11 +308,25 @@ def test_launchers_by_their_environment(launcher, segmentor, workspace) -> None:
             'slurm': dict(SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS='2', SLURM_NODELIST='localhost'),
             'mpi': dict(OMPI_COMM_WORLD_RANK=rank, OMPI_COMM_WORLD_LOCAL_RANK=rank, OMPI_COMM_WORLD_SIZE='2'),
         }[launcher]
-        env = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PATH': '/usr/bin:/bin', 'MASTER_ADDR': '127.0.0.1',
-               'MASTER_PORT': port, **names}
+        env = {
+            'PYTHONPATH': str(ROOT),
+            'OMP_NUM_THREADS': '1',
+            'PATH': '/usr/bin:/bin',
+            'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': port,
+            **names,
+        }
         command = [sys.executable, str(ROOT / 'tools/train.py'), str(segmentor), '--work-dir', 'run']
-        started.append(subprocess.Popen([*command, '--launcher', launcher], cwd=workspace, env=env, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        started.append(
+            subprocess.Popen(
+                [*command, '--launcher', launcher],
+                cwd=workspace,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
     assert 'GPU number: 2' in outputs[0] + outputs[1]

@@ -23,8 +23,20 @@ def tool(root):
     return module
 
 
-RATIOS = dict(baseline=1.0, input_gate=0.97, forget_gate=0.5, shortcut=0.99, no_normalization=1.1, single_head=1.3,
-              block_all=0.8, block_substitute=0.9, ape=0.98, lepe=0.91, cpe=0.89, rope=1.09)
+RATIOS = dict(
+    baseline=1.0,
+    input_gate=0.97,
+    forget_gate=0.5,
+    shortcut=0.99,
+    no_normalization=1.1,
+    single_head=1.3,
+    block_all=0.8,
+    block_substitute=0.9,
+    ape=0.98,
+    lepe=0.91,
+    cpe=0.89,
+    rope=1.09,
+)
 
 
 @pytest.fixture

@@ -33,16 +33,20 @@ def replicated(tmp_path_factory, root):
     config.write_text(MINIATURE.replace('BASE', repr(str(root / 'configs' / 'demo' / 'study_nano_shapes.py'))))
     plan = Plan(str(config), folder / 'runs', folder / 'data', 2)
     gated = dict(input_gate=True, forget_gate=True)
-    return plan, [run_row(plan, row, switches, 0) for row, switches in (
-        ('baseline', STUDY_ROWS['baseline']), ('forget_gate', gated))]
+    return plan, [
+        run_row(plan, row, switches, 0)
+        for row, switches in (('baseline', STUDY_ROWS['baseline']), ('forget_gate', gated))
+    ]
 
 
 @pytest.fixture
 def models(replicated):
     """Model arguments of the two rows."""
     plan, _ = replicated
-    return [f'{row}={plan.work_dir}/{row}_seed0/config.py@{plan.work_dir}/{row}_seed0/iter_2.pth'
-            for row in ('baseline', 'forget_gate')]
+    return [
+        f'{row}={plan.work_dir}/{row}_seed0/config.py@{plan.work_dir}/{row}_seed0/iter_2.pth'
+        for row in ('baseline', 'forget_gate')
+    ]
 
 
 @pytest.fixture
@@ -61,8 +65,20 @@ def test_a_run_says_what_it_was(replicated):
 def test_what_is_done_is_not_repeated_and_goes_into_the_table(command, replicated, tmp_path):
     plan, _ = replicated
     before = (plan.work_dir / 'baseline_seed0' / 'result.json').stat().st_mtime_ns
-    arguments = ['--config', plan.config, '--work-dir', plan.work_dir, '--data-root', plan.data_root, '--iters', 2,
-                 '--json', tmp_path / 'all.json', '--markdown', tmp_path / 'docs' / 'table.md']
+    arguments = [
+        '--config',
+        plan.config,
+        '--work-dir',
+        plan.work_dir,
+        '--data-root',
+        plan.data_root,
+        '--iters',
+        2,
+        '--json',
+        tmp_path / 'all.json',
+        '--markdown',
+        tmp_path / 'docs' / 'table.md',
+    ]
     ended = command(REPLICATE, *arguments, '--rows', 'baseline', 'lepe', '--part', '1/2')
     assert ended.status == 0, ended.err
     assert (plan.work_dir / 'baseline_seed0' / 'result.json').stat().st_mtime_ns == before
@@ -84,10 +100,15 @@ def test_another_budget_is_another_run(replicated):
     assert result['iterations'] == 3 and result['digest'] != baseline['digest']
 
 
-@pytest.mark.parametrize(('arguments', 'words'), [
-    (['--rows', 'basline'], ['basline', 'baseline']), (['--part', '3/2'], ['--part', '3/2']),
-    (['--iters', '1'], ['--iters', '2']), (['--config', 'configs/mask_rcnn_mila_t_1x.py'], ['LinearAttention']),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['--rows', 'basline'], ['basline', 'baseline']),
+        (['--part', '3/2'], ['--part', '3/2']),
+        (['--iters', '1'], ['--iters', '2']),
+        (['--config', 'configs/mask_rcnn_mila_t_1x.py'], ['LinearAttention']),
+    ],
+)
 def test_replication_refuses(command, refused, root, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(root)
     refused(command(REPLICATE, '--work-dir', tmp_path / 'w', *arguments), *words)
@@ -156,17 +177,20 @@ def test_images_are_scaled_and_cut_to_one_size(tmp_path):
     assert len(read_images([tmp_path], (40, 40), limit=1)) == 1
 
 
-@pytest.mark.parametrize(('arguments', 'words'), [
-    (['erf', 'timm:mila_tny', '--images', 'x.png', '--size', '32'], ['mila_tny', 'mila_tiny']),
-    (['erf', 'timm:resnet18', '--images', 'no/such.png', '--size', '32'], ['no/such.png']),
-    (['erf', 'timm:resnet18', '--images', '.', '--size', '32'], ['no image']),
-    (['erf', 'nothing.py', '--images', 'x.png', '--size', '32'], ['nothing.py']),
-    (['forget-gate', 'timm:mila_tiny', '--images', 'x.png', '--size', '32'], ['forget_gate=True']),
-    (['input-gate', 'timm:resnet18', '--images', 'x.png', '--size', '32'], ['LinearAttentionTransformer']),
-    (['token-lengths', 'timm:mila_tiny@gone.pth', '--images', 'x.png', '--size', '32'], ['gone.pth']),
-    (['decay', '--gates', '1.5'], ['(0, 1)']),
-    (['erf', 'timm:resnet18', '--images', 'x.png', '--size', '1', '2', '3'], ['--size']),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['erf', 'timm:mila_tny', '--images', 'x.png', '--size', '32'], ['mila_tny', 'mila_tiny']),
+        (['erf', 'timm:resnet18', '--images', 'no/such.png', '--size', '32'], ['no/such.png']),
+        (['erf', 'timm:resnet18', '--images', '.', '--size', '32'], ['no image']),
+        (['erf', 'nothing.py', '--images', 'x.png', '--size', '32'], ['nothing.py']),
+        (['forget-gate', 'timm:mila_tiny', '--images', 'x.png', '--size', '32'], ['forget_gate=True']),
+        (['input-gate', 'timm:resnet18', '--images', 'x.png', '--size', '32'], ['LinearAttentionTransformer']),
+        (['token-lengths', 'timm:mila_tiny@gone.pth', '--images', 'x.png', '--size', '32'], ['gone.pth']),
+        (['decay', '--gates', '1.5'], ['(0, 1)']),
+        (['erf', 'timm:resnet18', '--images', 'x.png', '--size', '1', '2', '3'], ['--size']),
+    ],
+)
 def test_figures_refuse(command, refused, workspace, arguments, words):
     cv2.imwrite('x.png', np.zeros((40, 40, 3), np.uint8)) if 'x.png' in arguments else None
     refused(command(FIGURES, *arguments, '--out', 'out.png'), *words)
@@ -174,5 +198,20 @@ def test_figures_refuse(command, refused, workspace, arguments, words):
 
 
 def test_gates_of_a_block_that_is_not_there(command, refused, models, pictures, tmp_path):
-    refused(command(FIGURES, 'input-gate', models[1], '--images', pictures, '--size', 32, '--layers', '3.1',
-                    '--out', tmp_path / 'x.png'), '3.1', '1.1, 2.1')
+    refused(
+        command(
+            FIGURES,
+            'input-gate',
+            models[1],
+            '--images',
+            pictures,
+            '--size',
+            32,
+            '--layers',
+            '3.1',
+            '--out',
+            tmp_path / 'x.png',
+        ),
+        '3.1',
+        '1.1, 2.1',
+    )

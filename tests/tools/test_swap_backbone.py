@@ -44,8 +44,19 @@ def test_writes_a_short_config_and_says_what_changed(command, tmp_path) -> None:
         (['mmdet::_base_/default_runtime.py', '--out', 'x.py'], 'fragment'),
         (['mmseg::_base_/models/stdc.py', '--out', 'x.py'], 'fused'),
     ],
-    ids=['no config', 'arch', 'no out', 'recipe', 'weights of another', 'no weights', 'suffix', 'folder', 'rate',
-         'fragment', 'refused'],
+    ids=[
+        'no config',
+        'arch',
+        'no out',
+        'recipe',
+        'weights of another',
+        'no weights',
+        'suffix',
+        'folder',
+        'rate',
+        'fragment',
+        'refused',
+    ],
 )
 def test_mistakes_end_in_one_message(command, workspace, arguments, words) -> None:
     ended = command(TOOL, *arguments)
@@ -100,7 +111,8 @@ def test_examples_are_the_output_of_the_tool(command, root, tmp_path, monkeypatc
     lines = (root / 'configs' / 'swapped' / 'README.md').read_text().splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith('python tools/swap_backbone.py')]
     assert sorted(argv[argv.index('--out') + 1] for argv in commands) == [
-        path.relative_to(root).as_posix() for path in examples(root)]
+        path.relative_to(root).as_posix() for path in examples(root)
+    ]
     monkeypatch.chdir(tmp_path)
     for argv in commands:
         written = argv[argv.index('--out') + 1]

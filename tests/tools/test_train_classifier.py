@@ -93,8 +93,9 @@ def test_the_checkpoint_holds_the_average_under_released_names(trained):
     stored = {k.removeprefix('module.'): v for k, v in checkpoint['ema_state_dict'].items()}
     assert torch.equal(stored['head.weight'], last['head.weight'])
     assert not torch.equal(averaged['head.weight'], last['head.weight'])
-    assert not torch.equal(averaged['patch_embed.conv1.norm.running_var'],
-                           last['patch_embed.conv1.norm.running_var']), 'statistics are averaged as well'
+    assert not torch.equal(
+        averaged['patch_embed.conv1.norm.running_var'], last['patch_embed.conv1.norm.running_var']
+    ), 'statistics are averaged as well'
 
 
 def test_the_checkpoint_serves_timm_and_backbones(trained, monkeypatch):
@@ -108,8 +109,9 @@ def test_the_checkpoint_serves_timm_and_backbones(trained, monkeypatch):
     assert torch.equal(model.head.weight, averaged['head.weight'])
     backbone = MILATrunk('nano')
     report = load_backbone(backbone, file)
-    assert report.complete and torch.equal(backbone.layers[3].blocks[0].in_proj.weight,
-                                           averaged['layers.3.blocks.0.in_proj.weight'])
+    assert report.complete and torch.equal(
+        backbone.layers[3].blocks[0].in_proj.weight, averaged['layers.3.blocks.0.in_proj.weight']
+    )
 
 
 def test_resumes_with_average_and_mesa(trained, config, tmp_path):
@@ -150,7 +152,9 @@ def test_the_recipe_is_the_papers(root, name, drop_path, ratio):
     assert (steps['RandAugment'].magnitude_level, steps['RandAugment'].magnitude_std) == (9, 0.5)
     assert steps['RandomErasing'].erase_prob == 0.25
     assert [(a.type, a.alpha) for a in cfg.model.data_preprocessor.batch_augments.augments] == [
-        ('Mixup', 0.8), ('CutMix', 1.0)]
+        ('Mixup', 0.8),
+        ('CutMix', 1.0),
+    ]
     assert [(h.type, h.ratio, h.begin_mesa_epoch) for h in cfg.custom_hooks] == [('mila_mm.MESAHook', ratio, 75)]
 
 
@@ -198,12 +202,15 @@ def test_the_average_is_no_part_of_the_model():
     assert not average.training
 
 
-@pytest.mark.parametrize(('make', 'message'), [
-    (lambda: MILAImageClassifier('nano', label_smoothing=1.0), 'label_smoothing'),
-    (lambda: MILAImageClassifier('nano', num_classes=0), 'num_classes'),
-    (lambda: MILAImageClassifier('nano')(torch.rand(1, 3, 32, 32), mode='logits'), 'logits'),
-    (lambda: MESAHook(ratio=-1), 'ratio'),
-])
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: MILAImageClassifier('nano', label_smoothing=1.0), 'label_smoothing'),
+        (lambda: MILAImageClassifier('nano', num_classes=0), 'num_classes'),
+        (lambda: MILAImageClassifier('nano')(torch.rand(1, 3, 32, 32), mode='logits'), 'logits'),
+        (lambda: MESAHook(ratio=-1), 'ratio'),
+    ],
+)
 def test_mistakes(make, message):
     with pytest.raises(ValueError, match=message):
         make()

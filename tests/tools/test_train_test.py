@@ -217,8 +217,15 @@ def test_dist_scripts_from_another_folder(script, segmentor, workspace, tmp_path
     assert 'mIoU' in ended.out
 
 
-@pytest.mark.parametrize('argv', [('dist_train.sh', 'config.py'), ('dist_test.sh', 'config.py', 'x.pth'),
-                                  ('slurm_train.sh', 'partition', 'job'), ('dist_train.sh', 'config.py', 'two')])
+@pytest.mark.parametrize(
+    'argv',
+    [
+        ('dist_train.sh', 'config.py'),
+        ('dist_test.sh', 'config.py', 'x.pth'),
+        ('slurm_train.sh', 'partition', 'job'),
+        ('dist_train.sh', 'config.py', 'two'),
+    ],
+)
 def test_launch_scripts_explain_themselves(script, workspace, argv) -> None:
     ended = script(*argv, cwd=workspace)
     assert ended.status == cli.EXIT_USER_ERROR

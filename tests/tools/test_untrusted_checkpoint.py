@@ -34,11 +34,20 @@ def test_nothing_runs(way, command, refused, detector, hostile, canary) -> None:
         'test': lambda: command(TEST, detector, hostile),
         '--resume': lambda: command(TRAIN, detector, '--resume', hostile),
         'load_from': lambda: command(TRAIN, detector, '--cfg-options', f'load_from={hostile}'),
-        'init_cfg': lambda: command(TRAIN, detector, '--cfg-options', 'model.backbone.init_cfg.type=Pretrained',
-                                    f'model.backbone.init_cfg.checkpoint={hostile}'),
+        'init_cfg': lambda: command(
+            TRAIN,
+            detector,
+            '--cfg-options',
+            'model.backbone.init_cfg.type=Pretrained',
+            f'model.backbone.init_cfg.checkpoint={hostile}',
+        ),
         'init_cfg of another backbone': lambda: command(
-            TRAIN, detector, '--cfg-options', 'model.neck.init_cfg.type=Pretrained',
-            f'model.neck.init_cfg.checkpoint={hostile}'),
+            TRAIN,
+            detector,
+            '--cfg-options',
+            'model.neck.init_cfg.type=Pretrained',
+            f'model.neck.init_cfg.checkpoint={hostile}',
+        ),
     }
     refused(ways[way](), 'stranger.pth', 'posix.mkdir')
     assert not canary.exists()

@@ -88,7 +88,10 @@ def test_input_gates_lie_over_the_image(gated):
     gates = input_gates(gated, gated, batch)
     handle.remove()
     assert [(g.stage, g.block, g.maps.shape) for g in gates] == [
-        (0, 0, (2, 8, 12)), (1, 0, (2, 4, 6)), (1, 1, (2, 4, 6))]
+        (0, 0, (2, 8, 12)),
+        (1, 0, (2, 4, 6)),
+        (1, 1, (2, 4, 6)),
+    ]
     # tokens run row by row
     assert gates[2].maps[1, 2, 5] == pytest.approx(seen[0][1, 2 * 6 + 5].mean().item(), rel=1e-5)
     assert all((g.maps > 0).all() for g in gates)

@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         end = len(body) if cut is None else min(len(body), start + cut)
         try:
             for at in range(start, end, behaviour.block):
-                self.wfile.write(body[at:min(at + behaviour.block, end)])
+                self.wfile.write(body[at : min(at + behaviour.block, end)])
                 self.wfile.flush()
                 time.sleep(behaviour.pause)
         except (BrokenPipeError, ConnectionResetError):

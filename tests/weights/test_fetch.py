@@ -24,13 +24,30 @@ FILE = '/weights.pth'
 
 
 def entry(server, path=FILE, **known):
-    return PublishedFile(name='micro', task='classification', arch='micro', url=server.base + path,
-                         layout='model', prefix='', result='', **known)
+    return PublishedFile(
+        name='micro',
+        task='classification',
+        arch='micro',
+        url=server.base + path,
+        layout='model',
+        prefix='',
+        result='',
+        **known,
+    )
 
 
 def test_every_published_file_has_a_name_and_an_https_address():
-    assert {'tiny-in1k', 'small-in1k', 'base-in1k', 'mask-rcnn-tiny-1x', 'mask-rcnn-tiny-3x', 'mask-rcnn-small-1x',
-            'mask-rcnn-small-3x', 'mask-rcnn-base-1x', 'upernet-base-160k'} == set(PUBLISHED)
+    assert {
+        'tiny-in1k',
+        'small-in1k',
+        'base-in1k',
+        'mask-rcnn-tiny-1x',
+        'mask-rcnn-tiny-3x',
+        'mask-rcnn-small-1x',
+        'mask-rcnn-small-3x',
+        'mask-rcnn-base-1x',
+        'upernet-base-160k',
+    } == set(PUBLISHED)
     assert all(file.url.startswith('https://') for file in PUBLISHED.values())
     assert len({file.url for file in PUBLISHED.values()}) == len(PUBLISHED)
     assert find('mila://tiny-in1k') is PUBLISHED['tiny-in1k']
@@ -338,8 +355,17 @@ def test_date_in_a_name_is_not_a_hash(server, home, published_bytes):
     assert local_path(f'{server.base}/net-20240115.pth').read_bytes() == published_bytes
 
 
-@pytest.mark.parametrize('address', ['https://a.example/x%00.pth', f'https://a.example/{"x" * 300}.pth', 'http://[::1/x.pth',
-                                     'https://a.example:port/x.pth', 'https://a.example/\xe4.pth', 'https://a.example/\ud800'])
+@pytest.mark.parametrize(
+    'address',
+    [
+        'https://a.example/x%00.pth',
+        f'https://a.example/{"x" * 300}.pth',
+        'http://[::1/x.pth',
+        'https://a.example:port/x.pth',
+        'https://a.example/\xe4.pth',
+        'https://a.example/\ud800',
+    ],
+)
 def test_what_is_no_address_is_named(address, home):
     with pytest.raises(UserError, match=r'not an address|no file can have'):
         fetch(address)
@@ -372,8 +398,14 @@ print(fetch(PublishedFile('micro', 'classification', 'micro', sys.argv[1], 'mode
 
 def start_fetching(server, home):
     env = {**os.environ, 'MILA_HOME': str(home), 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen([sys.executable, '-c', FETCH, server.base + FILE], env=env, cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, '-c', FETCH, server.base + FILE],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_killed_download_leaves_nothing_that_looks_whole_and_is_continued(server, home, published_bytes):

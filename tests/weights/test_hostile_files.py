@@ -89,27 +89,45 @@ def hostile_files():
     for position, place in POSITIONS.items():
         yield f'os.system {position}', lambda p, c, f=place: save(f(shell(c)), p), 'posix.system'
     for payload in PAYLOADS[1:]:
-        yield f'{payload.__name__} as a weight', lambda p, c, f=payload: save(
-            POSITIONS['as a weight'](f(c)), p), 'no file of weights needs'
+        yield (
+            f'{payload.__name__} as a weight',
+            lambda p, c, f=payload: save(POSITIONS['as a weight'](f(c)), p),
+            'no file of weights needs',
+        )
     for position in ('at the top', 'as a weight', 'in the optimizer'):
-        yield f'legacy os.system {position}', lambda p, c, f=POSITIONS[position]: save(
-            f(shell(c)), p, _use_new_zipfile_serialization=False), 'posix.system'
+        yield (
+            f'legacy os.system {position}',
+            lambda p, c, f=POSITIONS[position]: save(f(shell(c)), p, _use_new_zipfile_serialization=False),
+            'posix.system',
+        )
     yield 'bare pickle', lambda p, c: p.write_bytes(pickle.dumps({'model': evaluate(c)}, protocol=2)), 'bare pickle'
     yield 'bare pickle of protocol 5', lambda p, c: p.write_bytes(pickle.dumps(shell(c), protocol=5)), 'bare pickle'
-    yield 'pickle of protocol 4 in a zip', lambda p, c: save(
-        POSITIONS['as a weight'](shell(c)), p, pickle_protocol=4), ''
-    yield 'getattr beyond HistoryBuffer', lambda p, c: save(
-        {'model': weights(), 'x': Call(getattr, 'a', 'upper')}, p), 'only statistics of a HistoryBuffer'
-    yield 'getattr chain to the globals of a module', lambda p, c: save(
-        {'x': Call(getattr, Call(getattr, HistoryBuffer, 'mean'), '__globals__')}, p), 'only statistics'
+    yield (
+        'pickle of protocol 4 in a zip',
+        lambda p, c: save(POSITIONS['as a weight'](shell(c)), p, pickle_protocol=4),
+        '',
+    )
+    yield (
+        'getattr beyond HistoryBuffer',
+        lambda p, c: save({'model': weights(), 'x': Call(getattr, 'a', 'upper')}, p),
+        'only statistics of a HistoryBuffer',
+    )
+    yield (
+        'getattr chain to the globals of a module',
+        lambda p, c: save({'x': Call(getattr, Call(getattr, HistoryBuffer, 'mean'), '__globals__')}, p),
+        'only statistics',
+    )
     yield 'subclass of a tensor', lambda p, c: save({'model': torch.zeros(2).as_subclass(Odd)}, p), 'no file of weights'
     yield 'bytearray made from a number', lambda p, c: save({'a': Call(bytearray, 10**12)}, p), 'bytearray'
     yield 'tensor made from a number', lambda p, c: save({'a': Call(torch.FloatTensor, 10**12)}, p), 'FloatTensor'
     yield 'code in the version record of the legacy format', legacy_with_evil_magic, ''
     yield 'numpy array of objects', lambda p, c: save({'a': np.array([evaluate(c)], dtype=object)}, p), ''
     yield 'numpy array with a huge shape', numpy_bomb, 'numpy'
-    yield 'history buffer with a call in it', lambda p, c: save(
-        {'h': evil_history(evaluate(c))}, p), 'no file of weights'
+    yield (
+        'history buffer with a call in it',
+        lambda p, c: save({'h': evil_history(evaluate(c))}, p),
+        'no file of weights',
+    )
     yield 'function of the history', lambda p, c: save({'h': Call(HistoryBuffer.register_statistics, print)}, p), ''
 
 
@@ -150,15 +168,21 @@ def damaged_files():
     """Yield name, writer(path, canary), and words that the error must hold."""
     for percent in (1, 25, 50, 75, 99):
         yield f'zip truncated at {percent} %', lambda p, c, n=percent: truncated(p, n), 'truncated or damaged'
-        yield f'legacy truncated at {percent} %', lambda p, c, n=percent: truncated(
-            p, n, _use_new_zipfile_serialization=False), 'truncated'
+        yield (
+            f'legacy truncated at {percent} %',
+            lambda p, c, n=percent: truncated(p, n, _use_new_zipfile_serialization=False),
+            'truncated',
+        )
         yield f'safetensors truncated at {percent} %', lambda p, c, n=percent: truncated_safetensors(p, n), ''
     yield 'zero length', lambda p, c: p.write_bytes(b''), '0 bytes'
     yield 'one byte', lambda p, c: p.write_bytes(b'P'), ''
     yield 'web page', lambda p, c: p.write_text('<!doctype html><html>404</html>'), 'web page'
     yield 'answer in JSON', lambda p, c: p.write_text('{"error": "rate limit"}'), 'JSON'
-    yield 'Git LFS pointer', lambda p, c: p.write_text(
-        'version https://git-lfs.github.com/spec/v1\noid'), 'git lfs pull'
+    yield (
+        'Git LFS pointer',
+        lambda p, c: p.write_text('version https://git-lfs.github.com/spec/v1\noid'),
+        'git lfs pull',
+    )
     yield 'gzip', lambda p, c: p.write_bytes(b'\x1f\x8b\x08' + b'\0' * 50), 'gzip'
     yield 'noise', lambda p, c: p.write_bytes(np.random.default_rng(0).bytes(5000)), 'no known checkpoint format'
     yield 'folder', lambda p, c: p.mkdir(), 'folder'
@@ -166,8 +190,11 @@ def damaged_files():
     yield 'zip without a checkpoint', lambda p, c: zipped(p, {'readme.txt': b'hello'}), 'no data.pkl'
     yield 'zip around a checkpoint', lambda p, c: zipped(p, {'net.pth': b'\x80\x02}.'}), 'unzip'
     yield 'TorchScript', lambda p, c: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), p), 'TorchScript'
-    yield 'zip bomb beside the data', lambda p, c: zipped(
-        p, {'x/data.pkl': b'\x80\x02}.', 'x/data/0': b'\0' * 10_000_000}, zipfile.ZIP_DEFLATED), 'zip bomb'
+    yield (
+        'zip bomb beside the data',
+        lambda p, c: zipped(p, {'x/data.pkl': b'\x80\x02}.', 'x/data/0': b'\0' * 10_000_000}, zipfile.ZIP_DEFLATED),
+        'zip bomb',
+    )
     yield 'zip bomb', lambda p, c: zipped(p, {'x/data.pkl': b'\0' * 10_000_000}, zipfile.ZIP_DEFLATED), 'zip bomb'
     yield 'zip that declares 4 TB', declares_terabytes, ''
     yield 'record that is larger than the file', lying_directory, 'declares'
@@ -227,15 +254,15 @@ def central_directory(path):
 def declares_terabytes(path, canary):
     save(weights(), path)
     raw, at = central_directory(path)
-    raw[at + 10:at + 12] = struct.pack('<H', 8)  # deflated
-    raw[at + 24:at + 28] = struct.pack('<I', 0xFFFFFFF0)
+    raw[at + 10 : at + 12] = struct.pack('<H', 8)  # deflated
+    raw[at + 24 : at + 28] = struct.pack('<I', 0xFFFFFFF0)
     path.write_bytes(bytes(raw))
 
 
 def lying_directory(path, canary):
     save(weights(), path)
     raw, at = central_directory(path)
-    raw[at + 20:at + 28] = struct.pack('<II', 0x7FFFFFFF, 0x7FFFFFFF)
+    raw[at + 20 : at + 28] = struct.pack('<II', 0x7FFFFFFF, 0x7FFFFFFF)
     path.write_bytes(bytes(raw))
 
 
@@ -299,7 +326,7 @@ def memo_bomb(path, canary):
     raw = path.read_bytes()
     assert b'q\x00' in raw
     at = raw.rindex(b'}q\x00')
-    path.write_bytes(raw[:at] + b'}r' + struct.pack('<I', 0x7FFFFFFF) + raw[at + 3:])
+    path.write_bytes(raw[:at] + b'}r' + struct.pack('<I', 0x7FFFFFFF) + raw[at + 3 :])
 
 
 HOSTILE, DAMAGED = list(hostile_files()), list(damaged_files())

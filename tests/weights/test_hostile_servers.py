@@ -37,8 +37,19 @@ def test_length_beyond_every_disk(server, entry, home):
     assert not (home / 'mila-micro.pth').exists()
 
 
-@pytest.mark.parametrize('target', ['file:///etc/passwd', 'ftp://127.0.0.1/x', 'data:text/plain,x', 'http://[::1/x',
-                                    f'http://{"a" * 300}/x', 'http://127.0.0.1:port/x', 'http://a b/x', 'gopher://x'])
+@pytest.mark.parametrize(
+    'target',
+    [
+        'file:///etc/passwd',
+        'ftp://127.0.0.1/x',
+        'data:text/plain,x',
+        'http://[::1/x',
+        f'http://{"a" * 300}/x',
+        'http://127.0.0.1:port/x',
+        'http://a b/x',
+        'gopher://x',
+    ],
+)
 def test_redirect_away_from_the_web(server, entry, home, target):
     server.put(FILE, redirect=target)
     with pytest.raises(DownloadError, match=r'refused|not allowed|not an address|connection') as caught:
@@ -67,8 +78,9 @@ def test_answers_cannot_steer_the_terminal(server, entry):
     assert len(str(caught.value)) < 900
 
 
-@pytest.mark.parametrize('note', ['[]', '{', '{"source": 5}', '{"validator": 7}', '{"total": "x"}', '{"more": 1}',
-                                  '\xff'])
+@pytest.mark.parametrize(
+    'note', ['[]', '{', '{"source": 5}', '{"validator": 7}', '{"total": "x"}', '{"more": 1}', '\xff']
+)
 def test_note_of_a_partial_file_that_was_tampered_with(server, entry, home, published_bytes, note):
     home.mkdir()
     if note.startswith('{"'):
@@ -80,8 +92,9 @@ def test_note_of_a_partial_file_that_was_tampered_with(server, entry, home, publ
     assert len(behaviour.requests) == 1
 
 
-@pytest.mark.parametrize('record', [b'[]', b'5', b'\xff\xfe', b'{"size": 1}',
-                                    b'{"size": "x", "sha256": "", "mtime_ns": 0, "source": ""}'])
+@pytest.mark.parametrize(
+    'record', [b'[]', b'5', b'\xff\xfe', b'{"size": 1}', b'{"size": "x", "sha256": "", "mtime_ns": 0, "source": ""}']
+)
 def test_record_that_was_tampered_with_is_named(server, entry, published_bytes, record):
     server.put(FILE, body=published_bytes)
     record_path(fetch(entry)).write_bytes(record)

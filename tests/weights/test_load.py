@@ -137,16 +137,20 @@ def edited(classifier, **changes):
     return {'model': weights}
 
 
-@pytest.mark.parametrize(('changes', 'words'), [
-    ({'layers__0__blocks__0__cpe1__bias': None}, '1 missing: layers.0.blocks.0.cpe1.bias'),
-    ({'layers__0__blocks__0__new__bias': torch.ones(3)}, '1 unexpected: layers.0.blocks.0.new.bias'),
-    ({'layers__0__blocks__0__cpe1__bias': torch.ones(17)}, 'layers.0.blocks.0.cpe1.bias: file (17,), model (16,)'),
-    ({'layers__0__blocks__0__cpe1__bias': torch.ones(16, dtype=torch.int64)}, 'file int64, model float32'),
-    ({'layers__0__blocks__0__cpe1__bias': torch.ones(16, dtype=torch.complex64)}, 'file complex64, model float32'),
-    ({'patch_embed__conv1__norm__num_batches_tracked': torch.tensor(1.5)}, 'file float32, model int64'),
-    ({'norm0__weight': torch.ones(16)}, '7 missing: norm0.bias'),
-    ({'layers__2__blocks__2__cpe1__bias': torch.ones(64)}, 'depths 1 1 3 1'),
-], ids=['missing', 'unexpected', 'shape', 'integers', 'complex', 'fractional count', 'one norm only', 'another block'])
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'layers__0__blocks__0__cpe1__bias': None}, '1 missing: layers.0.blocks.0.cpe1.bias'),
+        ({'layers__0__blocks__0__new__bias': torch.ones(3)}, '1 unexpected: layers.0.blocks.0.new.bias'),
+        ({'layers__0__blocks__0__cpe1__bias': torch.ones(17)}, 'layers.0.blocks.0.cpe1.bias: file (17,), model (16,)'),
+        ({'layers__0__blocks__0__cpe1__bias': torch.ones(16, dtype=torch.int64)}, 'file int64, model float32'),
+        ({'layers__0__blocks__0__cpe1__bias': torch.ones(16, dtype=torch.complex64)}, 'file complex64, model float32'),
+        ({'patch_embed__conv1__norm__num_batches_tracked': torch.tensor(1.5)}, 'file float32, model int64'),
+        ({'norm0__weight': torch.ones(16)}, '7 missing: norm0.bias'),
+        ({'layers__2__blocks__2__cpe1__bias': torch.ones(64)}, 'depths 1 1 3 1'),
+    ],
+    ids=['missing', 'unexpected', 'shape', 'integers', 'complex', 'fractional count', 'one norm only', 'another block'],
+)
 def test_what_differs_is_an_error_that_lists_it(file, classifier, model, changes, words):
     path = file(edited(classifier, **changes))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -169,8 +173,11 @@ def test_file_without_one_count_of_batches_changes_nothing(file, classifier, mod
 
 
 def test_weights_of_another_arch_say_which(file, published, model):
-    with pytest.raises(MismatchError, match=r'The file is of MILA custom \(width 16, depths 1 1 2 1\), '
-                                            r'the model is MILA nano \(width 32, depths 1 1 2 1\)'):
+    with pytest.raises(
+        MismatchError,
+        match=r'The file is of MILA custom \(width 16, depths 1 1 2 1\), '
+        r'the model is MILA nano \(width 32, depths 1 1 2 1\)',
+    ):
         load_backbone(MILA('nano'), file(published))
     other = {'state_dict': {'conv1.weight': torch.ones(64, 3, 7, 7), 'fc.bias': torch.ones(1000)}}
     with pytest.raises(MismatchError, match='no MILA in the file'):
@@ -190,8 +197,12 @@ def test_stages_that_are_not_built_are_left_out_by_name(file, published, dense, 
         model = MILA(**micro, out_indices=out_indices)
         report = load_backbone(model, file(content))
         assert report.complete
-        idle = [name for names in report.dropped.values() for name in names if name.startswith('layers')
-                and 'rope' not in name]
+        idle = [
+            name
+            for names in report.dropped.values()
+            for name in names
+            if name.startswith('layers') and 'rope' not in name
+        ]
         assert all(int(name.split('.')[1]) > last or f'layers.{last}.downsample' in name for name in idle)
         assert bool(idle) == (last < 3)
         assert_holds(model, content.get('model', dense))
@@ -210,9 +221,12 @@ def test_nan_and_infinity_are_named(file, classifier, model, log):
     changed = classifier['layers.1.blocks.0.in_proj.weight'].clone()
     changed[3, 5] = float('nan')
     bias = torch.full((16,), 3e38)  # finite, though its sum is not
-    weights = edited(classifier, layers__1__blocks__0__in_proj__weight=changed,
-                     layers__0__blocks__0__cpe1__bias=bias,
-                     layers__3__blocks__0__cpe1__bias=torch.full((128,), float('-inf')))
+    weights = edited(
+        classifier,
+        layers__1__blocks__0__in_proj__weight=changed,
+        layers__0__blocks__0__cpe1__bias=bias,
+        layers__3__blocks__0__cpe1__bias=torch.full((128,), float('-inf')),
+    )
     report = load_backbone(model, file(weights))
     assert report.nonfinite == ['layers.1.blocks.0.in_proj.weight', 'layers.3.blocks.0.cpe1.bias']
     warnings = [text for level, text in log if level == 'WARNING']
@@ -230,8 +244,9 @@ def test_other_input_channels_need_the_option(file, published, micro, channels):
     load_backbone(three, file(published))
     grey = torch.rand(1, 1, 32, 32)
     with torch.no_grad():  # a grey image means the same to both
-        for ours, theirs in zip(model.eval()(grey.expand(1, channels, 32, 32)),
-                                three.eval()(grey.expand(1, 3, 32, 32)), strict=True):
+        for ours, theirs in zip(
+            model.eval()(grey.expand(1, channels, 32, 32)), three.eval()(grey.expand(1, 3, 32, 32)), strict=True
+        ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -294,8 +309,13 @@ def test_rope_tables_turn_like_the_model_does(classifier):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.sampled_from(['neck.a.weight', 'head.fc.bias', 'ema_x', 'layers.9.y', 'module.z', 'rope.rotations']),
-                unique=True), st.sampled_from(['', 'backbone.', 'a.b.']))
+@given(
+    st.lists(
+        st.sampled_from(['neck.a.weight', 'head.fc.bias', 'ema_x', 'layers.9.y', 'module.z', 'rope.rotations']),
+        unique=True,
+    ),
+    st.sampled_from(['', 'backbone.', 'a.b.']),
+)
 def test_foreign_names_come_back_unchanged(names, prefix):
     weights = {prefix + name: torch.ones(1) for name in names}
     weights['anchor'] = torch.ones(1)  # no wrapper holds them all
@@ -319,10 +339,17 @@ def test_leftovers_of_training_scripts_become_plain(file, dense, new_format):
     hub.update_info('iter', 7)
     hub.update_info('palette', np.array([[1, 2], [3, 4]], dtype=np.uint8, order='F'))
     content = {
-        'model': dense, 'args': argparse.Namespace(lr=0.1, output=Path('/a/b'), nested=argparse.Namespace(x=1)),
-        'config': ConfigDict(a=1, b=dict(c=[1, 2])), 'full': Config(dict(z=dict(y=2))),
-        'max_accuracy': np.float64(83.5), 'wide': np.arange(3, dtype='>i4'), 'flag': np.bool_(True),
-        'name': np.str_('abc'), 'message_hub': hub.state_dict(), 'whole_hub': hub, 'seen': {1, 2},
+        'model': dense,
+        'args': argparse.Namespace(lr=0.1, output=Path('/a/b'), nested=argparse.Namespace(x=1)),
+        'config': ConfigDict(a=1, b=dict(c=[1, 2])),
+        'full': Config(dict(z=dict(y=2))),
+        'max_accuracy': np.float64(83.5),
+        'wide': np.arange(3, dtype='>i4'),
+        'flag': np.bool_(True),
+        'name': np.str_('abc'),
+        'message_hub': hub.state_dict(),
+        'whole_hub': hub,
+        'seen': {1, 2},
         'random': np.random.get_state(),
     }
     read = read_file(file(content, _use_new_zipfile_serialization=new_format))
@@ -379,8 +406,9 @@ def test_init_cfg_by_name_without_a_network(home, published_bytes, classifier, m
     home.mkdir()
     (home / 'mila-tiny-in1k.pth').write_bytes(published_bytes)
     monkeypatch.setenv('MILA_OFFLINE', '1')
-    model = MODELS.build(dict(type='mila_mm.MILA', **micro,
-                              init_cfg=dict(type='Pretrained', checkpoint='mila://tiny-in1k')))
+    model = MODELS.build(
+        dict(type='mila_mm.MILA', **micro, init_cfg=dict(type='Pretrained', checkpoint='mila://tiny-in1k'))
+    )
     model.init_weights()
     assert_holds(model, classifier)
     assert any(text.startswith('mila://tiny-in1k: ') and 'tensors loaded; 8 start fresh' in text for _, text in log)
@@ -392,8 +420,11 @@ def test_init_cfg_is_strict_unless_told(file, classifier, micro):
     with pytest.raises(MismatchError):
         MILA(**micro, init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()
     MILA(**micro, init_cfg=dict(type='Pretrained', checkpoint=path, strict=False)).init_weights()
-    MILA(**micro, in_channels=4, init_cfg=dict(
-        type='Pretrained', checkpoint=str(file({'model': classifier})), adapt_in_channels=True)).init_weights()
+    MILA(
+        **micro,
+        in_channels=4,
+        init_cfg=dict(type='Pretrained', checkpoint=str(file({'model': classifier})), adapt_in_channels=True),
+    ).init_weights()
     with pytest.raises(UserError, match='unknown option stric;'):
         MILA(**micro, init_cfg=dict(type='Pretrained', checkpoint=path, stric=False)).init_weights()
     with pytest.raises(UserError, match='expected a checkpoint'):
@@ -401,8 +432,13 @@ def test_init_cfg_is_strict_unless_told(file, classifier, micro):
 
 
 def test_init_cfg_beside_others(file, published, classifier, micro):
-    model = MILA(**micro, init_cfg=[dict(type='Constant', layer='LayerNorm', val=0.5),
-                                    dict(type='Pretrained', checkpoint=str(file(published)))])
+    model = MILA(
+        **micro,
+        init_cfg=[
+            dict(type='Constant', layer='LayerNorm', val=0.5),
+            dict(type='Pretrained', checkpoint=str(file(published))),
+        ],
+    )
     model.init_weights()
     assert_holds(model, classifier)
     assert model.norm0.weight.eq(0.5).all()
@@ -411,8 +447,22 @@ def test_init_cfg_beside_others(file, published, classifier, micro):
 
 
 def test_loaders_of_mmengine_are_ours_for_every_prefix():
-    for address in ('x.pth', '/x.pth', 'mila://a', 'http://a/x', 'https://a/x', 'torchvision://a', 'modelzoo://a',
-                    'open-mmlab://a', 'openmmlab://a', 'mmcls://a', 's3://a/b', 'c:s3://a/b', 'petrel://a', 'pavi://a'):
+    for address in (
+        'x.pth',
+        '/x.pth',
+        'mila://a',
+        'http://a/x',
+        'https://a/x',
+        'torchvision://a',
+        'modelzoo://a',
+        'open-mmlab://a',
+        'openmmlab://a',
+        'mmcls://a',
+        's3://a/b',
+        'c:s3://a/b',
+        'petrel://a',
+        'pavi://a',
+    ):
         assert CheckpointLoader._get_checkpoint_loader(address).__module__ == 'mila_mm.weights.loaders', address
     assert all(loader.__module__ == 'mila_mm.weights.loaders' for loader in CheckpointLoader._schemes.values())
 
@@ -485,8 +535,10 @@ def test_export_of_a_part_and_of_shared_memory(file, dense, tmp_path, micro):
 def test_export_refuses_what_it_cannot_do(file, dense, tmp_path):
     path = file({'state_dict': dense})
     for target, options, words in (
-        ('a.onnx', {}, 'ends in .safetensors or .pth'), ('no/folder/a.pth', {}, 'no such folder'),
-        ('a.pth', {'naming': 'mine'}, 'naming'), ('a.pth', {'image_size': 33}, 'multiple of 32'),
+        ('a.onnx', {}, 'ends in .safetensors or .pth'),
+        ('no/folder/a.pth', {}, 'no such folder'),
+        ('a.pth', {'naming': 'mine'}, 'naming'),
+        ('a.pth', {'image_size': 33}, 'multiple of 32'),
     ):
         with pytest.raises(UserError, match=words):
             export(path, tmp_path / target, **options)

@@ -59,28 +59,53 @@ class Mean(BaseMetric):
 
 def runner(folder, *, until, by_epoch=True, hook=True, model=None, **options):
     by = dict(by_epoch=by_epoch)
-    loop = (dict(type='EpochBasedTrainLoop', max_epochs=until, val_interval=1) if by_epoch
-            else dict(type='IterBasedTrainLoop', max_iters=until, val_interval=2))
+    loop = (
+        dict(type='EpochBasedTrainLoop', max_epochs=until, val_interval=1)
+        if by_epoch
+        else dict(type='IterBasedTrainLoop', max_iters=until, val_interval=2)
+    )
     loader = dict(batch_size=2, num_workers=0, dataset=Draws(), collate_fn=dict(type='pseudo_collate'))
     sampler = dict(type='DefaultSampler', shuffle=True) if by_epoch else dict(type='InfiniteSampler', shuffle=True)
-    cfg = Config(dict(
-        train_cfg=loop, val_cfg=dict(), val_evaluator=dict(type=Mean), default_scope='mmengine',
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.05)),
-        param_scheduler=[dict(type='CosineAnnealingLR', T_max=8, end=100, **by)],
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=2, save_best='mean', rule='greater',
-                                           max_keep_ckpts=2, **by),
-                           logger=dict(type='LoggerHook', interval=1)),
-        custom_hooks=[dict(type='mila_mm.ResumeStateHook')] if hook else [],
-        randomness=dict(seed=3), experiment_name=f'resume-{next(COUNTER)}', log_level='ERROR', **options))
-    return Runner(model=model or Noisy(), work_dir=str(folder), cfg=cfg,
-                  train_dataloader=dict(sampler=sampler, **loader),
-                  val_dataloader=dict(sampler=dict(type='DefaultSampler', shuffle=False), **loader),
-                  **{key: cfg.get(key) for key in cfg if key not in ('work_dir',)})
+    cfg = Config(
+        dict(
+            train_cfg=loop,
+            val_cfg=dict(),
+            val_evaluator=dict(type=Mean),
+            default_scope='mmengine',
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.05)),
+            param_scheduler=[dict(type='CosineAnnealingLR', T_max=8, end=100, **by)],
+            default_hooks=dict(
+                checkpoint=dict(
+                    type='CheckpointHook', interval=2, save_best='mean', rule='greater', max_keep_ckpts=2, **by
+                ),
+                logger=dict(type='LoggerHook', interval=1),
+            ),
+            custom_hooks=[dict(type='mila_mm.ResumeStateHook')] if hook else [],
+            randomness=dict(seed=3),
+            experiment_name=f'resume-{next(COUNTER)}',
+            log_level='ERROR',
+            **options,
+        )
+    )
+    return Runner(
+        model=model or Noisy(),
+        work_dir=str(folder),
+        cfg=cfg,
+        train_dataloader=dict(sampler=sampler, **loader),
+        val_dataloader=dict(sampler=dict(type='DefaultSampler', shuffle=False), **loader),
+        **{key: cfg.get(key) for key in cfg if key not in ('work_dir',)},
+    )
 
 
 def state(run):
-    return {**run.model.state_dict(), **{f'adam {i} {name}': value for i, entry in
-            run.optim_wrapper.state_dict()['state'].items() for name, value in entry.items()}}
+    return {
+        **run.model.state_dict(),
+        **{
+            f'adam {i} {name}': value
+            for i, entry in run.optim_wrapper.state_dict()['state'].items()
+            for name, value in entry.items()
+        },
+    }
 
 
 def same(one, two):
@@ -170,7 +195,8 @@ def test_foreign_files_are_not_deleted(stopped, tmp_path):
 
     def change(content):
         content['message_hub']['runtime_info'].update(
-            best_ckpt=str(mine), best_score=-1e9, keep_ckpt_ids=['../../precious', 1, 2, 3])
+            best_ckpt=str(mine), best_score=-1e9, keep_ckpt_ids=['../../precious', 1, 2, 3]
+        )
         content['message_hub']['resumed_keys'].update(best_ckpt=True, best_score=True, keep_ckpt_ids=True)
 
     rewrite(stopped, change)

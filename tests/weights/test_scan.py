@@ -100,8 +100,10 @@ def test_bomb_is_refused_at_once(name, tmp_path):
 
 def test_the_bombs_are_real():
     """torch alone: the key of many tuples ends the process, and what is small here shows that it grows."""
-    code = ('import sys, torch\nfrom torch._weights_only_unpickler import load\n'
-            "data = b'\\x80\\x02}K\\x01' + b'\\x85' * 2_000_000 + b'K\\x01s.'\nimport io\nload(io.BytesIO(data))")
+    code = (
+        'import sys, torch\nfrom torch._weights_only_unpickler import load\n'
+        "data = b'\\x80\\x02}K\\x01' + b'\\x85' * 2_000_000 + b'K\\x01s.'\nimport io\nload(io.BytesIO(data))"
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, check=False)
     assert done.returncode < 0  # a signal
     from torch._weights_only_unpickler import load
@@ -118,9 +120,14 @@ def test_scan_sees_what_torch_writes(tmp_path, new_format):
         'state_dict': OrderedDict((f'layer.{i}.weight', tied if i % 2 else torch.full((i,), 2.0)) for i in range(300)),
         'optimizer': {'param_groups': [{'betas': (0.9, 0.999), 'classes': shared, 'params': [i]} for i in range(300)]},
         'log': {f'loss{i}': HistoryBuffer(list(range(500)), [1] * 500) for i in range(10)},
-        'keys': {(1, ('a', 2.5)): None}, 'large': 10**40, 'bytes': b'\x00\xff' * 500, 'set': {1, 2},
-        'half': torch.ones(3, dtype=torch.bfloat16), 'unsigned': torch.ones(3, dtype=torch.uint16),
-        'eight': torch.ones(3).to(torch.float8_e4m3fn), 'parameter': torch.nn.Parameter(torch.ones(2)),
+        'keys': {(1, ('a', 2.5)): None},
+        'large': 10**40,
+        'bytes': b'\x00\xff' * 500,
+        'set': {1, 2},
+        'half': torch.ones(3, dtype=torch.bfloat16),
+        'unsigned': torch.ones(3, dtype=torch.uint16),
+        'eight': torch.ones(3).to(torch.float8_e4m3fn),
+        'parameter': torch.nn.Parameter(torch.ones(2)),
     }
     if not new_format:  # torch itself cannot read these there
         content.update(unsigned=torch.ones(3), eight=torch.ones(3))
@@ -137,8 +144,11 @@ def test_scan_sees_what_torch_writes(tmp_path, new_format):
         with zipfile.ZipFile(path) as archive:
             data = archive.read('file/data.pkl')
             scan = Scan(data).run()
-            sizes = {name.rpartition('/')[2]: archive.getinfo(name).file_size for name in archive.namelist()
-                     if '/data/' in name}
+            sizes = {
+                name.rpartition('/')[2]: archive.getinfo(name).file_size
+                for name in archive.namelist()
+                if '/data/' in name
+            }
         assert scan.storages == sizes
         assert scan.position == len(data)
 
@@ -191,8 +201,11 @@ def test_names_in_errors_cannot_steer_or_flood_the_terminal(tmp_path):
         read_file(tmp_path / 'a.pth')
     assert r'\x1b[31mevil' in str(caught.value)
     for text in ('\x1b', '\u202e'):
-        for content in ({f'{text}{"x" * 5000}': 1}, {'state_dict': {f'{text}{"x" * 5000}': 1}},
-                        {'state_dict': {f'{text}{"x" * 5000}': torch.ones(1)}}):
+        for content in (
+            {f'{text}{"x" * 5000}': 1},
+            {'state_dict': {f'{text}{"x" * 5000}': 1}},
+            {'state_dict': {f'{text}{"x" * 5000}': torch.ones(1)}},
+        ):
             torch.save(content, tmp_path / 'b.pth')
             with pytest.raises(CheckpointError) as caught:
                 load_model(torch.nn.Linear(1, 1), tmp_path / 'b.pth')
@@ -210,8 +223,9 @@ def test_attributes_of_a_parameter_cannot_replace_its_methods(tmp_path):
     assert not read.requires_grad
 
 
-@pytest.mark.parametrize('metadata', [{'': {'version': 'x'}}, {'': [1]}, {5: {'version': 2}}, [],
-                                      {'': {'version': {}}}])
+@pytest.mark.parametrize(
+    'metadata', [{'': {'version': 'x'}}, {'': [1]}, {5: {'version': 2}}, [], {'': {'version': {}}}]
+)
 def test_versions_of_modules_that_are_none_are_ignored(tmp_path, metadata):
     weights = OrderedDict(torch.nn.BatchNorm1d(3).state_dict())
     weights._metadata = metadata

@@ -82,9 +82,12 @@ def test_verify(tool, filled, home, published_bytes):
 def test_inspect(tool, filled, home):
     status, out, _ = tool('inspect', 'mila://tiny-in1k', '--keys')
     assert status == 0
-    for words in ('entries: model (OrderedDict), epoch (int), max_accuracy (float64)',
-                  'MILA custom (width 16, depths 1 1 2 1)',
-                  'left out when loading: 5 RoPE tables', '  layers.0.blocks.0.attn.qk.weight (32, 16)'):
+    for words in (
+        'entries: model (OrderedDict), epoch (int), max_accuracy (float64)',
+        'MILA custom (width 16, depths 1 1 2 1)',
+        'left out when loading: 5 RoPE tables',
+        '  layers.0.blocks.0.attn.qk.weight (32, 16)',
+    ):
         assert words in out
 
 
@@ -97,8 +100,10 @@ def test_inspect_names_nan(tool, tmp_path):
 
 
 def test_keys_cannot_steer_the_terminal(tool, tmp_path):
-    torch.save({'state_dict': {'a\x1b[2J': torch.tensor([float('nan')]), 'b\ud800': torch.ones(1)}, '\x1b]0;x\x07': 1},
-               tmp_path / 'a.pth')
+    torch.save(
+        {'state_dict': {'a\x1b[2J': torch.tensor([float('nan')]), 'b\ud800': torch.ones(1)}, '\x1b]0;x\x07': 1},
+        tmp_path / 'a.pth',
+    )
     status, out, err = tool('inspect', tmp_path / 'a.pth', '--keys')
     assert status == 0, err
     assert '\x1b' not in out
@@ -107,8 +112,15 @@ def test_keys_cannot_steer_the_terminal(tool, tmp_path):
 
 
 def test_export_with_rope_of_what_is_no_mila(tool, tmp_path):
-    torch.save({'model': {'patch_embed.conv1.conv.weight': torch.ones(4, 3, 3, 3),
-                          'layers.0.blocks.0.attn.qk.weight': torch.tensor(1.0)}}, tmp_path / 'a.pth')
+    torch.save(
+        {
+            'model': {
+                'patch_embed.conv1.conv.weight': torch.ones(4, 3, 3, 3),
+                'layers.0.blocks.0.attn.qk.weight': torch.tensor(1.0),
+            }
+        },
+        tmp_path / 'a.pth',
+    )
     status, _, err = tool('export', tmp_path / 'a.pth', tmp_path / 'b.pth', '--rope', '64')
     assert status == 2
     assert 'layers.0.blocks.0.attn.qk.weight: shape ()' in err
@@ -122,9 +134,19 @@ def test_export_and_back(tool, filled, tmp_path, classifier):
     assert 'safetensors' in out
 
 
-@pytest.mark.parametrize('argv', [[], ['nonsense'], ['inspect'], ['inspect', '/no/such/file.pth'],
-                                  ['export', '/no/such/file.pth', 'a.pth'], ['fetch', 'tiny-in2k'],
-                                  ['verify', 'tiny-in2k'], ['export', 'a.pth', 'b.pth', '--names', 'other']])
+@pytest.mark.parametrize(
+    'argv',
+    [
+        [],
+        ['nonsense'],
+        ['inspect'],
+        ['inspect', '/no/such/file.pth'],
+        ['export', '/no/such/file.pth', 'a.pth'],
+        ['fetch', 'tiny-in2k'],
+        ['verify', 'tiny-in2k'],
+        ['export', 'a.pth', 'b.pth', '--names', 'other'],
+    ],
+)
 def test_mistakes_end_in_one_message(tool, argv, home):
     status, out, err = tool(*argv)
     assert status == 2
@@ -135,7 +157,12 @@ def test_mistakes_end_in_one_message(tool, argv, home):
 
 def test_as_a_command(root, filled):
     env = {**os.environ, 'PYTHONPATH': str(root), 'MILA_HOME': str(filled)}
-    done = subprocess.run([sys.executable, str(root / 'tools' / 'weights.py'), 'list'], env=env, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(root / 'tools' / 'weights.py'), 'list'],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, '')
     assert 'upernet-base-160k' in done.stdout

@@ -20,8 +20,11 @@ BOTH = ('weight', 'bias')
 MMDET_2 = [
     *(f'neck.{kind}_convs.{i}.conv.{what}' for kind in ('lateral', 'fpn') for i in range(4) for what in BOTH),
     *(f'rpn_head.rpn_{kind}.{what}' for kind in ('conv', 'cls', 'reg') for what in BOTH),
-    *(f'roi_head.bbox_head.{kind}.{what}' for kind in ('fc_cls', 'fc_reg', 'shared_fcs.0', 'shared_fcs.1')
-      for what in BOTH),
+    *(
+        f'roi_head.bbox_head.{kind}.{what}'
+        for kind in ('fc_cls', 'fc_reg', 'shared_fcs.0', 'shared_fcs.1')
+        for what in BOTH
+    ),
     *(f'roi_head.mask_head.convs.{i}.conv.{what}' for i in range(4) for what in BOTH),
     *(f'roi_head.mask_head.{kind}.{what}' for kind in ('upsample', 'conv_logits') for what in BOTH),
 ]
@@ -61,8 +64,10 @@ def build(root):
     return build
 
 
-CASES = [pytest.param('mask_rcnn_mila.py', MMDET_2, id='Mask R-CNN'),
-         pytest.param('upernet_mila.py', MMSEG_0, id='UperNet')]
+CASES = [
+    pytest.param('mask_rcnn_mila.py', MMDET_2, id='Mask R-CNN'),
+    pytest.param('upernet_mila.py', MMSEG_0, id='UperNet'),
+]
 
 
 def file_of_that_era(path, model, dense, heads):
@@ -73,8 +78,20 @@ def file_of_that_era(path, model, dense, heads):
         count = name.endswith('num_batches_tracked')
         weights[name] = torch.tensor(7) if count else torch.rand(shapes[name].shape, generator=generator)
     weights.update(rope_tables(weights, 'backbone.', 224))  # buffers also in its dense backbones
-    torch.save({'meta': {'mmdet_version': '2.11.0', 'config': 'raise SystemExit(9)', 'CLASSES': ('a', 'b'), 'epoch': 36,
-                         'iter': 5}, 'state_dict': weights, 'optimizer': {'state': {}, 'param_groups': []}}, path)
+    torch.save(
+        {
+            'meta': {
+                'mmdet_version': '2.11.0',
+                'config': 'raise SystemExit(9)',
+                'CLASSES': ('a', 'b'),
+                'epoch': 36,
+                'iter': 5,
+            },
+            'state_dict': weights,
+            'optimizer': {'state': {}, 'param_groups': []},
+        },
+        path,
+    )
     return weights
 
 
@@ -126,8 +143,10 @@ def test_detector_of_mmdet_1_is_not_taken_for_one_of_mmdet_2(build, dense, micro
 # Layer-wise learning rates
 
 
-@pytest.mark.parametrize(('recipe', 'heads_prefix'), [
-    ('mask_rcnn_mila_t_1x_layer_decay.py', 'roi_head.'), ('upernet_mila_t_160k_layer_decay.py', 'decode_head.')])
+@pytest.mark.parametrize(
+    ('recipe', 'heads_prefix'),
+    [('mask_rcnn_mila_t_1x_layer_decay.py', 'roi_head.'), ('upernet_mila_t_160k_layer_decay.py', 'decode_head.')],
+)
 def test_layers_of_the_backbone_learn_at_their_own_rates(recipe, heads_prefix, build, micro, root):
     cfg = Config.fromfile(root / 'configs' / recipe)
     model = build('mask_rcnn_mila.py' if 'mask' in recipe else 'upernet_mila.py', micro['arch'])
@@ -136,11 +155,18 @@ def test_layers_of_the_backbone_learn_at_their_own_rates(recipe, heads_prefix, b
     names = {id(param): name for name, param in model.named_parameters()}
     groups = {names[id(group['params'][0])]: group for group in wrapper.optimizer.param_groups}
     assert set(groups) == set(names.values())
-    depths = {'patch_embed.conv1.conv.weight': 0, 'layers.0.blocks.0.cpe1.weight': 1,
-              'layers.0.downsample.conv.0.conv.weight': 1, 'layers.1.blocks.0.mlp.fc1.bias': 2,
-              'layers.2.blocks.0.cpe1.bias': 3, 'layers.2.blocks.1.cpe1.bias': 4,
-              'layers.2.downsample.conv.2.norm.weight': 4, 'layers.3.blocks.0.norm2.weight': 5, 'norm0.weight': 6,
-              'norm3.bias': 6}
+    depths = {
+        'patch_embed.conv1.conv.weight': 0,
+        'layers.0.blocks.0.cpe1.weight': 1,
+        'layers.0.downsample.conv.0.conv.weight': 1,
+        'layers.1.blocks.0.mlp.fc1.bias': 2,
+        'layers.2.blocks.0.cpe1.bias': 3,
+        'layers.2.blocks.1.cpe1.bias': 4,
+        'layers.2.downsample.conv.2.norm.weight': 4,
+        'layers.3.blocks.0.norm2.weight': 5,
+        'norm0.weight': 6,
+        'norm3.bias': 6,
+    }
     for name, depth in depths.items():
         group = groups['backbone.' + name]
         assert group['lr'] == pytest.approx(base * rate ** (6 - depth)), name
@@ -161,18 +187,31 @@ def test_depth_counts_only_what_is_built():
     assert model.get_layer_depth('a.b.patch_embed.conv1.conv.weight', 'a.b.') == (0, 4)
 
 
-@pytest.mark.parametrize('paramwise', [None, {}, {'layer_decay_rate': 0}, {'layer_decay_rate': 1.5},
-                                       {'layer_decay_rate': 'fast'}])
+@pytest.mark.parametrize(
+    'paramwise', [None, {}, {'layer_decay_rate': 0}, {'layer_decay_rate': 1.5}, {'layer_decay_rate': 'fast'}]
+)
 def test_wrong_decay_rate_is_named(paramwise, build, micro):
     model = build('upernet_mila.py', micro['arch'])
     with pytest.raises(UserError, match='layer_decay_rate: expected a number'):
-        build_optim_wrapper(model, dict(constructor='mila_mm.LayerDecayOptimWrapperConstructor',
-                                        optimizer=dict(type='SGD', lr=1.0), paramwise_cfg=paramwise))
+        build_optim_wrapper(
+            model,
+            dict(
+                constructor='mila_mm.LayerDecayOptimWrapperConstructor',
+                optimizer=dict(type='SGD', lr=1.0),
+                paramwise_cfg=paramwise,
+            ),
+        )
 
 
 def test_backbone_without_depths_is_named():
     model = torch.nn.Module()
     model.backbone = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match='get_layer_depth'):
-        build_optim_wrapper(model, dict(constructor='mila_mm.LayerDecayOptimWrapperConstructor',
-                                        optimizer=dict(type='SGD', lr=1.0), paramwise_cfg=dict(layer_decay_rate=0.5)))
+        build_optim_wrapper(
+            model,
+            dict(
+                constructor='mila_mm.LayerDecayOptimWrapperConstructor',
+                optimizer=dict(type='SGD', lr=1.0),
+                paramwise_cfg=dict(layer_decay_rate=0.5),
+            ),
+        )

@@ -35,14 +35,34 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
     parser.add_argument('--batch', type=int, default=4, help='images of 224 x 224 in a run [4]')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads [2]')
     parser.add_argument('--device', default='cpu', help='where to time [cpu]')
-    parser.add_argument('--results', type=Path, default=ROOT / 'benchmarks' / 'results' / 'study_throughput.json',
-                        metavar='JSON', help='the timings, written with --measure and else read [%(default)s]')
-    parser.add_argument('--published', type=Path, default=ROOT / 'benchmarks' / 'published.yml', metavar='YML',
-                        help='published figures with their sources [%(default)s]')
-    parser.add_argument('--doc', type=Path, default=ROOT / 'docs' / 'study.md', metavar='MD',
-                        help='page whose generated parts are replaced [%(default)s]')
-    parser.add_argument('--images', type=Path, default=ROOT / 'docs' / 'images', metavar='FOLDER',
-                        help='where the plots go [%(default)s]')
+    parser.add_argument(
+        '--results',
+        type=Path,
+        default=ROOT / 'benchmarks' / 'results' / 'study_throughput.json',
+        metavar='JSON',
+        help='the timings, written with --measure and else read [%(default)s]',
+    )
+    parser.add_argument(
+        '--published',
+        type=Path,
+        default=ROOT / 'benchmarks' / 'published.yml',
+        metavar='YML',
+        help='published figures with their sources [%(default)s]',
+    )
+    parser.add_argument(
+        '--doc',
+        type=Path,
+        default=ROOT / 'docs' / 'study.md',
+        metavar='MD',
+        help='page whose generated parts are replaced [%(default)s]',
+    )
+    parser.add_argument(
+        '--images',
+        type=Path,
+        default=ROOT / 'docs' / 'images',
+        metavar='FOLDER',
+        help='where the plots go [%(default)s]',
+    )
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.batch < 1 or args.threads < 1:
         parser.error('--rounds, --batch, --threads: expected at least 2, 1 and 1')
@@ -70,9 +90,15 @@ def measure(args: cli.argparse.Namespace, rows: Sequence[str]) -> dict[str, Any]
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     models = {row: classifier(row).to(device) for row in rows}
     machine = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_cpu()}, {args.threads} threads'
-    document = {'machine': machine, 'torch': torch.__version__, 'date': datetime.date.today().isoformat(),
-                'batch': args.batch, 'rounds': args.rounds, 'size': 224,
-                'rows': relative_throughput(models, images, args.rounds)}
+    document = {
+        'machine': machine,
+        'torch': torch.__version__,
+        'date': datetime.date.today().isoformat(),
+        'batch': args.batch,
+        'rounds': args.rounds,
+        'size': 224,
+        'rows': relative_throughput(models, images, args.rounds),
+    }
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
     return document
@@ -131,13 +157,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.doc.is_file():
         raise UserError(f'{args.doc}: expected a page to write into, found none')
     costs = count_costs(rows)
-    conditions = (f'Measured on: {measured["machine"]}; torch {measured["torch"]}, {measured["date"]}; inference in '
-                  f'fp32, batch {measured["batch"]}, {measured["rounds"]} rounds in turn.')
+    conditions = (
+        f'Measured on: {measured["machine"]}; torch {measured["torch"]}, {measured["date"]}; inference in '
+        f'fp32, batch {measured["batch"]}, {measured["rounds"]} rounds in turn.'
+    )
     order = '\n'.join(f'- {line}' for line in check_order(measured['rows']))
-    parts = {'designs': ablation_table(tables['designs'], costs, measured['rows']),
-             'encodings': ablation_table(tables['encodings'], costs, measured['rows']),
-             'order': f'{conditions}\n\n{order}',
-             'mask_rcnn': mask_rcnn_table(published), 'upernet': upernet_table(published)}
+    parts = {
+        'designs': ablation_table(tables['designs'], costs, measured['rows']),
+        'encodings': ablation_table(tables['encodings'], costs, measured['rows']),
+        'order': f'{conditions}\n\n{order}',
+        'mask_rcnn': mask_rcnn_table(published),
+        'upernet': upernet_table(published),
+    }
     page = args.doc.read_text(encoding='utf-8')
     for name, content in parts.items():
         print(f'{name}\n\n{content}\n')

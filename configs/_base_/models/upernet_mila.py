@@ -5,4 +5,5 @@ model = dict(
     data_preprocessor=dict(size=(512, 512)),
     backbone=dict(_delete_=True, type='mila_mm.MILA', arch='tiny', drop_path_rate=0.2),
     decode_head=dict(in_channels=[64, 128, 256, 512], num_classes=150),
-    auxiliary_head=dict(in_channels=256, num_classes=150))
+    auxiliary_head=dict(in_channels=256, num_classes=150),
+)

@@ -4,8 +4,11 @@ _base_ = '../../mask_rcnn_mila_t_1x.py'
 
 model = dict(
     backbone=dict(_delete_=True, type='mila_mm.LinearAttentionTransformer', arch='tiny', drop_path_rate=0.1),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
 # As Mamba's code, no decay for the rates of the forget gate and the shortcut; nor for the tables of APE.
 optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys=dict(log_rate=dict(decay_mult=0.0), shortcut=dict(decay_mult=0.0),
-                                        table=dict(decay_mult=0.0))))
+    paramwise_cfg=dict(
+        custom_keys=dict(log_rate=dict(decay_mult=0.0), shortcut=dict(decay_mult=0.0), table=dict(decay_mult=0.0))
+    )
+)

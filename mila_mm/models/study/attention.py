@@ -86,8 +86,9 @@ class StudyAttention(nn.Module):
         attn_backend: For what :func:`mila_mm.ops.mila_attention` covers.
     """
 
-    def __init__(self, dim: int, num_heads: int, qk_dim: int, design: Design, project_v: bool,
-                 attn_backend: str = 'auto') -> None:
+    def __init__(
+        self, dim: int, num_heads: int, qk_dim: int, design: Design, project_v: bool, attn_backend: str = 'auto'
+    ) -> None:
         super().__init__()
         encodings = design.positional_encoding
         self.num_heads = num_heads
@@ -112,8 +113,17 @@ class StudyAttention(nn.Module):
         v = x if self.v is None else self.v(x)
         if self.fused:
             lepe = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
-            return mila_attention(qk, v, *lepe, (height, width), self.num_heads, gate, eps=1e-6, rope_base=_ROPE_BASE,
-                                  backend=self.backend)
+            return mila_attention(
+                qk,
+                v,
+                *lepe,
+                (height, width),
+                self.num_heads,
+                gate,
+                eps=1e-6,
+                rope_base=_ROPE_BASE,
+                backend=self.backend,
+            )
         q, k = feature_map(qk if qk.dtype == torch.float64 else qk.float()).split(self.qk_dim, dim=-1)
         norm_q, norm_k = q, k  # without rotation, as in MILA: rotated products may be negative
         if self.rope:
@@ -121,9 +131,18 @@ class StudyAttention(nn.Module):
             q, k = rotate(q, grid), rotate(k, grid)
         delta = None if self.delta is None else self.delta(x)
         y = gated_linear_attention(
-            q, k, v, num_heads=self.num_heads, input_gate=None if self.input_gate is None else self.input_gate(delta),
-            forget_gate=None if self.forget_gate is None else self.forget_gate(delta), shortcut=self.shortcut, x=x,
-            normalize=self.normalize, norm_q=norm_q, norm_k=norm_k)
+            q,
+            k,
+            v,
+            num_heads=self.num_heads,
+            input_gate=None if self.input_gate is None else self.input_gate(delta),
+            forget_gate=None if self.forget_gate is None else self.forget_gate(delta),
+            shortcut=self.shortcut,
+            x=x,
+            normalize=self.normalize,
+            norm_q=norm_q,
+            norm_k=norm_k,
+        )
         if self.lepe is not None:
             y = y + self.lepe(v, height, width)
         return y if gate is None else y * F.silu(gate)

@@ -70,8 +70,9 @@ class AbsolutePositions(nn.Module):
 class MambaBlock(Block):
     """:class:`mila_mm.models.layers.Block` with an optional APE in front."""
 
-    def __init__(self, dim: int, make_attn: Callable[[int], nn.Module], ape: nn.Module | None = None,
-                 **kwargs: object) -> None:
+    def __init__(
+        self, dim: int, make_attn: Callable[[int], nn.Module], ape: nn.Module | None = None, **kwargs: object
+    ) -> None:
         super().__init__(dim, make_attn, **kwargs)
         self.ape = ape
 
@@ -92,8 +93,15 @@ class TransformerBlock(nn.Module):
         cpe: Whether depthwise convolutions go before attention and MLP.
     """
 
-    def __init__(self, dim: int, make_attn: Callable[[int], nn.Module], ape: nn.Module | None = None,
-                 mlp_ratio: float = 4.0, drop_path: float = 0.0, cpe: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        make_attn: Callable[[int], nn.Module],
+        ape: nn.Module | None = None,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        cpe: bool = False,
+    ) -> None:
         super().__init__()
         self.ape = ape
         self.cpe1 = DepthwiseConv(dim) if cpe else None

@@ -51,23 +51,49 @@ class LinearAttentionTrunk(Trunk):
 
     _name = NAME
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', layout: str = 'swin', block: str = 'transformer',
-                 input_gate: bool = False, forget_gate: bool = False, shortcut: bool = False,
-                 normalization: bool = True, single_head: bool = False,
-                 positional_encoding: str | Sequence[str] = (), expansion: float | None = None,
-                 qk_ratio: float | None = None, conv_kernel_size: int = 3, gate_reduction: int = 16,
-                 img_size: int | tuple[int, int] = 224, in_channels: int = 3,
-                 out_indices: Sequence[int] = (0, 1, 2, 3), mlp_ratio: float = 4.0, drop_path_rate: float = 0.0,
-                 with_cp: bool | str = False, attn_backend: str = 'auto', norm_layer: NormLayer = nn.BatchNorm2d,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'tiny',
+        layout: str = 'swin',
+        block: str = 'transformer',
+        input_gate: bool = False,
+        forget_gate: bool = False,
+        shortcut: bool = False,
+        normalization: bool = True,
+        single_head: bool = False,
+        positional_encoding: str | Sequence[str] = (),
+        expansion: float | None = None,
+        qk_ratio: float | None = None,
+        conv_kernel_size: int = 3,
+        gate_reduction: int = 16,
+        img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        with_cp: bool | str = False,
+        attn_backend: str = 'auto',
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if layout not in LAYOUTS:
             raise ValueError(f'{NAME}: expected layout to be one of {", ".join(LAYOUTS)}, got {layout!r}')
         spec = resolve_arch(arch, SWIN_ARCHS if layout == 'swin' else ARCHS, NAME)
         self._check_backend(attn_backend)
-        design = resolve_design(block, positional_encoding, expansion, qk_ratio, conv_kernel_size, gate_reduction,
-                                input_gate=input_gate, forget_gate=forget_gate, shortcut=shortcut,
-                                normalization=normalization, single_head=single_head)
+        design = resolve_design(
+            block,
+            positional_encoding,
+            expansion,
+            qk_ratio,
+            conv_kernel_size,
+            gate_reduction,
+            input_gate=input_gate,
+            forget_gate=forget_gate,
+            shortcut=shortcut,
+            normalization=normalization,
+            single_head=single_head,
+        )
         sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if len(sizes) != 2 or min(sizes) < 1:
             raise ValueError(f'{NAME}: expected img_size to be a side or (height, width), got {img_size!r}')
@@ -76,9 +102,16 @@ class LinearAttentionTrunk(Trunk):
         else:
             make_stem = partial(Stem, in_channels, spec.embed_dim, norm_layer)
             make_downsample = partial(Downsample, norm_layer=norm_layer)
-        self._build(spec, out_indices, mlp_ratio, drop_path_rate, with_cp, make_stem=make_stem,
-                    make_block=partial(_make_block, spec, design, sizes, mlp_ratio, attn_backend),
-                    make_downsample=lambda stage: make_downsample(spec.dims[stage]))
+        self._build(
+            spec,
+            out_indices,
+            mlp_ratio,
+            drop_path_rate,
+            with_cp,
+            make_stem=make_stem,
+            make_block=partial(_make_block, spec, design, sizes, mlp_ratio, attn_backend),
+            make_downsample=lambda stage: make_downsample(spec.dims[stage]),
+        )
 
     def _init_linears(self) -> None:
         """As in MILA; where Delta starts is not 0."""
@@ -88,16 +121,25 @@ class LinearAttentionTrunk(Trunk):
                 module.reset_bias()
 
 
-def _make_block(spec: Arch, design: Design, img_size: tuple[int, int], mlp_ratio: float, attn_backend: str, stage: int,
-                drop_path: float) -> nn.Module:
+def _make_block(
+    spec: Arch,
+    design: Design,
+    img_size: tuple[int, int],
+    mlp_ratio: float,
+    attn_backend: str,
+    stage: int,
+    drop_path: float,
+) -> nn.Module:
     """Make a block of a stage."""
     dim, heads = spec.dims[stage], spec.num_heads[stage]
     inner, qk_dim = int(dim * design.expansion), int(dim * design.qk_ratio)
     if design.single_head:
         heads, qk_dim = 1, dim // heads
     if inner % heads or qk_dim % heads or ('rope' in design.positional_encoding and qk_dim % 4):
-        raise ValueError(f'{NAME}: expected widths divisible by {heads} heads, and that of q and k with RoPE by 4; got '
-                         f'{inner} and {qk_dim} in stage {stage}')
+        raise ValueError(
+            f'{NAME}: expected widths divisible by {heads} heads, and that of q and k with RoPE by 4; got '
+            f'{inner} and {qk_dim} in stage {stage}'
+        )
 
     def make_attn(width: int) -> StudyAttention:
         return StudyAttention(width, heads, qk_dim, design, design.block == 'transformer', attn_backend)
@@ -109,8 +151,14 @@ def _make_block(spec: Arch, design: Design, img_size: tuple[int, int], mlp_ratio
     options = dict(ape=ape, drop_path=drop_path, cpe='cpe' in design.positional_encoding)
     if design.block == 'transformer':
         return TransformerBlock(dim, make_attn, mlp_ratio=mlp_ratio, **options)
-    return MambaBlock(dim, make_attn, mlp_ratio=mlp_ratio if design.block == 'mila' else 0.0, inner_dim=inner,
-                      kernel_size=design.conv_kernel_size, **options)
+    return MambaBlock(
+        dim,
+        make_attn,
+        mlp_ratio=mlp_ratio if design.block == 'mila' else 0.0,
+        inner_dim=inner,
+        kernel_size=design.conv_kernel_size,
+        **options,
+    )
 
 
 class LinearAttentionClassifier(nn.Module):

@@ -15,8 +15,10 @@ BACKENDS = ('auto', 'reference')
 _library = torch.library.Library('mila_mm', 'FRAGMENT')
 _INPUTS = 'Tensor q, Tensor k, Tensor v, Tensor delta, Tensor rate'
 _library.define(f'gated_scan_forward({_INPUTS}, int num_heads, int length) -> (Tensor, Tensor)')
-_library.define(f'gated_scan_backward(Tensor grad_y, {_INPUTS}, Tensor starts, int num_heads, int length) '
-                '-> (Tensor, Tensor, Tensor, Tensor, Tensor)')
+_library.define(
+    f'gated_scan_backward(Tensor grad_y, {_INPUTS}, Tensor starts, int num_heads, int length) '
+    '-> (Tensor, Tensor, Tensor, Tensor, Tensor)'
+)
 for _key in ('CPU', 'CUDA'):
     _library.impl('gated_scan_forward', scan_forward, _key)
     _library.impl('gated_scan_backward', scan_backward, _key)
@@ -46,19 +48,32 @@ def _differentiate(ctx, grad_y, _):
 
 
 def _differentiate_twice(ctx, *_):
-    raise RuntimeError('gated_linear_attention: expected one differentiation of the scan, got a second; '
-                       "take backend='reference' for it")
+    raise RuntimeError(
+        'gated_linear_attention: expected one differentiation of the scan, got a second; '
+        "take backend='reference' for it"
+    )
 
 
-torch.library.register_autograd('mila_mm::gated_scan_forward', _differentiate, setup_context=_setup_context,
-                                lib=_library)
+torch.library.register_autograd(
+    'mila_mm::gated_scan_forward', _differentiate, setup_context=_setup_context, lib=_library
+)
 torch.library.register_autograd('mila_mm::gated_scan_backward', _differentiate_twice, lib=_library)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, num_heads: int, like_v: dict[str, Tensor | None],
-           shortcut: Tensor | None, forget_gate: tuple[Tensor, Tensor] | None,
-           norm: tuple[Tensor | None, Tensor | None], causal: bool | None, backend: str) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    like_v: dict[str, Tensor | None],
+    shortcut: Tensor | None,
+    forget_gate: tuple[Tensor, Tensor] | None,
+    norm: tuple[Tensor | None, Tensor | None],
+    causal: bool | None,
+    backend: str,
+) -> None:
     """Raise ValueError, with what was expected and got, for arguments that do not fit together."""
+
     def fail(expected: str, got: object) -> None:
         raise ValueError(f'gated_linear_attention: expected {expected}, got {got}')
 
@@ -78,22 +93,39 @@ def _check(q: Tensor, k: Tensor, v: Tensor, num_heads: int, like_v: dict[str, Te
     if shortcut is not None and shortcut.shape != v.shape[-1:]:
         fail(f'shortcut of shape ({v.shape[-1]},)', tuple(shortcut.shape))
     if any(t is not None and t.shape != q.shape for t in norm):
-        fail(f'norm_q and norm_k of the shape of q, {tuple(q.shape)}', [None if t is None else tuple(t.shape)
-                                                                       for t in norm])
+        fail(
+            f'norm_q and norm_k of the shape of q, {tuple(q.shape)}',
+            [None if t is None else tuple(t.shape) for t in norm],
+        )
     if forget_gate is not None:
         expected = v.shape, (q.shape[-1] // num_heads, v.shape[-1])
         if len(forget_gate) != 2 or tuple(t.shape for t in forget_gate) != expected:
-            fail(f'forget_gate to be (delta, a) of shapes {tuple(v.shape)} and {tuple(expected[1])}',
-                 [tuple(t.shape) for t in forget_gate])
+            fail(
+                f'forget_gate to be (delta, a) of shapes {tuple(v.shape)} and {tuple(expected[1])}',
+                [tuple(t.shape) for t in forget_gate],
+            )
         if causal is False:
             fail('causal to be True or None with a forget gate', causal)
 
 
 def gated_linear_attention(
-        q: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 1, input_gate: Tensor | None = None,
-        forget_gate: tuple[Tensor, Tensor] | None = None, shortcut: Tensor | None = None, x: Tensor | None = None,
-        normalize: bool = True, norm_q: Tensor | None = None, norm_k: Tensor | None = None,
-        causal: bool | None = None, eps: float = 1e-6, chunk_size: int = LENGTH, backend: str = 'auto') -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int = 1,
+    input_gate: Tensor | None = None,
+    forget_gate: tuple[Tensor, Tensor] | None = None,
+    shortcut: Tensor | None = None,
+    x: Tensor | None = None,
+    normalize: bool = True,
+    norm_q: Tensor | None = None,
+    norm_k: Tensor | None = None,
+    causal: bool | None = None,
+    eps: float = 1e-6,
+    chunk_size: int = LENGTH,
+    backend: str = 'auto',
+) -> Tensor:
     """Linear attention with the gates of Mamba, any of which may be absent.
 
     For each head, with the state S (d, C / heads) and the sum of keys Z (d), both 0 before the first token
@@ -136,15 +168,28 @@ def gated_linear_attention(
     Raises:
         ValueError: Shapes, dtypes or options that do not fit; the message says expected and got.
     """
-    _check(q, k, v, num_heads, {'input_gate': input_gate, 'x': x}, shortcut, forget_gate, (norm_q, norm_k), causal,
-           backend)
+    _check(
+        q, k, v, num_heads, {'input_gate': input_gate, 'x': x}, shortcut, forget_gate, (norm_q, norm_k), causal, backend
+    )
     if chunk_size < 1:
         raise ValueError(f'gated_linear_attention: expected chunk_size above 0, got {chunk_size}')
     device = v.device.type
     if backend == 'reference' or (forget_gate is not None and transformed()):
         return gated_linear_attention_reference(
-            q, k, v, num_heads=num_heads, input_gate=input_gate, forget_gate=forget_gate, shortcut=shortcut, x=x,
-            normalize=normalize, norm_q=norm_q, norm_k=norm_k, causal=causal, eps=eps)
+            q,
+            k,
+            v,
+            num_heads=num_heads,
+            input_gate=input_gate,
+            forget_gate=forget_gate,
+            shortcut=shortcut,
+            x=x,
+            normalize=normalize,
+            norm_q=norm_q,
+            norm_k=norm_k,
+            causal=causal,
+            eps=eps,
+        )
     gates = () if forget_gate is None else forget_gate
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in (q, k, v, *gates)) else torch.float32
     autocast = device != 'meta' and torch.is_autocast_enabled(device)

@@ -18,8 +18,9 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def global_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, normalize: bool, norm_q: Tensor,
-                     norm_k: Tensor, eps: float) -> Tensor:
+def global_attention(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, normalize: bool, norm_q: Tensor, norm_k: Tensor, eps: float
+) -> Tensor:
     """Every token sees every other one: two products, cost linear in the tokens. Returns (B, N, C)."""
     tokens = v.shape[1]
     q, k, values = (_heads(t, num_heads) for t in (q, k, v))

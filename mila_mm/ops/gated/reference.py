@@ -7,10 +7,21 @@ from torch import Tensor
 
 
 def gated_linear_attention_reference(
-        q: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 1, input_gate: Tensor | None = None,
-        forget_gate: tuple[Tensor, Tensor] | None = None, shortcut: Tensor | None = None, x: Tensor | None = None,
-        normalize: bool = True, norm_q: Tensor | None = None, norm_k: Tensor | None = None,
-        causal: bool | None = None, eps: float = 1e-6) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int = 1,
+    input_gate: Tensor | None = None,
+    forget_gate: tuple[Tensor, Tensor] | None = None,
+    shortcut: Tensor | None = None,
+    x: Tensor | None = None,
+    normalize: bool = True,
+    norm_q: Tensor | None = None,
+    norm_k: Tensor | None = None,
+    causal: bool | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
     """Evaluate the formula one token after the other, differentiable to any order.
 
     The specification of :func:`mila_mm.ops.gated_linear_attention`, which see for the arguments. It computes in fp64
@@ -33,8 +44,10 @@ def gated_linear_attention_reference(
     out_dtype = dtype if torch.is_autocast_enabled(v.device.type) else v.dtype
     with torch.autocast(v.device.type, enabled=False):
         q, k, values = (t.to(dtype).unflatten(-1, (num_heads, -1)) for t in (q, k, v))
-        norm_q, norm_k = (heads if t is None else t.to(dtype).unflatten(-1, (num_heads, -1))
-                          for t, heads in ((norm_q, q), (norm_k, k)))
+        norm_q, norm_k = (
+            heads if t is None else t.to(dtype).unflatten(-1, (num_heads, -1))
+            for t, heads in ((norm_q, q), (norm_k, k))
+        )
         if input_gate is not None:
             values = values * input_gate.to(dtype).unflatten(-1, (num_heads, -1))
         if forget_gate is not None:

@@ -67,7 +67,7 @@ class _Plan:
     def cut(self, x: Tensor, segment: int) -> Tensor:
         """(B, N, D) -> (length, D, X) of one segment, contiguous; zeros behind the end."""
         size = self.length * self.chunks
-        part = x[:, segment * size:(segment + 1) * size]
+        part = x[:, segment * size : (segment + 1) * size]
         if part.shape[1] < size:
             part = torch.nn.functional.pad(part, (0, 0, 0, size - part.shape[1]))
         return part.unflatten(1, (self.chunks, self.length)).permute(2, 3, 0, 1).flatten(2)
@@ -75,19 +75,19 @@ class _Plan:
     def joined(self, parts: list[Tensor]) -> Tensor:
         """The segments' (length, D, X), D of any number of axes, as (B, N, D), dense: the inverse of :meth:`cut`."""
         rows = [p.reshape(self.length, -1, self.batch, self.chunks).permute(2, 3, 0, 1).flatten(1, 2) for p in parts]
-        return torch.cat(rows, dim=1)[:, :self.tokens].contiguous()
+        return torch.cat(rows, dim=1)[:, : self.tokens].contiguous()
 
     def keep(self, found: Tensor, starts: Tensor, segment: int) -> None:
         """What the chunks of a segment find, (d, heads, width, B, chunks), into ``starts``."""
         first = segment * self.chunks
         size = min(self.chunks, self.filled - first)
-        starts[..., first:first + size] = found[..., :size]
+        starts[..., first : first + size] = found[..., :size]
 
     def kept(self, starts: Tensor, segment: int) -> Tensor:
         """(d, heads, width, X): what the chunks of a segment found. Of those without tokens, which add nothing, 0."""
         first = segment * self.chunks
         size = min(self.chunks, self.filled - first)
-        found = starts[..., first:first + size]
+        found = starts[..., first : first + size]
         return torch.nn.functional.pad(found, (0, self.chunks - size)).flatten(-2)
 
     def channels(self, x: Tensor) -> Tensor:
@@ -150,8 +150,9 @@ def _carry(local: Tensor, decay: Tensor, state: Tensor, order: Iterator[int], ou
     return state
 
 
-def scan_forward(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, rate: Tensor, num_heads: int,
-                 length: int = LENGTH) -> tuple[Tensor, Tensor]:
+def scan_forward(
+    q: Tensor, k: Tensor, v: Tensor, delta: Tensor, rate: Tensor, num_heads: int, length: int = LENGTH
+) -> tuple[Tensor, Tensor]:
     """Run the recurrence.
 
     Args:
@@ -195,8 +196,17 @@ def scan_forward(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, rate: Tensor, n
     return plan.joined(parts), starts
 
 
-def scan_backward(grad_y: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, rate: Tensor, starts: Tensor,
-                  num_heads: int, length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scan_backward(
+    grad_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor,
+    rate: Tensor,
+    starts: Tensor,
+    num_heads: int,
+    length: int = LENGTH,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Differentiate :func:`scan_forward`.
 
     Args:
@@ -228,8 +238,7 @@ def scan_backward(grad_y: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor
     return *(plan.joined(list(p)) for p in zip(*parts, strict=True)), grad_rate
 
 
-def _recompute(plan: _Plan, cuts: list[Tensor], rate: Tensor, state: Tensor, decays: Tensor,
-               weights: Tensor) -> Tensor:
+def _recompute(plan: _Plan, cuts: list[Tensor], rate: Tensor, state: Tensor, decays: Tensor, weights: Tensor) -> Tensor:
     """Walk forward again; fill ``decays`` with A_i and ``weights`` with A_i * S_(i-1). Returns the gradient of q."""
     keys = plan.keys(cuts[1])
     values, deltas, grads = (plan.channels(cuts[i]) for i in (2, 3, 4))
@@ -244,8 +253,9 @@ def _recompute(plan: _Plan, cuts: list[Tensor], rate: Tensor, state: Tensor, dec
     return grad_q
 
 
-def _adjoint_starts(plan: _Plan, cuts: list[Tensor], rate: Tensor, decays: Tensor,
-                    state: Tensor) -> tuple[Tensor, Tensor]:
+def _adjoint_starts(
+    plan: _Plan, cuts: list[Tensor], rate: Tensor, decays: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """From A_(i+1) * G_(i+1) behind the segment to that before it, and to what each chunk finds at its end."""
     queries, deltas, grads = plan.keys(cuts[0]), plan.channels(cuts[3]), plan.channels(cuts[4])
     rate = rate.view(plan.states, plan.heads, plan.width, 1)
@@ -259,8 +269,9 @@ def _adjoint_starts(plan: _Plan, cuts: list[Tensor], rate: Tensor, decays: Tenso
     return state, found.flatten(-2)
 
 
-def _walk_back(plan: _Plan, cuts: list[Tensor], rate: Tensor, walking: Tensor, decays: Tensor, weights: Tensor,
-               grad_rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _walk_back(
+    plan: _Plan, cuts: list[Tensor], rate: Tensor, walking: Tensor, decays: Tensor, weights: Tensor, grad_rate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Walk the adjoint from what each chunk finds at its end; adds to ``grad_rate``. Gradients of k, v and delta."""
     queries, keys = plan.keys(cuts[0]), plan.keys(cuts[1])
     values, deltas, grads = (plan.channels(cuts[i]) for i in (2, 3, 4))

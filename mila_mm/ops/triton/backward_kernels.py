@@ -31,7 +31,7 @@ def gate_backward_kernel(
     gate_batch_stride, gate_token_stride, table_stride, height, width, heads, eps,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_LEPE: tl.constexpr,
     ALIGNED: tl.constexpr, STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """do = dy * silu(u) and du = dy * o * silu'(u), with o computed again. Grid: as the output kernel's.
 
     A kernel of its own rather than the head of the query kernel: together they need more registers than there are.
@@ -44,7 +44,7 @@ def gate_backward_kernel(
         state_ptr + owner * (WIDTH * WIDTH), mean_ptr + owner * WIDTH,
         qk_token_stride, v_token_stride, table_stride, height, width, heads, eps, head, first_row, first_column,
         WIDTH, PADDED, ROWS, COLUMNS, HAS_LEPE, STRADDLES, ACCURATE, LOW, PRECISION,
-    )
+    )  # fmt: skip
     local, channel, mask = tile_mask(first_row, first_column, height, width, WIDTH, PADDED, ROWS, COLUMNS)
     gate_ptr += image_offset(batch, gate_batch_stride, ALIGNED) + first * gate_token_stride + head * WIDTH
     gate = widen(tl.load(gate_ptr + local * gate_token_stride + channel, mask=mask, other=0.0))
@@ -67,7 +67,7 @@ def query_backward_kernel(
     width, tokens, heads, tokens_per_split, scale, eps,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """dq, and the parts of dS' = mean of P do^T and of dkm' = mean of e q^, over one run of tokens of one head.
 
     Grid: heads, splits, batch. ``grad_state`` and ``grad_mean`` are laid out as the parts of the state kernel.
@@ -101,7 +101,7 @@ def query_backward_kernel(
         row, column = run_positions(first, local, width)
         cos, sin = load_rotation(
             cos_ptr, sin_ptr, table_stride, row, column, live, head, heads, WIDTH, PADDED, STRADDLES
-        )
+        )  # fmt: skip
         mapped = feature_map(widen(q), ACCURATE)
         normaliser = reciprocal(tl.sum(mapped * mean[None, :], axis=1) + eps, ACCURATE)
         query = rotate(mapped, cos, sin, BLOCK, PADDED) * normaliser[:, None]
@@ -127,7 +127,7 @@ def key_value_backward_kernel(
     table_stride, height, width, heads,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_LEPE: tl.constexpr,
     ALIGNED: tl.constexpr, STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """dk = (R^T dS' v + dkm') phi'(k) and dv = dS'^T k~ + transposed lepe of do. Grid: as the output kernel's."""
     head, first_row, first_column, first, batch, owner = tile_place(heads, width, ROWS, COLUMNS)
     local, channel, mask = tile_mask(first_row, first_column, height, width, WIDTH, PADDED, ROWS, COLUMNS)
@@ -141,7 +141,7 @@ def key_value_backward_kernel(
     cos, sin = load_rotation(
         cos_ptr, sin_ptr, table_stride, first_row + row, first_column + column,
         (first_row + row < height) & (first_column + column < width), head, heads, WIDTH, PADDED, STRADDLES,
-    )
+    )  # fmt: skip
     local_channel = tl.arange(0, PADDED)
     grad_state = load_square(grad_state_ptr + owner * (WIDTH * WIDTH), WIDTH, PADDED)
     grad_mean = tl.load(grad_mean_ptr + owner * WIDTH + local_channel, mask=local_channel < WIDTH, other=0.0)
@@ -158,9 +158,21 @@ def key_value_backward_kernel(
     if HAS_LEPE:
         grad_out_ptr += image_offset(batch, grad_out_batch_stride, ALIGNED) + first * grad_out_token_stride
         grad_v += stencil(
-            0.0, grad_out_ptr + head * WIDTH, grad_out_token_stride, taps_ptr + head * (9 * WIDTH), WIDTH,
-            first_row, first_column, height, width, local_channel, local_channel < WIDTH,
-            True, ROWS, COLUMNS, PADDED,
+            0.0,
+            grad_out_ptr + head * WIDTH,
+            grad_out_token_stride,
+            taps_ptr + head * (9 * WIDTH),
+            WIDTH,
+            first_row,
+            first_column,
+            height,
+            width,
+            local_channel,
+            local_channel < WIDTH,
+            True,
+            ROWS,
+            COLUMNS,
+            PADDED,
         )
     grad_v_ptr += (batch * height * width + first) * channels + head * WIDTH
     tl.store(grad_v_ptr + local * channels + channel, grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)

@@ -106,7 +106,7 @@ def rotate(x, cos, sin, TOKENS: tl.constexpr, PADDED: tl.constexpr):
 def load_rotation(
     cos_ptr, sin_ptr, table_stride, row, column, live, head, heads,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, STRADDLES: tl.constexpr,
-):
+):  # fmt: skip
     """Cosines and sines (TOKENS, PADDED / 2) of one head's pairs: the first half of all pairs turn by row."""
     local = tl.arange(0, PADDED // 2)
     quarter = heads * (WIDTH // 4)
@@ -190,7 +190,7 @@ def next_tile(down, across, tiles_across):
 def tile_mask(
     first_row, first_column, height, width,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Of a tile: tokens (TOKENS, 1) counted from its first, channels (1, PADDED) from the head's first, what exists."""
     row, column = tile_tokens(ROWS, COLUMNS)
     live = (first_row + row < height) & (first_column + column < width)
@@ -228,7 +228,7 @@ def joined(upper, lower, HALF: tl.constexpr, PADDED: tl.constexpr):
 def stencil(
     start, x_ptr, x_token_stride, taps_ptr, tap_stride, first_row, first_column, height, width, channel, channel_live,
     FLIPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
-):
+):  # fmt: skip
     """``start`` + depthwise 3x3 convolution (``FLIPPED``: its transpose), zero padding, at a tile's tokens, in fp32.
 
     Two rows at a time, so that of the four rows that these need the inner two are loaded and widened once, not twice,

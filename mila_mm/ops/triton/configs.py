@@ -147,13 +147,23 @@ _EXACT_KEY_VALUE = {16: Launch(8, 8, 2), 32: Launch(4, 8, 2), 64: Launch(4, 4, 8
 # kernel keeps; plain fp32 products do, and are as exact.
 _PLAIN_QUERY = Launch(2, 8, 8, 1, 128, 'ieee')
 _EXACT_QUERY = {
-    16: Launch(4, 8, 2), 24: Launch(4, 8, 2, precision='ieee'), 32: Launch(4, 8, 4, precision='ieee'), 64: _PLAIN_QUERY
+    16: Launch(4, 8, 2),
+    24: Launch(4, 8, 2, precision='ieee'),
+    32: Launch(4, 8, 4, precision='ieee'),
+    64: _PLAIN_QUERY,
 }
 _FAST = {
-    'state': _STATE, 'output': _TILE, 'gate_backward': _TILE, 'query_backward': _QUERY, 'key_value_backward': _TILE
+    'state': _STATE,
+    'output': _TILE,
+    'gate_backward': _TILE,
+    'query_backward': _QUERY,
+    'key_value_backward': _TILE,
 }
 _EXACT = {
-    'state': _EXACT_STATE, 'output': _EXACT_TILE, 'gate_backward': _EXACT_TILE, 'query_backward': _EXACT_QUERY,
+    'state': _EXACT_STATE,
+    'output': _EXACT_TILE,
+    'gate_backward': _EXACT_TILE,
+    'query_backward': _EXACT_QUERY,
     'key_value_backward': _EXACT_KEY_VALUE,
 }
 # On sm_90 a warp group multiplies 64 rows at once. sm_100 could too, but through a memory of its own, which for

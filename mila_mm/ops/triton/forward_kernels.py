@@ -23,8 +23,19 @@ from mila_mm.ops.triton.common import (
 # Sizes of the image change from batch to batch: no binary may depend on whether one of them divides by 16. Strides of
 # tokens and the number of channels are not listed, since their divisibility is what allows 128-bit loads. Batch strides
 # are products of both; what loads need to know of them is in `ALIGNED`.
-SIZES = ['height', 'width', 'tokens', 'splits', 'tokens_per_split', 'heads',
-         'qk_batch_stride', 'v_batch_stride', 'gate_batch_stride', 'grad_y_batch_stride', 'grad_out_batch_stride']
+SIZES = [
+    'height',
+    'width',
+    'tokens',
+    'splits',
+    'tokens_per_split',
+    'heads',
+    'qk_batch_stride',
+    'v_batch_stride',
+    'gate_batch_stride',
+    'grad_y_batch_stride',
+    'grad_out_batch_stride',
+]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -34,7 +45,7 @@ def state_kernel(
     width, tokens, heads, tokens_per_split, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Parts of S = mean of k~ v^T and of the mean of k^, over one run of tokens of one head.
 
     Grid: heads, splits, batch; neighbours share the lines that hold both their channels.
@@ -62,7 +73,7 @@ def state_kernel(
         row, column = run_positions(first, local, width)
         cos, sin = load_rotation(
             cos_ptr, sin_ptr, table_stride, row, column, live, head, heads, WIDTH, PADDED, STRADDLES
-        )
+        )  # fmt: skip
         # Masked after the feature map: phi(0) is 1, not 0.
         mapped = tl.where(mask, feature_map(widen(k), ACCURATE), 0.0)
         mapped_sum += mapped
@@ -81,7 +92,7 @@ def state_kernel(
 def sum_parts(
     parts_ptr, result_ptr, owner, chunk, heads, splits,
     SIZE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Sum ``CHUNK`` entries of one head over its splits: (batch, splits, heads, SIZE) to (batch, heads, SIZE)."""
     index = chunk * CHUNK + tl.arange(0, CHUNK)
     live = index < SIZE
@@ -98,7 +109,7 @@ def sum_parts(
 def reduce_kernel(
     state_parts_ptr, mean_parts_ptr, state_ptr, mean_ptr, heads, splits,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Sum the parts of one head over its splits, always in the same order.
 
     Grid: batch * heads * (chunks of the WIDTH x WIDTH matrix, and one more for the vector).
@@ -119,7 +130,7 @@ def attend(
     q_token_stride, v_token_stride, table_stride, height, width, heads, eps, head, first_row, first_column,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_LEPE: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Output before the gate, o = S^T P + lepe(v), at the tokens of a tile; pointers stand at its first token."""
     row, column = tile_tokens(ROWS, COLUMNS)
     live = (first_row + row < height) & (first_column + column < width)
@@ -130,7 +141,7 @@ def attend(
     cos, sin = load_rotation(
         cos_ptr, sin_ptr, table_stride, first_row + row, first_column + column, live, head, heads,
         WIDTH, PADDED, STRADDLES,
-    )
+    )  # fmt: skip
     mean = tl.load(mean_ptr + channel, mask=channel_live, other=0.0)
     state = load_square(state_ptr, WIDTH, PADDED)
     mapped = feature_map(widen(q), ACCURATE)
@@ -141,8 +152,21 @@ def attend(
     if HAS_LEPE:
         bias = tl.load(bias_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
         out += stencil(
-            bias[None, :], v_ptr, v_token_stride, taps_ptr, WIDTH, first_row, first_column, height, width,
-            channel, channel_live, False, ROWS, COLUMNS, PADDED,
+            bias[None, :],
+            v_ptr,
+            v_token_stride,
+            taps_ptr,
+            WIDTH,
+            first_row,
+            first_column,
+            height,
+            width,
+            channel,
+            channel_live,
+            False,
+            ROWS,
+            COLUMNS,
+            PADDED,
         )
     return out
 
@@ -155,7 +179,7 @@ def output_kernel(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_LEPE: tl.constexpr, HAS_GATE: tl.constexpr, ALIGNED: tl.constexpr,
     STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """y = (S^T P + lepe(v)) * silu(gate) for one tile and one head. Grid: tiles across * heads, tiles down, batch."""
     head, first_row, first_column, first, batch, owner = tile_place(heads, width, ROWS, COLUMNS)
     qk_ptr += image_offset(batch, qk_batch_stride, ALIGNED) + first * qk_token_stride + head * WIDTH
@@ -165,7 +189,7 @@ def output_kernel(
         state_ptr + owner * (WIDTH * WIDTH), mean_ptr + owner * WIDTH,
         qk_token_stride, v_token_stride, table_stride, height, width, heads, eps, head, first_row, first_column,
         WIDTH, PADDED, ROWS, COLUMNS, HAS_LEPE, STRADDLES, ACCURATE, LOW, PRECISION,
-    )
+    )  # fmt: skip
     local, channel, mask = tile_mask(first_row, first_column, height, width, WIDTH, PADDED, ROWS, COLUMNS)
     if HAS_GATE:
         gate_ptr += image_offset(batch, gate_batch_stride, ALIGNED) + first * gate_token_stride + head * WIDTH

@@ -123,8 +123,16 @@ class _Plan:
         state, mean = self.fp32(self.batch, self.heads, d, d), self.fp32(self.batch, self.heads, d)
         chunks = -(-d * d // configs.REDUCE_CHUNK) + 1
         forward_kernels.reduce_kernel[(self.batch * self.heads * chunks,)](
-            state_parts, mean_parts, state, mean, self.heads, self.splits,
-            WIDTH=d, CHUNK=configs.REDUCE_CHUNK, ROWS=configs.REDUCE_ROWS, num_warps=configs.REDUCE_WARPS,
+            state_parts,
+            mean_parts,
+            state,
+            mean,
+            self.heads,
+            self.splits,
+            WIDTH=d,
+            CHUNK=configs.REDUCE_CHUNK,
+            ROWS=configs.REDUCE_ROWS,
+            num_warps=configs.REDUCE_WARPS,
         )
         return state, mean
 
@@ -171,7 +179,7 @@ def attention_forward(
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), plan.table_stride,
             width, plan.tokens, num_heads, plan.tokens_per_split, 1.0 / plan.tokens,
             **options,
-        )
+        )  # fmt: skip
         state, mean = plan.reduce(*parts)
 
         grid, options = plan.tile('output')
@@ -182,7 +190,7 @@ def attention_forward(
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), gated.stride(0), gated.stride(1), plan.table_stride,
             height, width, num_heads, eps,
             HAS_LEPE=lepe_weight is not None, HAS_GATE=gate is not None, **options,
-        )
+        )  # fmt: skip
     return y, state, mean
 
 
@@ -258,7 +266,7 @@ def _gate_backward(
         grad_y.stride(0), grad_y.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
         gate.stride(0), gate.stride(1), plan.table_stride, plan.height, plan.width, plan.heads, eps,
         HAS_LEPE=lepe_bias is not None, **options,
-    )
+    )  # fmt: skip
     return grad_out, grad_gate
 
 
@@ -283,7 +291,7 @@ def _query_key_value_backward(
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), plan.table_stride,
         plan.width, plan.tokens, plan.heads, plan.tokens_per_split, 1.0 / plan.tokens, eps,
         **options,
-    )
+    )  # fmt: skip
     grad_state, grad_mean = plan.reduce(*parts)
     grid, options = plan.tile('key_value_backward')
     backward_kernels.key_value_backward_kernel[grid](
@@ -291,7 +299,7 @@ def _query_key_value_backward(
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
         plan.table_stride, plan.height, plan.width, plan.heads,
         HAS_LEPE=lepe_weight is not None, **options,
-    )
+    )  # fmt: skip
 
 
 def _lepe_backward(
@@ -310,11 +318,17 @@ def _lepe_backward(
         plan.height, plan.width, plan.channels, tiles, across, run,
         ROWS=setting.rows, COLUMNS=setting.columns, CHANNELS=configs.LEPE_CHANNELS, ALIGNED=aligned(plan.channels),
         **setting.options(),
-    )
+    )  # fmt: skip
     grad_weight = torch.empty(lepe_weight.shape, dtype=lepe_weight.dtype, device=v.device)
     grad_bias = torch.empty(lepe_bias.shape, dtype=lepe_bias.dtype, device=v.device)
     lepe_kernels.lepe_reduce_kernel[(10 * blocks,)](
-        parts, grad_weight, grad_bias, plan.channels, plan.batch * splits,
-        ROWS=configs.REDUCE_ROWS, CHANNELS=configs.LEPE_CHANNELS, num_warps=configs.REDUCE_WARPS,
+        parts,
+        grad_weight,
+        grad_bias,
+        plan.channels,
+        plan.batch * splits,
+        ROWS=configs.REDUCE_ROWS,
+        CHANNELS=configs.LEPE_CHANNELS,
+        num_warps=configs.REDUCE_WARPS,
     )
     return grad_weight, grad_bias

@@ -5,15 +5,23 @@ import triton.language as tl
 
 from mila_mm.ops.triton.common import image_offset, load_row, next_tile
 
-SIZES = ['height', 'width', 'tiles', 'tiles_across', 'tiles_per_split', 'parts', 'v_batch_stride',
-         'grad_out_batch_stride']
+SIZES = [
+    'height',
+    'width',
+    'tiles',
+    'tiles_across',
+    'tiles_per_split',
+    'parts',
+    'v_batch_stride',
+    'grad_out_batch_stride',
+]
 
 
 @triton.jit
 def column_products(
     above, middle, below, upper, lower, index, v_ptr, v_token_stride, row_stride, row, first_row, first_column,
     height, width, channel, channel_live, RIGHT: tl.constexpr, COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Add do_n v_{n+t} to the sums of the three taps t of one column, for pairs of rows with gradients of both."""
     column = index % COLUMNS + RIGHT
     live = (first_column + column >= 0) & (first_column + column < width)
@@ -41,7 +49,7 @@ def lepe_backward_kernel(
     grad_out_batch_stride, grad_out_token_stride, v_batch_stride, v_token_stride,
     height, width, channels, tiles, tiles_across, tiles_per_split,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
-):
+):  # fmt: skip
     """Parts of dw_t = sum of do_n v_{n+t} (rows 0 to 8) and db = sum of do_n (row 9) over a run of tiles.
 
     Grid: channel blocks, splits, batch. Writes parts (batch * splits, 10, channels).
@@ -72,8 +80,19 @@ def lepe_backward_kernel(
         upper = load_row(x, grad_row_stride, row, *place)
         lower = load_row(x, grad_row_stride, row + 1, *place)
         x = v_ptr + first * v_token_stride
-        place = (index, x, v_token_stride, v_row_stride, row, first_row, first_column, height, width, channel,
-                 channel_live)
+        place = (
+            index,
+            x,
+            v_token_stride,
+            v_row_stride,
+            row,
+            first_row,
+            first_column,
+            height,
+            width,
+            channel,
+            channel_live,
+        )
         s0, s3, s6 = column_products(s0, s3, s6, upper, lower, *place, -1, COLUMNS)
         s1, s4, s7 = column_products(s1, s4, s7, upper, lower, *place, 0, COLUMNS)
         s2, s5, s8 = column_products(s2, s5, s8, upper, lower, *place, 1, COLUMNS)
@@ -97,7 +116,7 @@ def lepe_backward_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def lepe_reduce_kernel(
     parts_ptr, grad_weight_ptr, grad_bias_ptr, channels, parts, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
+):  # fmt: skip
     """Sum (parts, 10, channels) over the parts into (channels, 9) and (channels,). Grid: 10 * channel blocks."""
     program = tl.program_id(0)
     row = program % 10

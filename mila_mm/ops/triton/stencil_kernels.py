@@ -41,8 +41,20 @@ from mila_mm.ops.triton.common import (
 )
 from mila_mm.ops.triton.lepe_kernels import store_sum
 
-SIZES = ['height', 'width', 'tokens', 'tiles', 'tiles_across', 'blocks', 'tokens_per_split', 'tiles_per_split',
-         'x_batch_stride', 'grad_out_batch_stride', 'grad_y_batch_stride', 'out_batch_stride']
+SIZES = [
+    'height',
+    'width',
+    'tokens',
+    'tiles',
+    'tiles_across',
+    'blocks',
+    'tokens_per_split',
+    'tiles_per_split',
+    'x_batch_stride',
+    'grad_out_batch_stride',
+    'grad_y_batch_stride',
+    'out_batch_stride',
+]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -50,7 +62,7 @@ def cpe_norm_kernel(
     x_ptr, taps_ptr, bias_ptr, gamma_ptr, beta_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
     x_batch_stride, x_token_stride, height, width, eps,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
-):
+):  # fmt: skip
     """x' and its LayerNorm y for a tile of tokens with all their channels. Grid: tiles across, tiles down, batch."""
     _, first_row, first_column, first, batch, _ = tile_place(1, width, ROWS, COLUMNS)
     local, channels, mask = tile_mask(first_row, first_column, height, width, CHANNELS, PADDED, ROWS, COLUMNS)
@@ -63,7 +75,7 @@ def cpe_norm_kernel(
     total = stencil(
         bias[None, :], x_ptr, x_token_stride, taps_ptr, CHANNELS, first_row, first_column, height, width,
         channel, channel_live, False, ROWS, COLUMNS, PADDED,
-    )
+    )  # fmt: skip
     total += widen(tl.load(x_ptr + local * x_token_stride + channels, mask=mask, other=0.0))
     out = total.to(out_ptr.dtype.element_ty)
     offset = local * CHANNELS + channels
@@ -89,7 +101,7 @@ def norm_backward_kernel(
     grad_out_batch_stride, grad_out_token_stride, grad_y_batch_stride, grad_y_token_stride,
     out_batch_stride, out_token_stride, tokens, tokens_per_split,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):
+):  # fmt: skip
     """Gradient g of x' from both its uses, and parts (batch * splits, CHANNELS) of dgamma and dbeta.
 
     Grid: splits, 1, batch, each a run of tokens of one image.
@@ -112,9 +124,9 @@ def norm_backward_kernel(
         local = begin + tl.arange(0, BLOCK)
         live = local < count
         mask = live[:, None] & channel_live[None, :]
-        grad_y = widen(tl.load(
-            grad_y_ptr + local[:, None] * grad_y_token_stride + channel[None, :], mask=mask, other=0.0
-        ))
+        grad_y = widen(
+            tl.load(grad_y_ptr + local[:, None] * grad_y_token_stride + channel[None, :], mask=mask, other=0.0)
+        )
         out = tl.load(out_ptr + local[:, None] * out_token_stride + channel[None, :], mask=mask, other=0.0)
         mean = tl.load(mean_ptr + first + local, mask=live, other=0.0)
         rstd = tl.load(rstd_ptr + first + local, mask=live, other=0.0)
@@ -138,7 +150,7 @@ def norm_backward_kernel(
 def before_silu(
     x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
-):
+):  # fmt: skip
     """p at one tile of tokens and one block of channels, then: image, first token, offsets in the tile, channels, mask.
 
     Grid: tiles across * channel blocks, tiles down, batch.
@@ -153,7 +165,7 @@ def before_silu(
     total = stencil(
         bias, x_ptr, x_token_stride, taps_ptr + block * (9 * CHANNELS), CHANNELS, first_row, first_column, height,
         width, tl.arange(0, CHANNELS), channel_live, False, ROWS, COLUMNS, CHANNELS,
-    )
+    )  # fmt: skip
     return total, batch, first, local, channel, mask & channel_live[None, :]
 
 
@@ -161,12 +173,12 @@ def before_silu(
 def dwc_silu_kernel(
     x_ptr, taps_ptr, bias_ptr, y_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
-):
+):  # fmt: skip
     """u = silu(p). Grid: tiles across * channel blocks, tiles down, batch."""
     total, batch, first, local, channel, mask = before_silu(
         x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
         ROWS, COLUMNS, CHANNELS, ALIGNED,
-    )
+    )  # fmt: skip
     y = total * sigmoid(total, ACCURATE)
     y_ptr += (batch * height * width + first) * channels
     tl.store(y_ptr + local * channels + channel, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -177,12 +189,12 @@ def silu_backward_kernel(
     grad_y_ptr, x_ptr, taps_ptr, bias_ptr, grad_ptr, grad_y_batch_stride, grad_y_token_stride,
     x_batch_stride, x_token_stride, channels, height, width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
-):
+):  # fmt: skip
     """g = du silu'(p), with p computed again. Grid: tiles across * channel blocks, tiles down, batch."""
     total, batch, first, local, channel, mask = before_silu(
         x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
         ROWS, COLUMNS, CHANNELS, ALIGNED,
-    )
+    )  # fmt: skip
     grad_y_ptr += image_offset(batch, grad_y_batch_stride, ALIGNED) + first * grad_y_token_stride
     grad = widen(tl.load(grad_y_ptr + local * grad_y_token_stride + channel, mask=mask, other=0.0))
     part = sigmoid(total, ACCURATE)
@@ -196,7 +208,7 @@ def pull_column(
     upper, lower, above, middle, below, upper_x, lower_x, index, grad_ptr, channels, taps_ptr, row, first_row,
     first_column, height, width, channel, channel_live, RIGHT: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
-):
+):  # fmt: skip
     """What g in one column of neighbours, at the tokens n - t of three taps t, adds.
 
     To c^T(g) in ``upper`` and ``lower``, the even and the odd rows, and to g x of the taps ``above``, ``middle`` and
@@ -232,7 +244,7 @@ def stencil_backward_kernel(
     grad_ptr, x_ptr, taps_ptr, grad_x_ptr, parts_ptr, x_batch_stride, x_token_stride, channels,
     height, width, tiles, tiles_across, tiles_per_split,
     RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
-):
+):  # fmt: skip
     """dx, and parts (batch * splits, 10, channels) of dw (rows 0 to 8) and db (row 9), over a run of tiles.
 
     g at a token's nine neighbours serves all three, so it is loaded once, and for two rows at a time. Grid: channel
@@ -262,22 +274,33 @@ def stencil_backward_kernel(
         upper_x = load_row(x_ptr + first * x_token_stride, width * x_token_stride, row, *place)
         lower_x = load_row(x_ptr + first * x_token_stride, width * x_token_stride, row + 1, *place)
         place = (
-            upper_x, lower_x, index, grad_ptr + first * channels, channels, taps_ptr, row, first_row, first_column,
-            height, width, channel, channel_live,
+            upper_x,
+            lower_x,
+            index,
+            grad_ptr + first * channels,
+            channels,
+            taps_ptr,
+            row,
+            first_row,
+            first_column,
+            height,
+            width,
+            channel,
+            channel_live,
         )
         upper, lower, s1, s4, s7, upper_grad, lower_grad = pull_column(
             zero, zero, s1, s4, s7, *place, 0, COLUMNS, CHANNELS
-        )
+        )  # fmt: skip
         s9 += upper_grad + lower_grad
         if RESIDUAL:
             upper += upper_grad
             lower += lower_grad
         upper, lower, s0, s3, s6, upper_grad, lower_grad = pull_column(
             upper, lower, s0, s3, s6, *place, -1, COLUMNS, CHANNELS
-        )
+        )  # fmt: skip
         upper, lower, s2, s5, s8, upper_grad, lower_grad = pull_column(
             upper, lower, s2, s5, s8, *place, 1, COLUMNS, CHANNELS
-        )
+        )  # fmt: skip
         local, inner, mask = tile_mask(first_row, first_column, height, width, CHANNELS, CHANNELS, ROWS, COLUMNS)
         target = grad_x_ptr + first * channels + local * channels + inner
         total = joined(upper, lower, ROWS // 2 * COLUMNS, CHANNELS)

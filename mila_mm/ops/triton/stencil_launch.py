@@ -21,9 +21,17 @@ def _tile_options(setting: configs.Launch) -> dict[str, int]:
     return {'ROWS': setting.rows, 'COLUMNS': setting.columns, **setting.options()}
 
 
-def cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-                     height: int, width: int, eps: float,
-                     dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cpe_norm_forward(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    height: int,
+    width: int,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel of :func:`mila_mm.ops.cpe_norm`.
 
     Args:
@@ -50,13 +58,24 @@ def cpe_norm_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_wei
             x.stride(0), x.stride(1), height, width, eps,
             CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(channels),
             **_tile_options(setting),
-        )
+        )  # fmt: skip
     return out, y, mean, rstd
 
 
-def cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: Tensor, conv_bias: Tensor,
-                      norm_weight: Tensor, norm_bias: Tensor, out: Tensor, mean: Tensor, rstd: Tensor,
-                      height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def cpe_norm_backward(
+    grad_out: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the kernels of the gradients.
 
     Args:
@@ -83,7 +102,7 @@ def cpe_norm_backward(grad_out: Tensor, grad_y: Tensor, x: Tensor, conv_weight: 
             grad_out.stride(0), grad_out.stride(1), grad_y.stride(0), grad_y.stride(1), out.stride(0), out.stride(1),
             tokens, run, CHANNELS=channels, PADDED=configs.padded_width(channels),
             BLOCK=setting.rows * setting.columns, ALIGNED=aligned(channels), **setting.options(),
-        )
+        )  # fmt: skip
     grads = _stencil_backward(grad, x, conv_weight, conv_bias, height, width, residual=True)
     return *grads, gamma_parts.sum(0).to(norm_weight.dtype), beta_parts.sum(0).to(norm_bias.dtype)
 
@@ -112,12 +131,13 @@ def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width
             channels, height, width, blocks,
             CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
             **_tile_options(setting),
-        )
+        )  # fmt: skip
     return y
 
 
-def dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int,
-                      width: int) -> tuple[Tensor, Tensor, Tensor]:
+def dwc_silu_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernels of the gradients of x, weight and bias, from grad_y (B, N, C) of any strides."""
     batch, tokens, channels = x.shape
     if x.numel() == 0:
@@ -133,12 +153,13 @@ def dwc_silu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h
             grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), channels, height, width, blocks,
             CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
             **_tile_options(setting),
-        )
+        )  # fmt: skip
     return _stencil_backward(grad, x, weight, bias, height, width, residual=False)
 
 
-def _stencil_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int,
-                      residual: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _stencil_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from g (B, N, C), contiguous, the gradient of the convolution's result."""
     batch, tokens, channels = x.shape
     x = readable(x, width)
@@ -157,9 +178,15 @@ def _stencil_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, hei
             grad, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), grad_x, parts, x.stride(0), x.stride(1),
             channels, height, width, tiles, across, run,
             RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), **_tile_options(setting),
-        )
+        )  # fmt: skip
         lepe_kernels.lepe_reduce_kernel[(10 * -(-channels // configs.LEPE_CHANNELS),)](
-            parts, grad_weight, grad_bias, channels, batch * splits,
-            ROWS=configs.REDUCE_ROWS, CHANNELS=configs.LEPE_CHANNELS, num_warps=configs.REDUCE_WARPS,
+            parts,
+            grad_weight,
+            grad_bias,
+            channels,
+            batch * splits,
+            ROWS=configs.REDUCE_ROWS,
+            CHANNELS=configs.LEPE_CHANNELS,
+            num_warps=configs.REDUCE_WARPS,
         )
     return grad_x, grad_weight, grad_bias
