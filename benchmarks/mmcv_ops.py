@@ -27,8 +27,8 @@ import measure  # noqa: E402
 from backbone_cpu import machine as cpu_machine  # noqa: E402
 
 import mila_mm  # noqa: E402, F401 - supplies mmcv._ext where mmcv is not compiled
-from mila_mm.mmcv_ext import is_stand_in  # noqa: E402
-from mila_mm.mmcv_ext.table import populate  # noqa: E402
+from mila_mm.compat.mmcv_ext import is_stand_in  # noqa: E402
+from mila_mm.compat.mmcv_ext.table import populate  # noqa: E402
 
 Run = Callable[[], Tensor]
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import mila_mm  # noqa: F401 - supplies mmcv._ext where mmcv is not compiled
-from mila_mm.mmcv_ext import is_stand_in
+from mila_mm.compat.mmcv_ext import is_stand_in
 
 
 @pytest.fixture(scope='session')
 def stand_in() -> ModuleType:
     """The module the stand-in makes, whatever mmcv._ext is here."""
-    from mila_mm.mmcv_ext.table import populate
+    from mila_mm.compat.mmcv_ext.table import populate
 
     module = ModuleType('stand_in')
     populate(module)

@@ -44,7 +44,7 @@ def test_gradcheck() -> None:
 
 
 def test_runs_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mila_mm.mmcv_ext import attention
+    from mila_mm.compat.mmcv_ext import attention
 
     given = [t.requires_grad_() for t in operands()]
     whole = attend(*given)

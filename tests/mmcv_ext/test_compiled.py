@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext import is_stand_in
+from mila_mm.compat.mmcv_ext import is_stand_in
 
 pytestmark = pytest.mark.skipif(is_stand_in(), reason='mmcv is installed without its compiled ops')
 

@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 
 import mila_mm
+from mila_mm.compat.mmcv_ext import docs, finder, is_stand_in
+from mila_mm.compat.mmcv_ext.table import NOT_PROVIDED, OPS, OpNotProvidedError
 from mila_mm.errors import UserError
-from mila_mm.mmcv_ext import docs, finder, is_stand_in
-from mila_mm.mmcv_ext.table import NOT_PROVIDED, OPS, OpNotProvidedError
 
 ROOT = Path(mila_mm.__file__).parents[1]
 
@@ -61,7 +61,7 @@ def test_the_finder_answers_one_name() -> None:
     ours = finder.StandInFinder()
     for name in ('mmcv', 'mmcv.ops', 'mmcv._ext.nms', '_ext', 'mmcv._extra', 'torch', 'mila_mm'):
         assert ours.find_spec(name) is None
-    assert ours.find_spec('mmcv._ext').origin == 'mila_mm.mmcv_ext'
+    assert ours.find_spec('mmcv._ext').origin == 'mila_mm.compat.mmcv_ext'
 
 
 def test_it_stands_once_and_last_however_often_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,19 +90,19 @@ print([type(f).__qualname__ for f in sys.meta_path if type(f).__module__.startsw
 def test_the_stand_in_serves_where_nothing_is_compiled(mmcv_without_ops: Path) -> None:
     code = """
 import mila_mm, sys
-from mila_mm.mmcv_ext import is_stand_in
+from mila_mm.compat.mmcv_ext import is_stand_in
 print(is_stand_in(), 'torch' in sys.modules)
 import mmcv._ext, pkgutil
 print(mmcv._ext.__spec__.origin, callable(mmcv._ext.nms), 'torch' in sys.modules)
 """
-    assert run_python(code, mmcv_without_ops).splitlines() == ['True False', 'mila_mm.mmcv_ext True True']
+    assert run_python(code, mmcv_without_ops).splitlines() == ['True False', 'mila_mm.compat.mmcv_ext True True']
 
 
 def test_a_compiled_mmcv_wins(mmcv_without_ops: Path) -> None:
     (mmcv_without_ops / 'mmcv' / '_ext.py').write_text('nms = "compiled"')
     code = """
 import mila_mm
-from mila_mm.mmcv_ext import is_stand_in
+from mila_mm.compat.mmcv_ext import is_stand_in
 import mmcv._ext
 print(is_stand_in(), mmcv._ext.nms)
 """
@@ -200,4 +200,6 @@ def test_mmcv_says_what_it_runs_on() -> None:
 
 def test_the_documented_table_is_in_step() -> None:
     page = ROOT / 'docs' / 'mmcv_ops.md'
-    assert page.read_text(encoding='utf-8') == docs.render(), 'run: python -m mila_mm.mmcv_ext.docs docs/mmcv_ops.md'
+    assert page.read_text(encoding='utf-8') == docs.render(), (
+        'run: python -m mila_mm.compat.mmcv_ext.docs docs/mmcv_ops.md'
+    )

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 import mila_mm
+from mila_mm.compat.mmcv_ext import lineage
 from mila_mm.errors import UserError
-from mila_mm.mmcv_ext import lineage
 
 ROOT = Path(mila_mm.__file__).parents[1]
 

@@ -78,7 +78,7 @@ def test_deform_roi_pool_gradient(ratio: int) -> None:
 
 
 def test_deform_roi_pool_in_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mila_mm.mmcv_ext import pools
+    from mila_mm.compat.mmcv_ext import pools
 
     maps, offset = torch.randn(2, 3, 11, 13, dtype=torch.double), torch.randn(6, 2, 3, 2, dtype=torch.double)
     at_once = deform_roi_pool(maps, ROIS, offset, (3, 2), 0.5)

@@ -132,7 +132,7 @@ def test_roi_align_under_autocast_and_from_strided_maps() -> None:
 def test_average_gradient_equals_that_of_torchvision(ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision
 
-    from mila_mm.mmcv_ext import roi_taps
+    from mila_mm.compat.mmcv_ext import roi_taps
 
     side = torch.tensor([1.0, 0.0, 300.0, 40.0, 4.0, 4.0, 260.0, 7.0]).repeat(4)
     corner = torch.rand(32, 2) * 60 - 10
@@ -151,7 +151,7 @@ def test_average_gradient_equals_that_of_torchvision(ratio: int, monkeypatch: py
 
 
 def test_max_mode_in_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mila_mm.mmcv_ext import roi
+    from mila_mm.compat.mmcv_ext import roi
 
     maps = torch.randn(2, 3, 11, 13)
     at_once = roi_align(maps, ROIS, (3, 2), 0.5, 0, 'max')

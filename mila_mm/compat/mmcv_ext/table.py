@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
 
+from mila_mm.compat.mmcv_ext import attention, boxes, carafe, deform, lanes, losses, masks, nms, norm, pools, prroi, roi
+from mila_mm.compat.mmcv_ext.common import as_compiled
 from mila_mm.errors import UserError
-from mila_mm.mmcv_ext import attention, boxes, carafe, deform, lanes, losses, masks, nms, norm, pools, prroi, roi
-from mila_mm.mmcv_ext.common import as_compiled
 
 TORCHVISION = "torchvision's kernel"
 PLAIN = 'plain PyTorch'
@@ -39,12 +39,12 @@ class Op:
 
 def get_compiler_version() -> str:
     """Return what stands where a compiler's version would stand."""
-    return 'none (ops from mila_mm.mmcv_ext)'
+    return 'none (ops from mila_mm.compat.mmcv_ext)'
 
 
 def get_compiling_cuda_version() -> str:
     """Return what stands where the CUDA version of the compilation would stand."""
-    return 'none (ops from mila_mm.mmcv_ext)'
+    return 'none (ops from mila_mm.compat.mmcv_ext)'
 
 
 OPS: tuple[Op, ...] = (

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.common import hand_over, widen
-from mila_mm.mmcv_ext.sampling import weighted_sum
+from mila_mm.compat.mmcv_ext.common import hand_over, widen
+from mila_mm.compat.mmcv_ext.sampling import weighted_sum
 
 CELLS_AT_ONCE = 1 << 22
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.common import widen
-from mila_mm.mmcv_ext.sampling import weighted_sum
+from mila_mm.compat.mmcv_ext.common import widen
+from mila_mm.compat.mmcv_ext.sampling import weighted_sum
 
 # (point, corner) pairs at a time: what stays in cache on CPU, what is worth a launch on CUDA.
 CPU_SAMPLES_AT_ONCE = 1 << 16

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mila_mm.mmcv_ext.common import hand_over
+from mila_mm.compat.mmcv_ext.common import hand_over
 
 
 def sync_bn_forward_mean(input: Tensor, mean: Tensor) -> None:

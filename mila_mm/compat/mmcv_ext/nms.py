@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.boxes import pairwise_overlaps
-from mila_mm.mmcv_ext.common import kernels, widen
+from mila_mm.compat.mmcv_ext.boxes import pairwise_overlaps
+from mila_mm.compat.mmcv_ext.common import kernels, widen
 
 NAIVE, LINEAR, GAUSSIAN = 0, 1, 2
 

@@ -19,7 +19,7 @@ class StandInLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         """Put every op into the module; this is the first moment that imports torch."""
-        from mila_mm.mmcv_ext.table import populate
+        from mila_mm.compat.mmcv_ext.table import populate
 
         populate(module)
 
@@ -33,7 +33,7 @@ class StandInFinder:
         """Return the spec of the stand-in, or None for any other module."""
         if fullname != EXT_NAME:
             return None
-        return ModuleSpec(fullname, StandInLoader(), origin='mila_mm.mmcv_ext')
+        return ModuleSpec(fullname, StandInLoader(), origin='mila_mm.compat.mmcv_ext')
 
 
 def install() -> None:
@@ -66,7 +66,7 @@ def is_stand_in() -> bool:
     from importlib.util import find_spec
 
     spec = find_spec(EXT_NAME)
-    return spec is not None and spec.origin == 'mila_mm.mmcv_ext'
+    return spec is not None and spec.origin == 'mila_mm.compat.mmcv_ext'
 
 
 def _is_ours(finder: object) -> bool:

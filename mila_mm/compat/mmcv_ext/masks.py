@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mila_mm.mmcv_ext.common import hand_over
+from mila_mm.compat.mmcv_ext.common import hand_over
 
 COLLECT, DISTRIBUTE = 0, 1
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.common import hand_over, kernels, widen
+from mila_mm.compat.mmcv_ext.common import hand_over, kernels, widen
 
 
 def deform_conv_forward(

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.common import hand_over, widen
-from mila_mm.mmcv_ext.sampling import RoIGrid, bilinear_corners, roi_grid_points, weighted_sum
+from mila_mm.compat.mmcv_ext.common import hand_over, widen
+from mila_mm.compat.mmcv_ext.sampling import RoIGrid, bilinear_corners, roi_grid_points, weighted_sum
 
 SAMPLES_AT_ONCE = 1 << 22  # sampling points held at a time
 

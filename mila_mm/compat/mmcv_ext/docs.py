@@ -1,12 +1,12 @@
-"""Writes docs/mmcv_ops.md from the op table: ``python -m mila_mm.mmcv_ext.docs docs/mmcv_ops.md``."""
+"""Writes docs/mmcv_ops.md from the op table: ``python -m mila_mm.compat.mmcv_ext.docs docs/mmcv_ops.md``."""
 
 import sys
 from pathlib import Path
 
-from mila_mm.mmcv_ext.table import NOT_PROVIDED, OPS
+from mila_mm.compat.mmcv_ext.table import NOT_PROVIDED, OPS
 
 HEAD = """\
-<!-- Made by `python -m mila_mm.mmcv_ext.docs docs/mmcv_ops.md`; change mila_mm/mmcv_ext/table.py instead. -->
+<!-- Made by `python -m mila_mm.compat.mmcv_ext.docs docs/mmcv_ops.md`; change mila_mm/mmcv_ext/table.py instead. -->
 
 # mmcv's ops without compiling
 

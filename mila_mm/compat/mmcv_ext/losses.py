@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mila_mm.mmcv_ext.common import hand_over, widen
+from mila_mm.compat.mmcv_ext.common import hand_over, widen
 
 
 def sigmoid_focal_loss_forward(

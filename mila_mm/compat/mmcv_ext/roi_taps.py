@@ -9,7 +9,7 @@ mmcv's) kernel, which adds every sample of every channel by itself; and it is de
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.sampling import RoIGrid, roi_grid_points, weighted_sum
+from mila_mm.compat.mmcv_ext.sampling import RoIGrid, roi_grid_points, weighted_sum
 
 SAMPLES_AT_ONCE = 1 << 20
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.common import widen
+from mila_mm.compat.mmcv_ext.common import widen
 
 OFFSETS = 72  # rows at which a line gives its x
 ROWS_AT_ONCE = 64

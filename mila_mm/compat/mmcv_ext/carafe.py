@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.common import hand_over, widen
+from mila_mm.compat.mmcv_ext.common import hand_over, widen
 
 
 def carafe_naive_forward(

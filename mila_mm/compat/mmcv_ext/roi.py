@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from mila_mm.mmcv_ext.common import hand_over, kernels, widen
-from mila_mm.mmcv_ext.roi_taps import roi_align_average_backward
-from mila_mm.mmcv_ext.sampling import bilinear_corners, roi_grid_points
+from mila_mm.compat.mmcv_ext.common import hand_over, kernels, widen
+from mila_mm.compat.mmcv_ext.roi_taps import roi_align_average_backward
+from mila_mm.compat.mmcv_ext.sampling import bilinear_corners, roi_grid_points
 
 MAX, AVERAGE = 0, 1
 POINTS_AT_ONCE = 1 << 22  # sampled values held at a time by the max mode
