@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 
 import mila_mm
-from mila_mm.compat.mmcv_ext import docs, finder, is_stand_in
+from mila_mm.compat import finder
+from mila_mm.compat.mmcv_ext import docs, is_stand_in
 from mila_mm.compat.mmcv_ext.table import NOT_PROVIDED, OPS, OpNotProvidedError
 from mila_mm.errors import UserError
 

@@ -7,6 +7,6 @@ package imports neither torch nor mmcv; both happen when ``mmcv._ext`` is first 
 What is provided, and by what, is the table in ``mila_mm/mmcv_ext/table.py`` (docs/mmcv_ops.md).
 """
 
-from mila_mm.compat.mmcv_ext.finder import install, is_stand_in
+from mila_mm.compat.finder import install, is_stand_in
 
 __all__ = ['install', 'is_stand_in']
