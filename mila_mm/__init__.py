@@ -8,8 +8,7 @@ configs resolve whichever distribution is installed, and it tells timm the names
 from importlib import import_module
 from typing import Any
 
-from mila_mm.compat import finder
-from mila_mm.compat.mmcv_ext import lineage
+from mila_mm.compat import finder, lineage
 from mila_mm.version import __version__
 
 __all__ = ['MILA', 'LinearAttentionTransformer', 'MILAClassifier', '__version__', 'models', 'ops', 'swap_backbone']

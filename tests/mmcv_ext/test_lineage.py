@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import mila_mm
-from mila_mm.compat.mmcv_ext import lineage
+from mila_mm.compat import lineage
 from mila_mm.errors import UserError
 
 ROOT = Path(mila_mm.__file__).parents[1]
