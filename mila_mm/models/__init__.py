@@ -2,8 +2,8 @@
 
 from mila_mm.models.arch import ARCHS, Arch, resolve_arch
 from mila_mm.models.classifier import MILAClassifier
-from mila_mm.models.study import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
 from mila_mm.models.trunk import MILATrunk
+from mila_mm.study.model import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
 
 __all__ = [
     'ARCHS',
@@ -23,8 +23,8 @@ __all__ = [
 try:
     from mila_mm.models.image_classifier import MILAImageClassifier
     from mila_mm.models.mila import MILA
-    from mila_mm.models.study.transformer import LinearAttentionTransformer
     from mila_mm.models.tiled import TiledSegmentor
+    from mila_mm.study.model.transformer import LinearAttentionTransformer
 except ModuleNotFoundError as error:
     # Without OpenMMLab the trunk alone is there, for plain PyTorch; asking for MILA says what is missing.
     if error.name is None or error.name.partition('.')[0] not in ('mmengine', 'mmcv'):

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     # Threads that wait asleep: a busy machine loses a factor otherwise. Read when torch is loaded.
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    from mila_mm.models.study import STUDY_ROWS
+    from mila_mm.study.model import STUDY_ROWS
     from mila_mm.study.replication import RESULT, Plan, read_result, run_row
     from mila_mm.study.replication_report import PUBLISHED, check_rows, markdown
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mila_mm.models.layers import DepthwiseConv
-from mila_mm.models.study.design import Design
 from mila_mm.ops import gated_linear_attention, mila_attention
 from mila_mm.ops.reference import feature_map, rotate
 from mila_mm.ops.rope import grid_for
+from mila_mm.study.model.design import Design
 
 _ROPE_BASE = 10000.0
 

@@ -8,8 +8,8 @@ from typing import Any
 from mmengine.registry import MODELS as ROOT_MODELS
 
 from mila_mm.models.backbone import Backbone, norm_factory
-from mila_mm.models.study.trunk import LinearAttentionTrunk
 from mila_mm.registry import MODELS
+from mila_mm.study.model.trunk import LinearAttentionTrunk
 
 
 @ROOT_MODELS.register_module()
