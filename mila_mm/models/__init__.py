@@ -24,7 +24,7 @@ try:
     from mila_mm.models.image_classifier import MILAImageClassifier
     from mila_mm.models.mila import MILA
     from mila_mm.models.tiled import TiledSegmentor
-    from mila_mm.study.model.transformer import LinearAttentionTransformer
+    from mila_mm.study.model.backbone import LinearAttentionTransformer
 except ModuleNotFoundError as error:
     # Without OpenMMLab the trunk alone is there, for plain PyTorch; asking for MILA says what is missing.
     if error.name is None or error.name.partition('.')[0] not in ('mmengine', 'mmcv'):
