@@ -48,7 +48,7 @@ def train(precision: str, seed: int, steps: int, batch: int) -> dict[str, Any]:
     import torch
 
     from mila_mm.datasets.shapes import write_shapes
-    from mila_mm.engine.config import load_config
+    from mila_mm.engine.config.load import load_config
     from mila_mm.engine.precision import use_amp
     from mila_mm.engine.runner import build_runner
     from mila_mm.engine.setup import prepare

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mila_mm.engine.config import one_line
+from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError
 
 # mmengine up to 0.10 puts this before the message of whatever a constructor raised, once per level.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mila_mm.engine.config import one_line
+from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError
 from mila_mm.weights.errors import MismatchError
 from mila_mm.weights.load import load_model

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mila_mm.engine.building import building
-from mila_mm.engine.config import scope_of
+from mila_mm.engine.config.load import scope_of
 from mila_mm.errors import UserError
 
 # (height, width) at which papers quote detectors, UperNet on ADE20K, and classifiers.

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 
 from mila_mm.engine.checkpoint import check_checkpoint_file
 from mila_mm.engine.checks import check_data
-from mila_mm.engine.config import load_config, scope_of
+from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.failures import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.launch import prepare_launch
 from mila_mm.engine.notice import NoticeHook

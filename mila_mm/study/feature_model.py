@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mila_mm.engine.building import building
 from mila_mm.engine.checkpoint import check_checkpoint_file, load_checkpoint_into
-from mila_mm.engine.config import load_config, one_line, scope_of
+from mila_mm.engine.config.load import load_config, one_line, scope_of
 from mila_mm.errors import UserError
 from mila_mm.weights.load import load_backbone, read_checkpoint
 from mila_mm.weights.names import backbone_prefix

@@ -22,7 +22,7 @@ import torch
 from mmengine.config import Config
 
 from mila_mm.datasets import write_shapes
-from mila_mm.engine.config import load_config
+from mila_mm.engine.config.load import load_config
 from mila_mm.engine.training import train
 from mila_mm.errors import UserError
 from mila_mm.version import __version__

@@ -17,7 +17,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mila_mm.engine.config import one_line
+from mila_mm.engine.config.load import one_line
 from mila_mm.swap.result import Maps, SwapRefused
 
 # Height and width of the image for the maps: multiples of 64, not square, large enough for every pyramid.

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.config.utils import ConfigParsingError
 from mmengine.registry import MODELS, DefaultScope
 
-from mila_mm.engine.config import load_config, one_line, resolve_config, scope_of
+from mila_mm.engine.config.load import load_config, one_line, resolve_config, scope_of
 from mila_mm.errors import UserError
 from mila_mm.swap.result import Path, SwapRefused
 

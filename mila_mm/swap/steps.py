@@ -14,7 +14,7 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import nn
 
-from mila_mm.engine.config import resolve_config
+from mila_mm.engine.config.load import resolve_config
 from mila_mm.errors import UserError
 from mila_mm.swap.api import plan_swap
 from mila_mm.swap.job import plain, value_at

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path as FilePath
 from typing import Any
 
-from mila_mm.engine.config import load_config, resolve_config
+from mila_mm.engine.config.load import load_config, resolve_config
 from mila_mm.errors import UserError
 from mila_mm.swap.api import plan_swap
 from mila_mm.swap.light import SITE_PACKAGES, WITHOUT_BEARING, reason_of, sorted_config

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mila_mm.engine.config import load_config, one_line
+from mila_mm.engine.config.load import load_config, one_line
 from mila_mm.errors import UserError
 from mila_mm.swap.result import Path, SwapResult
 from mila_mm.swap.source import base_name

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mila_mm.engine.config import load_config, parse_cfg_options, resolve_config, scope_of
+from mila_mm.engine.config.load import load_config, parse_cfg_options, resolve_config, scope_of
 from mila_mm.errors import UserError
 
 

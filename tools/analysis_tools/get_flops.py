@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     from mila_mm.engine.complexity import count_complexity
-    from mila_mm.engine.config import load_config
+    from mila_mm.engine.config.load import load_config
 
     shape = None if args.shape is None else (args.shape[0], args.shape[-1])
     result = count_complexity(load_config(args.config, args.cfg_options), shape, args.device)
