@@ -10,7 +10,7 @@ from mila_mm.engine.mesa import MESAHook
 from mila_mm.engine.nonfinite import NonFiniteHook
 from mila_mm.engine.precision import AmpOptimWrapper
 from mila_mm.engine.resume import ResumeStateHook
-from mila_mm.engine.runner import Runner, build_runner
+from mila_mm.engine.runner.runner import Runner, build_runner
 from mila_mm.engine.sampling import ResumableBatchSampler
 from mila_mm.engine.sharding import FullyShardedModel
 from mila_mm.engine.stop_hook import StopHook

@@ -12,7 +12,7 @@ from mila_mm.engine.checks import check_data, check_work_dir
 from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.failures import plain_failures
 from mila_mm.engine.launch import prepare_launch
-from mila_mm.engine.runner import build_runner
+from mila_mm.engine.runner.runner import build_runner
 from mila_mm.engine.setup import prepare, set_work_dir
 from mila_mm.errors import UserError
 

@@ -15,8 +15,8 @@ from mila_mm.engine.launch import prepare_launch
 from mila_mm.engine.notice import NoticeHook
 from mila_mm.engine.precision import check_precision, configured_amp, use_amp
 from mila_mm.engine.recovery import candidates, settle_resume
-from mila_mm.engine.runner import Runner as OwnRunner
-from mila_mm.engine.runner import build_runner
+from mila_mm.engine.runner.runner import Runner as OwnRunner
+from mila_mm.engine.runner.runner import build_runner
 from mila_mm.engine.safety import make_safe
 from mila_mm.engine.setup import prepare, set_work_dir
 from mila_mm.engine.stop_hook import StopHook
