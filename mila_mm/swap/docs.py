@@ -19,7 +19,7 @@ def write_generated(path: FilePath, results: Mapping[str, Any]) -> None:
 
     Args:
         path: The file.
-        results: As :func:`mila_mm.swap.sweep.to_json` writes them.
+        results: As :func:`mila_mm.swap.sweep.sweep.to_json` writes them.
 
     Raises:
         UserError: If the file or its marks are missing.

@@ -6,7 +6,7 @@ import pytest
 
 from mila_mm.errors import UserError
 from mila_mm.swap.docs import BEGIN, END, write_generated
-from mila_mm.swap.sweep import Record, all_configs, representatives, sweep, to_json
+from mila_mm.swap.sweep.sweep import Record, all_configs, representatives, sweep, to_json
 
 NAMES = [
     'mmdet::_base_/default_runtime.py',

@@ -95,7 +95,7 @@ def _step(name: str) -> None:
 
 
 def _sweep(args: cli.argparse.Namespace) -> str:
-    from mila_mm.swap.sweep import Record, all_configs, representatives, step_in_process, sweep, to_json
+    from mila_mm.swap.sweep.sweep import Record, all_configs, representatives, step_in_process, sweep, to_json
 
     libraries = ['mmdet', 'mmseg'] if args.library == 'all' else [args.library]
     names = [name for library in libraries for name in all_configs(library) if args.filter in name]
