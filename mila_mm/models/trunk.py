@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mila_mm.models.arch import Arch, resolve_arch
+from mila_mm.arch import Arch, resolve_arch
 from mila_mm.models.layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
 from mila_mm.ops.attention import BACKENDS
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mila_mm.arch import resolve_arch
 from mila_mm.errors import UserError
-from mila_mm.models.arch import resolve_arch
 from mila_mm.swap import clean
 from mila_mm.swap import recipe as recipes
 from mila_mm.swap.attempt import rewired

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from mila_mm.models.arch import resolve_arch
+from mila_mm.arch import resolve_arch
 from mila_mm.swap.result import Draft, Path
 
 RECIPES = ('keep', 'mila')

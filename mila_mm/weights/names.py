@@ -194,7 +194,7 @@ def describe(state_dict: Mapping[str, Any], prefix: str = '') -> str:
     Returns:
         E.g. ``'MILA tiny (width 64, depths 2 4 8 4)'``.
     """
-    from mila_mm.models.arch import ARCHS
+    from mila_mm.arch import ARCHS
 
     depths: dict[int, int] = {}
     pattern = re.compile(re.escape(prefix) + r'layers\.(\d+)\.blocks\.(\d+)\.')

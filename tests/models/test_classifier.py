@@ -12,7 +12,7 @@ import torch
 from timm.models import create_model
 
 from mila_mm import MILA, MILAClassifier
-from mila_mm.models.arch import ARCHS
+from mila_mm.arch import ARCHS
 
 DATA = Path(__file__).resolve().parent.parent
 MICRO = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))

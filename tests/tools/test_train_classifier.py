@@ -99,7 +99,7 @@ def test_the_checkpoint_holds_the_average_under_released_names(trained):
 
 
 def test_the_checkpoint_serves_timm_and_backbones(trained, monkeypatch):
-    from mila_mm.models.arch import ARCHS
+    from mila_mm.arch import ARCHS
 
     file = trained[0] / 'epoch_3.pth'
     averaged = read_checkpoint(file)['state_dict']

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from mila_mm.models.arch import ARCHS, Arch
+from mila_mm.arch import ARCHS, Arch
 
 NAME = 'LinearAttentionTransformer'
 LAYOUTS = ('swin', 'mila')

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mila_mm.models.arch import ARCHS, Arch, resolve_arch
+from mila_mm.arch import ARCHS, Arch, resolve_arch
 from mila_mm.models.layers import Downsample, NormLayer, Stem
 from mila_mm.models.trunk import Trunk
 from mila_mm.study.model.attention import Delta, StudyAttention
