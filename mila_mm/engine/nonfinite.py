@@ -13,9 +13,9 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from mila_mm.engine.random_state import capture_random_state, restore_random_state
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
-from mila_mm.weights.random_state import capture_random_state, restore_random_state
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -11,11 +11,11 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from mila_mm.engine.random_state import capture_random_state, restore_random_state
 from mila_mm.engine.sampling import seed_samples
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
 from mila_mm.stopping import WorkerStart
-from mila_mm.weights.random_state import capture_random_state, restore_random_state
 
 
 @HOOKS.register_module()

@@ -14,9 +14,9 @@ from mmengine.model import BaseModel
 from torch.utils.data import Dataset
 
 from mila_mm.engine import Runner
+from mila_mm.engine.random_state import capture_random_state, restore_random_state
 from mila_mm.errors import UserError
 from mila_mm.weights import CheckpointError
-from mila_mm.weights.random_state import capture_random_state, restore_random_state
 
 COUNTER = itertools.count()
 
