@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.dist import is_distributed
 from torch import distributed
 
-from mila_mm.engine.checks import check_launcher
+from mila_mm.engine.config.checks import check_launcher
 from mila_mm.errors import UserError
 
 _RANK_VARIABLES = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mila_mm.engine.checks import check_pretrained, check_work_dir
+from mila_mm.engine.config.checks import check_pretrained, check_work_dir
 from mila_mm.errors import UserError
 from mila_mm.weights.cache import configure
 from mila_mm.weights.loaders import register_loaders

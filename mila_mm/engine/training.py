@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mila_mm.engine.checkpoint import check_checkpoint_file
-from mila_mm.engine.checks import check_data
+from mila_mm.engine.config.checks import check_data
 from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.failures import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.launch import prepare_launch

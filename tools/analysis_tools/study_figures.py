@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments, None for ``sys.argv[1:]``.
     """
     args = parse_args(argv)
-    from mila_mm.engine.checks import check_work_dir
+    from mila_mm.engine.config.checks import check_work_dir
     from mila_mm.errors import UserError
     from mila_mm.visualization import study_figures
 
