@@ -10,10 +10,10 @@ from mmengine.config import Config, ConfigDict
 from mila_mm.engine.checkpoint import check_checkpoint_file
 from mila_mm.engine.config.checks import check_data, check_work_dir
 from mila_mm.engine.config.load import load_config, scope_of
+from mila_mm.engine.config.prepare import prepare, set_work_dir
 from mila_mm.engine.failures import plain_failures
 from mila_mm.engine.launch import prepare_launch
 from mila_mm.engine.runner.runner import build_runner
-from mila_mm.engine.setup import prepare, set_work_dir
 from mila_mm.errors import UserError
 
 _PICKLES = ('.pkl', '.pickle')

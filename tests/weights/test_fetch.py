@@ -228,7 +228,7 @@ def test_folder_and_template_mirrors(server, home, published_bytes, tmp_path):
 def test_mirrors_from_a_config(home):
     from mmengine.config import Config
 
-    from mila_mm.engine.setup import configure_weights
+    from mila_mm.engine.config.prepare import configure_weights
 
     configure_weights(Config(dict(mila_weights=dict(mirrors=['https://a.example', '/share'], offline=True))))
     assert settings().mirrors == ('https://a.example', '/share')
