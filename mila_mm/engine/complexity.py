@@ -12,7 +12,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mila_mm.engine.building import building
+from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.load import scope_of
 from mila_mm.errors import UserError
 

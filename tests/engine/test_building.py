@@ -5,7 +5,7 @@ import json
 import pytest
 from mmengine.registry import Registry
 
-from mila_mm.engine.building import building, fault_of_annotations, reading
+from mila_mm.engine.config.build_errors import building, fault_of_annotations, reading
 from mila_mm.errors import UserError
 
 PARTS = Registry('part')

@@ -15,8 +15,8 @@ from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mila_mm.engine.building import building, fault_of_annotations, reading
 from mila_mm.engine.checkpoint import load_checkpoint_into
+from mila_mm.engine.config.build_errors import building, fault_of_annotations, reading
 from mila_mm.engine.loading import name_unreadable_files
 from mila_mm.engine.model_options import apply_model_options
 from mila_mm.engine.recovery import settle_resume
