@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mila_mm.engine.checkpoint import load_checkpoint_into
-from mila_mm.engine.checkpointing import STOPPED_TEMPLATE
 from mila_mm.engine.config.load import one_line
+from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE
 from mila_mm.errors import UserError
 from mila_mm.weights import container
 from mila_mm.weights.errors import CheckpointError

@@ -4,7 +4,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mila_mm.engine.checkpointing import register_atomic_backend
+from mila_mm.engine.hooks.checkpoint import register_atomic_backend
 
 _LOOPS = ('EpochBasedTrainLoop', 'IterBasedTrainLoop')
 _SAMPLER = 'mila_mm.ResumableBatchSampler'

@@ -9,7 +9,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import Tensor, distributed
 
-from mila_mm.engine.checkpointing import CheckpointHook
+from mila_mm.engine.hooks.checkpoint import CheckpointHook
 from mila_mm.registry import HOOKS
 from mila_mm.stopping import Stopped, StopRequest
 

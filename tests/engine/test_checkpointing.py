@@ -10,8 +10,8 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.fileio.backends import register_backend
 from mmengine.runner import save_checkpoint
 
-from mila_mm.engine import checkpointing
-from mila_mm.engine.checkpointing import (
+from mila_mm.engine.hooks import checkpoint as checkpointing
+from mila_mm.engine.hooks.checkpoint import (
     AtomicLocalBackend,
     CheckpointHook,
     register_atomic_backend,

@@ -37,7 +37,7 @@ def instrument(telling: int, hearing: int) -> None:
     """
     from mmengine.model import BaseModel
 
-    from mila_mm.engine import checkpointing
+    from mila_mm.engine.hooks import checkpoint as checkpointing
 
     def announce(kind: str) -> None:
         os.write(telling, kind[0].encode())

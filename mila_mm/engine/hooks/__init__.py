@@ -1,0 +1,1 @@
+"""Hooks of a training: checkpoints, stopping, resuming, non-finite values, pictures, MESA."""
