@@ -5,6 +5,7 @@ from mila_mm.engine.draw import PredictionDrawHook
 from mila_mm.engine.dump import DumpSegResults
 from mila_mm.engine.hooks.checkpoint import CheckpointHook
 from mila_mm.engine.hooks.resume_state import ResumeStateHook
+from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mila_mm.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mila_mm.engine.mesa import MESAHook
@@ -13,7 +14,6 @@ from mila_mm.engine.precision import AmpOptimWrapper
 from mila_mm.engine.runner.runner import Runner, build_runner
 from mila_mm.engine.sampling import ResumableBatchSampler
 from mila_mm.engine.sharding import FullyShardedModel
-from mila_mm.engine.stop_hook import StopHook
 from mila_mm.engine.testing import test
 from mila_mm.engine.training import train
 

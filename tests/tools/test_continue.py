@@ -15,7 +15,7 @@ def weights(path):
 
 def test_without_a_seed_the_first_run_s_counts(command, segmentor, workspace, monkeypatch) -> None:
     """Stopped after iteration 1, the second one goes on with the order of the images that the first one drew."""
-    from mila_mm.engine import stop_hook
+    from mila_mm.engine.hooks import stop as stop_hook
 
     options = [
         '--cfg-options',
@@ -39,7 +39,7 @@ def test_without_a_seed_the_first_run_s_counts(command, segmentor, workspace, mo
 
 
 def test_gradients_that_are_accumulated_are_applied_before_a_stop(command, segmentor, workspace, monkeypatch) -> None:
-    from mila_mm.engine import stop_hook
+    from mila_mm.engine.hooks import stop as stop_hook
 
     monkeypatch.setattr(stop_hook.StopHook, '_asked', lambda hook: setattr(hook, '_agreed', signal.SIGTERM) or True)
     options = ['train_cfg.max_iters=6', 'train_cfg.val_interval=6', 'optim_wrapper.accumulative_counts=2']
