@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mila_mm import MILA
-from mila_mm.engine.nonfinite import Tracer, describe
+from mila_mm.engine.hooks.nonfinite import Tracer, describe
 
 PLACES = [
     'patch_embed.conv2.1.norm',

@@ -15,7 +15,7 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from torch import distributed, nn
 
-from mila_mm.engine.nonfinite import NonFiniteHook
+from mila_mm.engine.hooks.nonfinite import NonFiniteHook
 from mila_mm.errors import UserError
 
 
