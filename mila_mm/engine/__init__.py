@@ -1,9 +1,9 @@
 """Training and testing: mmengine's runner with what it lacks, for detectors and segmentors alike."""
 
 from mila_mm.engine.config.load import load_config, scope_of
-from mila_mm.engine.draw import PredictionDrawHook
 from mila_mm.engine.dump import DumpSegResults
 from mila_mm.engine.hooks.checkpoint import CheckpointHook
+from mila_mm.engine.hooks.draw_predictions import PredictionDrawHook
 from mila_mm.engine.hooks.nonfinite import NonFiniteHook
 from mila_mm.engine.hooks.resume_state import ResumeStateHook
 from mila_mm.engine.hooks.stop import StopHook
