@@ -1,0 +1,1 @@
+"""Optimizer wrappers and their constructors: mixed precision, layer-wise decay."""
