@@ -95,7 +95,7 @@ class Trainee:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         from mmdet.testing import demo_mm_inputs
 
-        from mila_mm.engine.precision import AmpOptimWrapper
+        from mila_mm.engine.optimizers.amp import AmpOptimWrapper
 
         cfg = Config.fromfile(ROOT / 'configs/_base_/models/mask_rcnn_mila.py')
         choice = deepcopy(BACKBONES[name])

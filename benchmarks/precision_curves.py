@@ -50,7 +50,7 @@ def train(precision: str, seed: int, steps: int, batch: int) -> dict[str, Any]:
     from mila_mm.datasets.shapes import write_shapes
     from mila_mm.engine.config.load import load_config
     from mila_mm.engine.config.prepare import prepare
-    from mila_mm.engine.precision import use_amp
+    from mila_mm.engine.optimizers.amp import use_amp
     from mila_mm.engine.runner.runner import build_runner
     from mila_mm.engine.training import without_testing
 

@@ -29,7 +29,7 @@ from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from mila_mm.engine.precision import AMP_WRAPPER
+from mila_mm.engine.optimizers.amp import AMP_WRAPPER
 from mila_mm.errors import UserError
 from mila_mm.registry import MODEL_WRAPPERS
 

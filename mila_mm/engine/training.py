@@ -15,7 +15,7 @@ from mila_mm.engine.failures import plain_failures, say_once_that_the_log_is_ful
 from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.launch import prepare_launch
 from mila_mm.engine.notice import NoticeHook
-from mila_mm.engine.precision import check_precision, configured_amp, use_amp
+from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
 from mila_mm.engine.recovery import candidates, settle_resume
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner

@@ -6,8 +6,8 @@ from mmengine.config import Config
 from torch import nn
 
 from mila_mm import MILA
-from mila_mm.engine import precision
-from mila_mm.engine.precision import AmpOptimWrapper, check_precision, configured_amp, default_dtype, use_amp
+from mila_mm.engine.optimizers import amp as precision
+from mila_mm.engine.optimizers.amp import AmpOptimWrapper, check_precision, configured_amp, default_dtype, use_amp
 from mila_mm.errors import UserError
 from mila_mm.ops import mila_attention, mila_attention_reference
 
