@@ -12,7 +12,7 @@ import torch
 
 from mila_mm import cli
 from mila_mm.datasets.shapes import write_shapes
-from mila_mm.engine.sharding import FullyShardedModel
+from mila_mm.engine.runner.sharding import FullyShardedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 
