@@ -8,9 +8,9 @@ from mila_mm.engine.hooks.mesa import MESAHook
 from mila_mm.engine.hooks.nonfinite import NonFiniteHook
 from mila_mm.engine.hooks.resume_state import ResumeStateHook
 from mila_mm.engine.hooks.stop import StopHook
-from mila_mm.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mila_mm.engine.optimizers.amp import AmpOptimWrapper
 from mila_mm.engine.optimizers.layer_decay import LayerDecayOptimWrapperConstructor
+from mila_mm.engine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mila_mm.engine.runner.runner import Runner, build_runner
 from mila_mm.engine.runner.sharding import FullyShardedModel
 from mila_mm.engine.sampling import ResumableBatchSampler
