@@ -12,8 +12,8 @@ from mila_mm.engine.optimizers.amp import AmpOptimWrapper
 from mila_mm.engine.optimizers.layer_decay import LayerDecayOptimWrapperConstructor
 from mila_mm.engine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mila_mm.engine.runner.runner import Runner, build_runner
+from mila_mm.engine.runner.sampler import ResumableBatchSampler
 from mila_mm.engine.runner.sharding import FullyShardedModel
-from mila_mm.engine.sampling import ResumableBatchSampler
 from mila_mm.engine.testing import test
 from mila_mm.engine.training import train
 

@@ -10,7 +10,7 @@ import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from torch.utils.data import DataLoader, Dataset
 
-from mila_mm.engine.sampling import Drawn, ResumableBatchSampler, SeededFetch, seed_samples
+from mila_mm.engine.runner.sampler import Drawn, ResumableBatchSampler, SeededFetch, seed_samples
 from mila_mm.stopping import WorkerStart
 
 

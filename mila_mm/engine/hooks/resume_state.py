@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from mila_mm.engine.random_state import capture_random_state, restore_random_state
-from mila_mm.engine.sampling import seed_samples
+from mila_mm.engine.runner.sampler import seed_samples
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
 from mila_mm.stopping import WorkerStart
@@ -24,7 +24,7 @@ class ResumeStateHook(Hook):
 
     - A checkpoint holds the states of Python's, numpy's and torch's generators, those of all ranks where
       :class:`~mila_mm.engine.CheckpointHook` writes it; resuming puts them back before the next epoch (or iteration).
-      With :class:`~mila_mm.engine.sampling.ResumableBatchSampler` in the dataloader, a run that was stopped anywhere
+      With :class:`~mila_mm.engine.runner.sampler.ResumableBatchSampler` in the dataloader, a run that was stopped anywhere
       then gives bitwise the weights of one that was not. Validation leaves these generators as it finds them:
       otherwise a checkpoint written before it could not be continued.
     - A validation that belongs to the checkpoint and that the earlier run did not get to is done first.

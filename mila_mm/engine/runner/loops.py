@@ -7,7 +7,7 @@ from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 
-from mila_mm.engine.sampling import ResumableBatchSampler
+from mila_mm.engine.runner.sampler import ResumableBatchSampler
 from mila_mm.registry import LOOPS
 
 
