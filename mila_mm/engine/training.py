@@ -16,7 +16,7 @@ from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.launch import prepare_launch
 from mila_mm.engine.notice import NoticeHook
 from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
-from mila_mm.engine.recovery import candidates, settle_resume
+from mila_mm.engine.runner.find_checkpoint import candidates, settle_resume
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner
 from mila_mm.engine.safety import make_safe

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mmengine.config import Config
 from torch import nn
 
-from mila_mm.engine.recovery import candidates, newest_readable
+from mila_mm.engine.runner.find_checkpoint import candidates, newest_readable
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ def newest(work_dir: Path) -> Path | None:
     """Return the newest readable checkpoint."""
     from mmengine.config import Config
 
-    from mila_mm.engine.recovery import candidates, newest_readable
+    from mila_mm.engine.runner.find_checkpoint import candidates, newest_readable
 
     return newest_readable(candidates(Config(dict(work_dir=str(work_dir)))))[0]
 
