@@ -6,7 +6,7 @@ from mmengine.config import Config
 from torch import nn
 
 from mila_mm import MILA
-from mila_mm.engine.model_options import apply_model_options
+from mila_mm.engine.runner.model_options import apply_model_options
 from mila_mm.errors import UserError
 
 SMALL = dict(arch=dict(embed_dim=16, depths=(2, 1), num_heads=(1, 2)), out_indices=(0, 1))

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from mila_mm.engine.checkpoint import load_checkpoint_into
 from mila_mm.engine.config.build_errors import building, fault_of_annotations, reading
 from mila_mm.engine.loading import name_unreadable_files
-from mila_mm.engine.model_options import apply_model_options
 from mila_mm.engine.runner.find_checkpoint import settle_resume
+from mila_mm.engine.runner.model_options import apply_model_options
 from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
 from mila_mm.errors import UserError
 from mila_mm.weights.load import read_checkpoint
