@@ -62,7 +62,7 @@ def refuse_installs(module: ModuleType) -> None:
 
 def register_classifiers(_: ModuleType) -> None:
     """Let timm know ``mila_tiny`` and its like."""
-    import_module('mila_mm.classifier')
+    import_module('mila_mm.nn.timm')
 
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {

@@ -21,7 +21,7 @@ class MILAClassifier(MILATrunk):
 
     The last stage's tokens pass a LayerNorm (``norm``), are averaged and go through a linear layer (``head``).
     State-dict names are the released ones; the RoPE tables that released files hold as well are ignored. timm knows
-    the three published sizes by name, see :mod:`mila_mm.classifier`.
+    the three published sizes by name, see :mod:`mila_mm.nn.timm`.
 
     Args:
         arch: 'nano', 'tiny', 'small', 'base', or dict(embed_dim, depths, num_heads).

@@ -56,7 +56,7 @@ def test_timm_knows_the_names_and_their_weights():
     assert timm.list_models('mila*', pretrained=True) == [f'{n}.in1k' for n in sorted(NAMES)]
 
 
-@pytest.mark.parametrize('order', ['import mila_mm, timm', 'import timm, mila_mm', 'import timm, mila_mm.classifier'])
+@pytest.mark.parametrize('order', ['import mila_mm, timm', 'import timm, mila_mm', 'import timm, mila_mm.nn.timm'])
 def test_timm_knows_the_names_whatever_is_imported_first(order):
     code = f'{order}, sys; assert "mila_mm.models" not in sys.modules; assert timm.is_model("mila_small")'
     subprocess.run([sys.executable, '-c', code], check=True, timeout=120)

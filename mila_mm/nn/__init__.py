@@ -1,0 +1,1 @@
+"""MILA in plain PyTorch: layers, trunk, classifier and its names in timm."""
