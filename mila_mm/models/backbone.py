@@ -10,7 +10,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import nn
 
-from mila_mm.models.layers import NormLayer
+from mila_mm.nn.layers import NormLayer
 from mila_mm.weights.pretrained import init_pretrained
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mila_mm.arch import Arch, resolve_arch
-from mila_mm.models.layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
+from mila_mm.nn.layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
 from mila_mm.ops.attention import BACKENDS
 
 
@@ -144,7 +144,7 @@ class MILATrunk(Trunk):
             blocks of a stage from the first one's, which stores least and needs room for a whole stage then.
         attn_backend: 'auto', 'triton' or 'reference'; see :func:`mila_mm.ops.mila_attention`.
         fused: What else of a block to compute as one: names of 'cpe_norm', 'dwc_silu' and 'projections', or True for
-            all; see :class:`mila_mm.models.layers.Block`. Off until it has been seen to win on a GPU.
+            all; see :class:`mila_mm.nn.layers.Block`. Off until it has been seen to win on a GPU.
         norm_layer: Makes the norm of a convolution from its number of channels.
         **kwargs: For the next class in the method resolution order.
 

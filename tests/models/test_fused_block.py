@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mila_mm import MILA
-from mila_mm.models.layers import FUSIONS
+from mila_mm.nn.layers import FUSIONS
 
 SMALL = dict(arch=dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2)), out_indices=(0, 1))
 CHOICES = [*((name,) for name in FUSIONS), True]
@@ -46,7 +46,7 @@ def test_equals_the_modules(fused, with_cp):
 
 
 def test_each_choice_changes_what_runs(monkeypatch):
-    from mila_mm.models import layers
+    from mila_mm.nn import layers
 
     called = []
     for name in ('cpe_norm', 'dwc_silu'):

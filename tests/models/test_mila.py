@@ -115,7 +115,7 @@ def test_norm_cfg():
 
 @pytest.mark.parametrize('trained', [False, True])
 def test_folding_a_batch_norm_equals_applying_it(trained):
-    from mila_mm.models.layers import ConvLayer
+    from mila_mm.nn.layers import ConvLayer
 
     layer = ConvLayer(6, 8, 3, bias=trained, norm_layer=torch.nn.BatchNorm2d).double()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_folding_a_batch_norm_equals_applying_it(trained):
 
 
 def test_hooks_on_a_folded_layer_fire():
-    from mila_mm.models.layers import ConvLayer
+    from mila_mm.nn.layers import ConvLayer
 
     layer = ConvLayer(3, 4, 3, norm_layer=torch.nn.BatchNorm2d).eval()
     seen = []

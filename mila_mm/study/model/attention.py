@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mila_mm.models.layers import DepthwiseConv
+from mila_mm.nn.layers import DepthwiseConv
 from mila_mm.ops import gated_linear_attention, mila_attention
 from mila_mm.ops.reference import feature_map, rotate
 from mila_mm.ops.rope import grid_for

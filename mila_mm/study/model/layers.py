@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mila_mm.models.layers import Block, DepthwiseConv, Mlp, add_branch, pad_to_multiple, to_image, to_tokens
+from mila_mm.nn.layers import Block, DepthwiseConv, Mlp, add_branch, pad_to_multiple, to_image, to_tokens
 
 
 class PatchEmbed(nn.Module):
@@ -68,7 +68,7 @@ class AbsolutePositions(nn.Module):
 
 
 class MambaBlock(Block):
-    """:class:`mila_mm.models.layers.Block` with an optional APE in front."""
+    """:class:`mila_mm.nn.layers.Block` with an optional APE in front."""
 
     def __init__(
         self, dim: int, make_attn: Callable[[int], nn.Module], ape: nn.Module | None = None, **kwargs: object
