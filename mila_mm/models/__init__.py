@@ -2,7 +2,7 @@
 
 from mila_mm.arch import ARCHS, Arch, resolve_arch
 from mila_mm.models.classifier import MILAClassifier
-from mila_mm.models.trunk import MILATrunk
+from mila_mm.nn.trunk import MILATrunk
 from mila_mm.study.model import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
 
 __all__ = [

@@ -15,7 +15,7 @@ from mila_mm.weights.pretrained import init_pretrained
 
 
 class Backbone(BaseModule):
-    """The contract, for a class that is a :class:`mila_mm.models.trunk.Trunk` as well and calls :meth:`_freeze`.
+    """The contract, for a class that is a :class:`mila_mm.nn.trunk.Trunk` as well and calls :meth:`_freeze`.
 
     Args:
         init_cfg: dict(type='Pretrained', checkpoint=...) or any of mmengine's.

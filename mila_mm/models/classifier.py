@@ -11,8 +11,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from mila_mm.models.trunk import MILATrunk
 from mila_mm.nn.layers import NormLayer, to_image
+from mila_mm.nn.trunk import MILATrunk
 from mila_mm.weights.names import to_project
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.registry import MODELS as ROOT_MODELS
 
 from mila_mm.models.backbone import Backbone, norm_factory
-from mila_mm.models.trunk import MILATrunk
+from mila_mm.nn.trunk import MILATrunk
 from mila_mm.registry import MODELS
 
 

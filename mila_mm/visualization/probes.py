@@ -49,7 +49,7 @@ class GateMap:
 
 
 def blocks_of(backbone: nn.Module) -> list[tuple[int, int, nn.Module]]:
-    """Return stage, number and module of each block of a :class:`mila_mm.models.trunk.Trunk`.
+    """Return stage, number and module of each block of a :class:`mila_mm.nn.trunk.Trunk`.
 
     Raises:
         UserError: If the backbone has no ``layers[i].blocks[j]`` on tokens.

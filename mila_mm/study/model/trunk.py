@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mila_mm.arch import ARCHS, Arch, resolve_arch
-from mila_mm.models.trunk import Trunk
 from mila_mm.nn.layers import Downsample, NormLayer, Stem
+from mila_mm.nn.trunk import Trunk
 from mila_mm.study.model.attention import Delta, StudyAttention
 from mila_mm.study.model.design import LAYOUTS, NAME, SWIN_ARCHS, Design, resolve_design
 from mila_mm.study.model.layers import AbsolutePositions, MambaBlock, PatchEmbed, PatchMerging, TransformerBlock
