@@ -1,7 +1,7 @@
 """MILA's models and their layers."""
 
 from mila_mm.arch import ARCHS, Arch, resolve_arch
-from mila_mm.models.classifier import MILAClassifier
+from mila_mm.nn.classifier import MILAClassifier
 from mila_mm.nn.trunk import MILATrunk
 from mila_mm.study.model import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
 

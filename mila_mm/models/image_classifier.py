@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mila_mm.models.classifier import MILAClassifier
+from mila_mm.nn.classifier import MILAClassifier
 from mila_mm.registry import MODELS
 
 

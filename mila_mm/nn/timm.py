@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mila_mm.models.classifier import MILAClassifier
+    from mila_mm.nn.classifier import MILAClassifier
 
 __all__ = ['mila_base', 'mila_small', 'mila_tiny']
 
@@ -49,7 +49,7 @@ def _checkpoint_filter(state_dict: dict[str, Any], model: Any) -> dict[str, Tens
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MILAClassifier:
     # Deferred: this module is imported as soon as timm is, and most programs with timm in them build no MILA.
-    from mila_mm.models.classifier import MILAClassifier
+    from mila_mm.nn.classifier import MILAClassifier
 
     return build_model_with_cfg(
         MILAClassifier,
