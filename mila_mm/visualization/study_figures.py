@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.figure import Figure
 
-from mila_mm.visualization.probes import GateMap, LayerValue, area_ratios
+from mila_mm.study.figures.probes import GateMap, LayerValue, area_ratios
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')

@@ -10,7 +10,7 @@ from torch import nn
 
 from mila_mm import MILA, LinearAttentionTransformer
 from mila_mm.errors import UserError
-from mila_mm.visualization.probes import (
+from mila_mm.study.figures.probes import (
     GateMap,
     LayerValue,
     area_ratios,

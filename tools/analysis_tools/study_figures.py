@@ -102,7 +102,7 @@ def batches(model: Any, images: Any) -> list[Any]:
 def draw_input_gates(args: cli.argparse.Namespace, out: Path) -> None:
     """Draw the maps of the input gate of one model."""
     from mila_mm.errors import UserError
-    from mila_mm.visualization.probes import input_gates
+    from mila_mm.study.figures.probes import input_gates
     from mila_mm.visualization.study_figures import save_gate_maps
 
     models, images = open_models(args, 4)
@@ -119,7 +119,7 @@ def draw_input_gates(args: cli.argparse.Namespace, out: Path) -> None:
 
 def draw_curves(args: cli.argparse.Namespace, out: Path) -> None:
     """Draw a number per block, for each model."""
-    from mila_mm.visualization.probes import forget_gates, token_length_std
+    from mila_mm.study.figures.probes import forget_gates, token_length_std
     from mila_mm.visualization.study_figures import save_layer_curves
 
     models, images = open_models(args, 50)
@@ -135,7 +135,7 @@ def draw_curves(args: cli.argparse.Namespace, out: Path) -> None:
 
 def draw_receptive_fields(args: cli.argparse.Namespace, out: Path) -> None:
     """Draw the effective receptive field of each model."""
-    from mila_mm.visualization.probes import area_ratios, effective_receptive_field
+    from mila_mm.study.figures.probes import area_ratios, effective_receptive_field
     from mila_mm.visualization.study_figures import save_receptive_fields
 
     models, images = open_models(args, 50)
