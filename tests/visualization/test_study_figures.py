@@ -10,6 +10,13 @@ from torch import nn
 
 from mila_mm import MILA, LinearAttentionTransformer
 from mila_mm.errors import UserError
+from mila_mm.study.figures.draw import (
+    forgotten_after,
+    save_decay_windows,
+    save_gate_maps,
+    save_layer_curves,
+    save_receptive_fields,
+)
 from mila_mm.study.figures.probes import (
     GateMap,
     LayerValue,
@@ -19,13 +26,6 @@ from mila_mm.study.figures.probes import (
     forget_gates,
     input_gates,
     token_length_std,
-)
-from mila_mm.visualization.study_figures import (
-    forgotten_after,
-    save_decay_windows,
-    save_gate_maps,
-    save_layer_curves,
-    save_receptive_fields,
 )
 
 MICRO = dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2))

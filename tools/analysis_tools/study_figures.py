@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from mila_mm.engine.config.checks import check_work_dir
     from mila_mm.errors import UserError
-    from mila_mm.visualization import study_figures
+    from mila_mm.study.figures import draw as study_figures
 
     out = Path(args.out)
     check_work_dir(out.absolute().parent, '--out')
@@ -102,8 +102,8 @@ def batches(model: Any, images: Any) -> list[Any]:
 def draw_input_gates(args: cli.argparse.Namespace, out: Path) -> None:
     """Draw the maps of the input gate of one model."""
     from mila_mm.errors import UserError
+    from mila_mm.study.figures.draw import save_gate_maps
     from mila_mm.study.figures.probes import input_gates
-    from mila_mm.visualization.study_figures import save_gate_maps
 
     models, images = open_models(args, 4)
     if len(models) > 1:
@@ -119,8 +119,8 @@ def draw_input_gates(args: cli.argparse.Namespace, out: Path) -> None:
 
 def draw_curves(args: cli.argparse.Namespace, out: Path) -> None:
     """Draw a number per block, for each model."""
+    from mila_mm.study.figures.draw import save_layer_curves
     from mila_mm.study.figures.probes import forget_gates, token_length_std
-    from mila_mm.visualization.study_figures import save_layer_curves
 
     models, images = open_models(args, 50)
     probe = forget_gates if args.figure == 'forget-gate' else token_length_std
@@ -135,8 +135,8 @@ def draw_curves(args: cli.argparse.Namespace, out: Path) -> None:
 
 def draw_receptive_fields(args: cli.argparse.Namespace, out: Path) -> None:
     """Draw the effective receptive field of each model."""
+    from mila_mm.study.figures.draw import save_receptive_fields
     from mila_mm.study.figures.probes import area_ratios, effective_receptive_field
-    from mila_mm.visualization.study_figures import save_receptive_fields
 
     models, images = open_models(args, 50)
     fields = {m.label: effective_receptive_field(m.features, batches(m, images), args.stage) for m in models}
