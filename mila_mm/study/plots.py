@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mila_mm.study.figures.comparison import Panel, Point, save_comparison
 from mila_mm.study.published import Published
-from mila_mm.visualization.comparison import Panel, Point, save_comparison
 
 _FRONT = 'MILA'
 
