@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments, None for ``sys.argv[1:]``.
     """
     args = parse_args(argv)
-    from mila_mm.study.plots import save_plots
+    from mila_mm.study.figures.plots import save_plots
     from mila_mm.study.published import read_published
     from mila_mm.study.report import ablation_table, check_order, count_costs, mask_rcnn_table, upernet_table
 
