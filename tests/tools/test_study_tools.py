@@ -141,7 +141,7 @@ def test_every_figure_is_drawn(command, models, pictures, tmp_path):
 def test_weights_are_used(models):
     import torch
 
-    from mila_mm.study.feature_model import open_feature_model
+    from mila_mm.study.figures.feature_model import open_feature_model
     from mila_mm.weights import read_checkpoint
 
     model = open_feature_model(models[0])
@@ -153,7 +153,7 @@ def test_weights_are_used(models):
 
 
 def test_images_reach_the_backbone_as_the_model_expects_them():
-    from mila_mm.study.feature_model import open_feature_model
+    from mila_mm.study.figures.feature_model import open_feature_model
 
     red = np.zeros((1, 8, 8, 3), np.uint8)
     red[..., 0] = 255
@@ -165,7 +165,7 @@ def test_images_reach_the_backbone_as_the_model_expects_them():
 
 
 def test_images_are_scaled_and_cut_to_one_size(tmp_path):
-    from mila_mm.study.feature_model import read_images
+    from mila_mm.study.figures.feature_model import read_images
 
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40, 2] = 255  # red in the middle

@@ -87,7 +87,7 @@ def open_models(args: cli.argparse.Namespace, default_limit: int) -> tuple[list[
     Returns:
         The models, and the images (N, H, W, 3).
     """
-    from mila_mm.study.feature_model import open_feature_model, read_images
+    from mila_mm.study.figures.feature_model import open_feature_model, read_images
 
     size = (args.size[0], args.size[-1])
     images = read_images(args.images, size, default_limit if args.limit is None else max(1, args.limit))
