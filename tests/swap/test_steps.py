@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mila_mm.swap.steps import StepFailed, train_and_predict
+from mila_mm.swap.sweep.steps import StepFailed, train_and_predict
 
 FAMILIES = [
     'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',

@@ -84,7 +84,7 @@ def _step(name: str) -> None:
     from torch import distributed
 
     from mila_mm.errors import UserError
-    from mila_mm.swap.steps import StepFailed, train_and_predict
+    from mila_mm.swap.sweep.steps import StepFailed, train_and_predict
 
     # mmcv's own SyncBN asks for a process group when it is built
     distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
