@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mila_mm.errors import UserError
-from mila_mm.swap.docs import BEGIN, END, write_generated
+from mila_mm.swap.sweep.docs import BEGIN, END, write_generated
 from mila_mm.swap.sweep.sweep import Record, all_configs, representatives, sweep, to_json
 
 NAMES = [

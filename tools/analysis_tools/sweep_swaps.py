@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.write_text(_sweep(args))
         print(f'written: {args.out}')
     if args.docs is not None:
-        from mila_mm.swap.docs import write_generated
+        from mila_mm.swap.sweep.docs import write_generated
 
         write_generated(args.docs, json.loads((args.source or args.out).read_text()))
         print(f'written: {args.docs}')
