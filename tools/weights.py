@@ -73,9 +73,9 @@ def inspect_file(args: argparse.Namespace) -> None:
     from torch import Tensor
 
     from mila_mm.weights import names
-    from mila_mm.weights.container import sniff
     from mila_mm.weights.errors import printable
     from mila_mm.weights.fetching import local_path
+    from mila_mm.weights.file.container import sniff
     from mila_mm.weights.load import is_finite
     from mila_mm.weights.reader import read_file
     from mila_mm.weights.report import listed

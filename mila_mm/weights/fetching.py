@@ -13,7 +13,6 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from mila_mm.errors import UserError
-from mila_mm.weights import container
 from mila_mm.weights.cache import (
     ENV_HOME,
     ENV_MIRRORS,
@@ -29,6 +28,7 @@ from mila_mm.weights.cache import (
 )
 from mila_mm.weights.download import SourceError, discard, download, is_plain_http
 from mila_mm.weights.errors import CheckpointError, DownloadError, MissingCheckpointError
+from mila_mm.weights.file import container
 from mila_mm.weights.published import SCHEME, PublishedFile, find
 
 # torch.hub's convention: name-<first digits of the sha256>.pth. Decimal digits alone are a date, not a hash.

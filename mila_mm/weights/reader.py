@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from mila_mm.weights import container
 from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError, printable
+from mila_mm.weights.file import container
 from mila_mm.weights.scan import Scan
 from mila_mm.weights.standins import REGISTRATIONS, STAND_INS, plain
 

@@ -17,8 +17,8 @@ from mila_mm.engine.checkpoint import load_checkpoint_into
 from mila_mm.engine.config.load import one_line
 from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE
 from mila_mm.errors import UserError
-from mila_mm.weights import container
 from mila_mm.weights.errors import CheckpointError
+from mila_mm.weights.file import container
 from mila_mm.weights.load import read_checkpoint
 from mila_mm.weights.reader import read_file
 
