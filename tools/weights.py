@@ -76,8 +76,8 @@ def inspect_file(args: argparse.Namespace) -> None:
     from mila_mm.weights.errors import printable
     from mila_mm.weights.fetching import local_path
     from mila_mm.weights.file.container import sniff
+    from mila_mm.weights.file.reader import read_file
     from mila_mm.weights.load import is_finite
-    from mila_mm.weights.reader import read_file
     from mila_mm.weights.report import listed
 
     path = local_path(args.source)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mila_mm.weights import names
 from mila_mm.weights.errors import CheckpointError, MismatchError
 from mila_mm.weights.fetching import local_path
+from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.published import SCHEME
-from mila_mm.weights.reader import read_file
 from mila_mm.weights.report import LoadReport, advice, listed
 
 _FRESH_NORMS = 'an ImageNet classifier has no norms of its stages; they start at weight 1, bias 0 and are trained'

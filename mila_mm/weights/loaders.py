@@ -17,9 +17,9 @@ from typing import Any
 from mila_mm.weights import names
 from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.fetching import local_path
+from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.load import disarm
 from mila_mm.weights.published import SCHEME
-from mila_mm.weights.reader import read_file
 
 _OPENMMLAB = ('open-mmlab://', 'openmmlab://')
 _TORCHVISION = ('modelzoo://', 'torchvision://')

@@ -23,7 +23,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from mila_mm import cli
 from mila_mm.weights import register_loaders
 from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError
-from mila_mm.weights.reader import read_file
+from mila_mm.weights.file.reader import read_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARY = 'MILA_TEST_CANARY'

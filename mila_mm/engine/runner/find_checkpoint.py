@@ -19,8 +19,8 @@ from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE
 from mila_mm.errors import UserError
 from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file import container
+from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.load import read_checkpoint
-from mila_mm.weights.reader import read_file
 
 _TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth', STOPPED_TEMPLATE)
 
