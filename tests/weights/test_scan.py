@@ -18,8 +18,8 @@ from mila_mm import cli
 from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError
 from mila_mm.weights.exporting import export
 from mila_mm.weights.file.reader import read_file
+from mila_mm.weights.file.scan import Scan
 from mila_mm.weights.load import is_finite, load_model
-from mila_mm.weights.scan import Scan
 
 START = b'\x80\x02'
 
