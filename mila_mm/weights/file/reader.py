@@ -23,7 +23,7 @@ import torch
 from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError, printable
 from mila_mm.weights.file import container
 from mila_mm.weights.file.scan import Scan
-from mila_mm.weights.standins import REGISTRATIONS, STAND_INS, plain
+from mila_mm.weights.file.standins import REGISTRATIONS, STAND_INS, plain
 
 # What torch's own list would let pass and no checkpoint of weights needs (subclasses, constructors
 # that allocate by a number in the file, sparse and quantised tensors) is left out.
