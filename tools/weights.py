@@ -21,7 +21,7 @@ from mila_mm.errors import UserError
 def list_files(_: argparse.Namespace) -> None:
     """Print the published files and which of them are here."""
     from mila_mm.weights.cache import cache_dir, read_record
-    from mila_mm.weights.published import PUBLISHED
+    from mila_mm.weights.source.published import PUBLISHED
 
     print(f'{"name":20} {"arch":6} {"published result":32} in {cache_dir()}')
     for file in PUBLISHED.values():
@@ -37,7 +37,7 @@ def fetch_files(args: argparse.Namespace) -> None:
     """Fetch files by name or address."""
     from mila_mm.weights.cache import configure
     from mila_mm.weights.fetching import fetch
-    from mila_mm.weights.published import PUBLISHED
+    from mila_mm.weights.source.published import PUBLISHED
 
     if args.mirror:
         configure(mirrors=args.mirror)
@@ -48,7 +48,7 @@ def fetch_files(args: argparse.Namespace) -> None:
 def verify_files(args: argparse.Namespace) -> None:
     """Hash cached files and compare them with their records."""
     from mila_mm.weights.fetching import verify, wanted
-    from mila_mm.weights.published import PUBLISHED
+    from mila_mm.weights.source.published import PUBLISHED
 
     present = [name for name in PUBLISHED if wanted(name).path.exists()]
     if not (args.names or present):

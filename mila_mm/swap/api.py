@@ -19,7 +19,7 @@ from mila_mm.swap.probe import in_channels_of, probe_backbone
 from mila_mm.swap.result import Draft, Maps, SwapRefused, SwapResult
 from mila_mm.swap.source import read_source
 from mila_mm.swap.stages import STRIDES, choose_stages, note_strides
-from mila_mm.weights.published import SCHEME, find
+from mila_mm.weights.source.published import SCHEME, find
 
 _BATCH_NORMS = ('BN', 'SyncBN', 'MMSyncBN')
 

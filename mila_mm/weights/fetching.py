@@ -29,7 +29,7 @@ from mila_mm.weights.cache import (
 from mila_mm.weights.download import SourceError, discard, download, is_plain_http
 from mila_mm.weights.errors import CheckpointError, DownloadError, MissingCheckpointError
 from mila_mm.weights.file import container
-from mila_mm.weights.published import SCHEME, PublishedFile, find
+from mila_mm.weights.source.published import SCHEME, PublishedFile, find
 
 # torch.hub's convention: name-<first digits of the sha256>.pth. Decimal digits alone are a date, not a hash.
 _HASH_IN_NAME = re.compile(r'-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.[A-Za-z]+$')

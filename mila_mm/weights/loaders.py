@@ -19,7 +19,7 @@ from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.fetching import local_path
 from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.load import disarm
-from mila_mm.weights.published import SCHEME
+from mila_mm.weights.source.published import SCHEME
 
 _OPENMMLAB = ('open-mmlab://', 'openmmlab://')
 _TORCHVISION = ('modelzoo://', 'torchvision://')

@@ -8,7 +8,7 @@ from mila_mm.errors import UserError
 from mila_mm.weights.cache import configure, record_path
 from mila_mm.weights.errors import DownloadError
 from mila_mm.weights.fetching import fetch
-from mila_mm.weights.published import PublishedFile
+from mila_mm.weights.source.published import PublishedFile
 
 FILE = '/weights.pth'
 

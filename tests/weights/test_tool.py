@@ -53,7 +53,7 @@ def test_fetch_from_a_mirror(tool, server, home, published_bytes):
 
 
 def test_fetch_fails_with_the_way_out(tool, server, home, monkeypatch):
-    monkeypatch.setattr('mila_mm.weights.published.PUBLISHED', {})
+    monkeypatch.setattr('mila_mm.weights.source.published.PUBLISHED', {})
     assert tool('fetch', 'tiny-in1k')[0] == 2
     status, out, err = tool('fetch', f'{server.base}/no.pth')
     assert status == 2

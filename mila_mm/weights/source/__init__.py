@@ -1,0 +1,1 @@
+"""Where weights come from: published names, the cache, downloads."""
