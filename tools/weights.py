@@ -20,7 +20,7 @@ from mila_mm.errors import UserError
 
 def list_files(_: argparse.Namespace) -> None:
     """Print the published files and which of them are here."""
-    from mila_mm.weights.cache import cache_dir, read_record
+    from mila_mm.weights.source.cache import cache_dir, read_record
     from mila_mm.weights.source.published import PUBLISHED
 
     print(f'{"name":20} {"arch":6} {"published result":32} in {cache_dir()}')
@@ -35,8 +35,8 @@ def list_files(_: argparse.Namespace) -> None:
 
 def fetch_files(args: argparse.Namespace) -> None:
     """Fetch files by name or address."""
-    from mila_mm.weights.cache import configure
     from mila_mm.weights.fetching import fetch
+    from mila_mm.weights.source.cache import configure
     from mila_mm.weights.source.published import PUBLISHED
 
     if args.mirror:

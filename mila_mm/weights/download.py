@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from mila_mm.version import __version__
-from mila_mm.weights.cache import Settings
 from mila_mm.weights.errors import DownloadError, printable
+from mila_mm.weights.source.cache import Settings
 
 _CHUNK = 1 << 18
 _MAX_PAUSE = 8.0

@@ -145,7 +145,7 @@ def server():
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """Empty cache with quick retries and no settings from outside."""
-    from mila_mm.weights import cache
+    from mila_mm.weights.source import cache
 
     monkeypatch.setenv('MILA_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('MILA_MIRRORS', raising=False)

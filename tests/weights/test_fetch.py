@@ -13,10 +13,10 @@ from urllib.request import Request
 import pytest
 
 from mila_mm.errors import UserError
-from mila_mm.weights.cache import Record, configure, read_record, record_path, settings, write_record
 from mila_mm.weights.download import SourceError, _Redirects
 from mila_mm.weights.errors import CheckpointError, DownloadError
 from mila_mm.weights.fetching import fetch, local_path, verify, wanted
+from mila_mm.weights.source.cache import Record, configure, read_record, record_path, settings, write_record
 from mila_mm.weights.source.published import PUBLISHED, PublishedFile, find
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from mila_mm.errors import UserError
-from mila_mm.weights.cache import configure, record_path
 from mila_mm.weights.errors import DownloadError
 from mila_mm.weights.fetching import fetch
+from mila_mm.weights.source.cache import configure, record_path
 from mila_mm.weights.source.published import PublishedFile
 
 FILE = '/weights.pth'

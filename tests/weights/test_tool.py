@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mila_mm import cli
-from mila_mm.weights.cache import record_path
+from mila_mm.weights.source.cache import record_path
 
 
 @pytest.fixture

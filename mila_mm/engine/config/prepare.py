@@ -8,8 +8,8 @@ from mmengine.config import Config
 
 from mila_mm.engine.config.checks import check_pretrained, check_work_dir
 from mila_mm.errors import UserError
-from mila_mm.weights.cache import configure
 from mila_mm.weights.loaders import register_loaders
+from mila_mm.weights.source.cache import configure
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 

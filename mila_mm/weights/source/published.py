@@ -1,7 +1,7 @@
 """The weights that MILA's authors published, by name.
 
 The authors publish no checksum, so ``size`` and ``sha256`` are ``None`` here: what the first fetch
-receives is recorded beside the file (:mod:`mila_mm.weights.cache`) and checked from then on.
+receives is recorded beside the file (:mod:`mila_mm.weights.source.cache`) and checked from then on.
 Addresses: https://github.com/LeapLabTHU/MLLA (README files of the classifier, detection, segmentation).
 """
 
