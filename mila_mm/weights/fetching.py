@@ -13,7 +13,6 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from mila_mm.errors import UserError
-from mila_mm.weights.download import SourceError, discard, download, is_plain_http
 from mila_mm.weights.errors import CheckpointError, DownloadError, MissingCheckpointError
 from mila_mm.weights.file import container
 from mila_mm.weights.source.cache import (
@@ -29,6 +28,7 @@ from mila_mm.weights.source.cache import (
     sha256_of,
     write_record,
 )
+from mila_mm.weights.source.download import SourceError, discard, download, is_plain_http
 from mila_mm.weights.source.published import SCHEME, PublishedFile, find
 
 # torch.hub's convention: name-<first digits of the sha256>.pth. Decimal digits alone are a date, not a hash.

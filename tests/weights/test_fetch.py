@@ -13,10 +13,10 @@ from urllib.request import Request
 import pytest
 
 from mila_mm.errors import UserError
-from mila_mm.weights.download import SourceError, _Redirects
 from mila_mm.weights.errors import CheckpointError, DownloadError
 from mila_mm.weights.fetching import fetch, local_path, verify, wanted
 from mila_mm.weights.source.cache import Record, configure, read_record, record_path, settings, write_record
+from mila_mm.weights.source.download import SourceError, _Redirects
 from mila_mm.weights.source.published import PUBLISHED, PublishedFile, find
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,7 +314,7 @@ def test_broken_record_is_not_ignored(server, home, published_bytes):
 def test_full_disk_is_seen_before_the_download(server, home, published_bytes, monkeypatch):
     server.put(FILE, body=published_bytes)
     usage = type('Usage', (), dict(total=1, used=1, free=1000))
-    monkeypatch.setattr('mila_mm.weights.download.shutil.disk_usage', lambda _: usage)
+    monkeypatch.setattr('mila_mm.weights.source.download.shutil.disk_usage', lambda _: usage)
     with pytest.raises(DownloadError, match='1,000 free'):
         fetch(entry(server))
 
