@@ -35,8 +35,8 @@ def list_files(_: argparse.Namespace) -> None:
 
 def fetch_files(args: argparse.Namespace) -> None:
     """Fetch files by name or address."""
-    from mila_mm.weights.fetching import fetch
     from mila_mm.weights.source.cache import configure
+    from mila_mm.weights.source.fetching import fetch
     from mila_mm.weights.source.published import PUBLISHED
 
     if args.mirror:
@@ -47,7 +47,7 @@ def fetch_files(args: argparse.Namespace) -> None:
 
 def verify_files(args: argparse.Namespace) -> None:
     """Hash cached files and compare them with their records."""
-    from mila_mm.weights.fetching import verify, wanted
+    from mila_mm.weights.source.fetching import verify, wanted
     from mila_mm.weights.source.published import PUBLISHED
 
     present = [name for name in PUBLISHED if wanted(name).path.exists()]
@@ -74,11 +74,11 @@ def inspect_file(args: argparse.Namespace) -> None:
 
     from mila_mm.weights import names
     from mila_mm.weights.errors import printable
-    from mila_mm.weights.fetching import local_path
     from mila_mm.weights.file.container import sniff
     from mila_mm.weights.file.reader import read_file
     from mila_mm.weights.load import is_finite
     from mila_mm.weights.report import listed
+    from mila_mm.weights.source.fetching import local_path
 
     path = local_path(args.source)
     content = read_file(path)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mila_mm.weights import names
 from mila_mm.weights.errors import CheckpointError, MismatchError
-from mila_mm.weights.fetching import local_path
 from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.report import LoadReport, advice, listed
+from mila_mm.weights.source.fetching import local_path
 from mila_mm.weights.source.published import SCHEME
 
 _FRESH_NORMS = 'an ImageNet classifier has no norms of its stages; they start at weight 1, bias 0 and are trained'

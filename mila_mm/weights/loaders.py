@@ -16,9 +16,9 @@ from typing import Any
 
 from mila_mm.weights import names
 from mila_mm.weights.errors import CheckpointError
-from mila_mm.weights.fetching import local_path
 from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.load import disarm
+from mila_mm.weights.source.fetching import local_path
 from mila_mm.weights.source.published import SCHEME
 
 _OPENMMLAB = ('open-mmlab://', 'openmmlab://')

@@ -14,9 +14,9 @@ import pytest
 
 from mila_mm.errors import UserError
 from mila_mm.weights.errors import CheckpointError, DownloadError
-from mila_mm.weights.fetching import fetch, local_path, verify, wanted
 from mila_mm.weights.source.cache import Record, configure, read_record, record_path, settings, write_record
 from mila_mm.weights.source.download import SourceError, _Redirects
+from mila_mm.weights.source.fetching import fetch, local_path, verify, wanted
 from mila_mm.weights.source.published import PUBLISHED, PublishedFile, find
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -389,7 +389,7 @@ def test_missing_path_says_how_published_files_are_named(tmp_path):
 
 FETCH = """
 import sys
-from mila_mm.weights.fetching import fetch
+from mila_mm.weights.source.fetching import fetch
 from mila_mm.weights.source.published import PublishedFile
 assert 'torch' not in sys.modules
 print(fetch(PublishedFile('micro', 'classification', 'micro', sys.argv[1], 'model', '', '')))

@@ -6,8 +6,8 @@ import pytest
 
 from mila_mm.errors import UserError
 from mila_mm.weights.errors import DownloadError
-from mila_mm.weights.fetching import fetch
 from mila_mm.weights.source.cache import configure, record_path
+from mila_mm.weights.source.fetching import fetch
 from mila_mm.weights.source.published import PublishedFile
 
 FILE = '/weights.pth'
@@ -141,6 +141,6 @@ def test_record_is_there_before_the_file(server, entry, home, published_bytes, m
             seen.append(record_path(home / 'mila-micro.pth').exists())
         real(source, target)
 
-    monkeypatch.setattr('mila_mm.weights.fetching.os.replace', replace)
+    monkeypatch.setattr('mila_mm.weights.source.fetching.os.replace', replace)
     fetch(entry)
     assert seen == [True]
