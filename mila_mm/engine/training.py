@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mila_mm.engine.checkpoint import check_checkpoint_file
@@ -14,13 +15,13 @@ from mila_mm.engine.config.prepare import prepare, set_work_dir
 from mila_mm.engine.failures import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.launch import prepare_launch
-from mila_mm.engine.notice import NoticeHook
 from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
 from mila_mm.engine.runner.find_checkpoint import candidates, settle_resume
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner
 from mila_mm.engine.safety import make_safe
 from mila_mm.errors import UserError
+from mila_mm.registry import HOOKS
 from mila_mm.stopping import StopRequest
 
 
@@ -228,3 +229,26 @@ def without_testing(cfg: Config) -> Config:
 
 def _is_mila(backbone: Mapping[str, Any]) -> bool:
     return backbone.get('type') in ('MILA', 'mila_mm.MILA')
+
+
+@HOOKS.register_module()
+class NoticeHook(Hook):
+    """Log lines as warnings after everything that a start logs, hundreds of lines in mmengine.
+
+    Args:
+        notices: The lines.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, notices: Sequence[str]) -> None:
+        self.notices = tuple(notices)
+
+    def before_train(self, runner: Runner) -> None:
+        """Log the lines.
+
+        Args:
+            runner: The runner.
+        """
+        for notice in self.notices:
+            runner.logger.warning(notice)
