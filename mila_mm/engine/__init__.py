@@ -1,7 +1,6 @@
 """Training and testing: mmengine's runner with what it lacks, for detectors and segmentors alike."""
 
 from mila_mm.engine.config.load import load_config, scope_of
-from mila_mm.engine.dump import DumpSegResults
 from mila_mm.engine.hooks.checkpoint import CheckpointHook
 from mila_mm.engine.hooks.draw_predictions import PredictionDrawHook
 from mila_mm.engine.hooks.mesa import MESAHook
@@ -14,7 +13,7 @@ from mila_mm.engine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mila_mm.engine.runner.runner import Runner, build_runner
 from mila_mm.engine.runner.sampler import ResumableBatchSampler
 from mila_mm.engine.runner.sharding import FullyShardedModel
-from mila_mm.engine.testing import test
+from mila_mm.engine.testing import DumpSegResults, test
 from mila_mm.engine.training import train
 
 __all__ = [
