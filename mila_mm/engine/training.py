@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from mila_mm.engine.checkpoint import check_checkpoint_file
 from mila_mm.engine.config.checks import check_data
 from mila_mm.engine.config.load import load_config, scope_of
-from mila_mm.engine.config.prepare import prepare, set_work_dir
+from mila_mm.engine.config.prepare import make_safe, prepare, set_work_dir
 from mila_mm.engine.failures import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.launch import prepare_launch
@@ -19,7 +19,6 @@ from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_a
 from mila_mm.engine.runner.find_checkpoint import candidates, settle_resume
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner
-from mila_mm.engine.safety import make_safe
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
 from mila_mm.stopping import StopRequest

@@ -12,8 +12,8 @@ from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner
 from torch.utils.data import Dataset
 
+from mila_mm.engine.config.prepare import make_safe
 from mila_mm.engine.runner.find_checkpoint import settle_resume
-from mila_mm.engine.safety import make_safe
 
 
 class Linear(BaseModel):
