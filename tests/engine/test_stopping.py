@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mila_mm import cli
-from mila_mm.engine.failures import plain_failures
+from mila_mm.engine.config.build_errors import plain_failures
 from mila_mm.errors import LostPeerError, UserError
 from mila_mm.stopping import EXIT_REQUEUE, Stopped, StopRequest, WorkerStart, stop_signals
 
