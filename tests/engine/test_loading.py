@@ -8,7 +8,7 @@ from mmengine.dataset import BaseDataset, ConcatDataset
 from torch.utils.data import DataLoader
 
 from mila_mm.cli import user_message
-from mila_mm.engine.loading import name_unreadable_files
+from mila_mm.engine.config.build_errors import name_unreadable_files
 from mila_mm.errors import UserError
 
 
