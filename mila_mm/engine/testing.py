@@ -9,11 +9,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 from mmengine.registry import METRICS
 
-from mila_mm.engine.checkpoint import check_checkpoint_file
 from mila_mm.engine.config.build_errors import plain_failures
 from mila_mm.engine.config.checks import check_data, check_work_dir
 from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.config.prepare import prepare, prepare_launch, set_work_dir
+from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
 from mila_mm.engine.runner.runner import build_runner
 from mila_mm.errors import UserError
 

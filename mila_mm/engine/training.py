@@ -8,14 +8,13 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mila_mm.engine.checkpoint import check_checkpoint_file
 from mila_mm.engine.config.build_errors import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.config.checks import check_data
 from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.config.prepare import make_safe, prepare, prepare_launch, set_work_dir
 from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
-from mila_mm.engine.runner.find_checkpoint import candidates, settle_resume
+from mila_mm.engine.runner.find_checkpoint import candidates, check_checkpoint_file, settle_resume
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner
 from mila_mm.errors import UserError

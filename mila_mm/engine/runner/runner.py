@@ -15,9 +15,8 @@ from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mila_mm.engine.checkpoint import load_checkpoint_into
 from mila_mm.engine.config.build_errors import building, fault_of_annotations, name_unreadable_files, reading
-from mila_mm.engine.runner.find_checkpoint import settle_resume
+from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into, settle_resume
 from mila_mm.engine.runner.model_options import apply_model_options
 from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
 from mila_mm.errors import UserError
