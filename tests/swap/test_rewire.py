@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mila_mm.swap.probe import choose_stages
 from mila_mm.swap.result import Draft, Maps, SwapRefused
 from mila_mm.swap.rewire import GUESSED, Feed, rewire
-from mila_mm.swap.stages import choose_stages
 
 RESNET = Maps((256, 512, 1024, 2048), (4, 8, 16, 32))
 MILA = Maps((64, 128, 256, 512), (4, 8, 16, 32))
