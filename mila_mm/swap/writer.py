@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
@@ -16,7 +16,7 @@ from mmengine.config import Config
 
 from mila_mm.engine.config.load import load_config, one_line
 from mila_mm.errors import UserError
-from mila_mm.swap.result import Path, SwapResult
+from mila_mm.swap.result import ABSENT, Path, SwapResult
 from mila_mm.swap.source import base_name
 
 _WIDTH = 119
@@ -271,3 +271,39 @@ def _wrapped(text: str, bullet: str = '', indent: str = '') -> list[str]:
         if text
         else []
     )
+
+
+_LONGEST = 60
+
+
+def report(result: SwapResult) -> str:
+    """Describe a swap.
+
+    Args:
+        result: The swap.
+
+    Returns:
+        A table of the changes, what could not be known, and what was checked.
+    """
+    rows = [('entry', 'was', 'is', 'because')]
+    for change in result.changes:
+        old, new = change.old, change.new
+        if change.path[-1] == 'backbone':
+            old, new = old.get('type'), f'{new["type"]} {new["arch"]}'
+        rows.append((change.key, _short(old), _short(new), change.why))
+    lines = [f'{result.title}', f'  was: {result.old_maps}', f'  is:  {result.new_maps}', '', *_table(rows)]
+    if result.unknowns:
+        lines += ['', 'not known, or yours to decide:']
+        for unknown in result.unknowns:
+            lines += textwrap.wrap(unknown, 116, initial_indent='  - ', subsequent_indent='    ')
+    return '\n'.join([*lines, '', f'checked: {result.checked}'])
+
+
+def _short(value: Any) -> str:
+    text = '-' if value is ABSENT else str(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + '...'
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return ['  '.join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows]
