@@ -12,12 +12,12 @@ from mila_mm.arch import resolve_arch
 from mila_mm.errors import UserError
 from mila_mm.swap import clean
 from mila_mm.swap import recipe as recipes
-from mila_mm.swap.attempt import rewired
 from mila_mm.swap.job import Job, plain, value_at
 from mila_mm.swap.light import build
 from mila_mm.swap.probe import STRIDES, choose_stages, in_channels_of, note_strides, probe_backbone
 from mila_mm.swap.result import Draft, Maps, SwapRefused, SwapResult
 from mila_mm.swap.source import read_source
+from mila_mm.swap.trial import rewired
 from mila_mm.weights.source.published import SCHEME, find
 
 _BATCH_NORMS = ('BN', 'SyncBN', 'MMSyncBN')

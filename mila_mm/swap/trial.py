@@ -12,7 +12,13 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
+from mila_mm.swap import clean
+from mila_mm.swap.job import Job, plain
 from mila_mm.swap.light import WITHOUT_BEARING, build, graph_behind, in_scope, reason_of, sorted_config
+from mila_mm.swap.probe import mila_maps
+from mila_mm.swap.result import Draft, Maps, SwapFailed, SwapRefused
+from mila_mm.swap.rewire import GUESSED, Feed
+from mila_mm.swap.route import Route, rewire_all
 from mila_mm.swap.samples import make_batch
 
 # Small and odd first; then what a neck needs whose maps must halve exactly; then what a fixed pyramid needs.
@@ -153,3 +159,118 @@ def _tensors(node: Any) -> Iterator[Tensor]:
     elif isinstance(node, (list, tuple)):
         for value in node:
             yield from _tensors(value)
+
+
+_BEFORE_HEADS = 'backbone and neck were built and run; what they hand to the heads is as before'
+
+# torch's words for a map of another width than the layer that reads it
+_MISFIT = 'Given groups='
+
+
+def rewired(job: Job) -> tuple[Draft, Maps, str, Trial | None]:
+    """Rewire a config and check the result; then once more without the maps that nothing reads.
+
+    Args:
+        job: The swap.
+
+    Returns:
+        The config, MILA's maps, what was checked, and the trial of the new model, None where it could not run.
+
+    Raises:
+        SwapFailed: If the model cannot be made to run.
+        SwapRefused: If it is clear why not.
+    """
+    everything = tuple(range(len(job.stages)))
+    try:
+        draft, maps, checked, trial = _checked(job, everything)
+    except (SwapFailed, SwapRefused) as error:
+        if job.source.failed_imports:
+            missing = ', '.join(f'{module} ({reason})' for module, reason in job.source.failed_imports.items())
+            raise SwapRefused(
+                f'{error}\nThe config needs by custom_imports what cannot be imported here: {missing}; '
+                'mend it or put it on PYTHONPATH'
+            ) from error
+        raise
+    if trial is None or trial.used in (everything, ()):
+        return draft, maps, checked, trial
+    try:
+        lean = _checked(job, trial.used)
+        if lean[3] is not None and lean[3].used == tuple(range(len(trial.used))):
+            return lean
+    except (SwapFailed, SwapRefused):
+        pass  # the consumers insist on all maps
+    draft.put(('find_unused_parameters',), True, 'the norms of maps that nothing reads get no gradient')
+    return draft, maps, checked, trial
+
+
+def _checked(job: Job, kept: tuple[int, ...]) -> tuple[Draft, Maps, str, Trial | None]:
+    """Rewire for some of the maps and try the model; a second time with all that equals an old width rewritten."""
+    failure: SwapFailed | None = None
+    for eager in (False, True):
+        draft = Draft(plain(job.original))
+        backbone = job.backbone | dict(out_indices=tuple(job.stages[i] for i in kept))
+        maps = mila_maps(backbone, job.source.scope)
+        draft.put(
+            (*job.source.holder, 'backbone'), _without_defaults(backbone), f'gives {maps}; the old one {job.probe.maps}'
+        )
+        try:
+            route = rewire_all(draft, job, Feed(job.probe.maps, maps, kept), eager)
+            checked, trial = _try(draft, job, route)
+        except SwapFailed as error:
+            failure = failure or error
+            continue
+        guessed = [change.key for change in draft.merged() if GUESSED in change.why]
+        if guessed:
+            draft.unknowns.append(
+                f'{", ".join(guessed)}: rewritten because equal to an old width, not because of the '
+                'name; look whether that is what it means'
+            )
+        return draft, maps, checked, trial
+    assert failure is not None
+    raise failure
+
+
+def _try(draft: Draft, job: Job, route: Route) -> tuple[str, Trial | None]:
+    """Build and run the new model; where it fails, see whether the original would have done better."""
+    scope, holder = job.source.scope, job.source.holder
+    if not job.whole_models and not route.heads_see_a_change and route.used is not None:
+        return _BEFORE_HEADS, Trial(route.used, (), (0, 0))
+    try:
+        trial = try_model(draft.get(holder), scope)
+    except TrialFailed as failure:
+        _refuse_known(job.model, failure)
+        try:
+            try_model(job.model, scope)
+        except TrialFailed as original:
+            if route.heads_see_a_change:
+                if str(original) == str(failure) or _MISFIT in str(original):
+                    raise SwapRefused(
+                        f'the config does not work with its own backbone either: {original}'
+                    ) from original
+                raise SwapFailed(
+                    f'the new model cannot be built and run here, so its heads cannot be checked: {failure}'
+                ) from original
+            draft.unknowns.append(f'the heads could not be run here, with the old backbone neither: {original}')
+            return _BEFORE_HEADS, Trial(route.used, (), (0, 0)) if route.used is not None else None
+        raise SwapFailed(f'the heads do not take the new maps: {failure}') from failure
+    if trial.size != SIZES[0] and trial.size == EVEN and scope == 'mmdet' and clean.pad_to(draft, holder, 32):
+        trial = try_model(draft.get(holder), scope)
+    return f'the model was built and its training loss computed on images of {trial.size[0]} x {trial.size[1]}', trial
+
+
+def _refuse_known(model: dict[str, Any], failure: TrialFailed) -> None:
+    """Give the reasons that are known for heads that fail with other maps."""
+    shared = (model.get('roi_head') or {}).get('shared_head')
+    if isinstance(shared, dict):
+        raise SwapRefused(
+            f'the backbone is fused with its head: roi_head.shared_head ({shared.get("type")}) is the '
+            'last stage of the old backbone, with widths of its own'
+        )
+    if 'Output size is too small' in str(failure):
+        raise SwapRefused(
+            f'a head works on a fixed input grid: it pools over a window larger than the deepest map ({failure})'
+        )
+
+
+def _without_defaults(backbone: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in backbone.items() if (k, v) != ('out_indices', (0, 1, 2, 3))}
