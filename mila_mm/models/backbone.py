@@ -11,7 +11,7 @@ from mmengine.model import BaseModule
 from torch import nn
 
 from mila_mm.nn.layers import NormLayer
-from mila_mm.weights.pretrained import init_pretrained
+from mila_mm.weights.loaders import init_pretrained
 
 
 class Backbone(BaseModule):
@@ -36,7 +36,7 @@ class Backbone(BaseModule):
         self._freeze_stages()
 
     def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says; ``Pretrained`` weights must fit, see :mod:`mila_mm.weights.pretrained`."""
+        """Initialise as ``init_cfg`` says; ``Pretrained`` weights must fit, see :mod:`mila_mm.weights.loaders`."""
         init_pretrained(self, super().init_weights)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
