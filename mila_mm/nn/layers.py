@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mila_mm.ops import cpe_norm, dwc_silu, mila_attention
-from mila_mm.ops.attention import autocast_dtype
+from mila_mm.ops.attention.op import autocast_dtype
 
 NormLayer = Callable[[int], nn.Module]
 FUSIONS = ('cpe_norm', 'dwc_silu', 'projections')

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mila_mm.arch import Arch, resolve_arch
 from mila_mm.nn.layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
-from mila_mm.ops.attention import BACKENDS
+from mila_mm.ops.attention.op import BACKENDS
 
 
 class Trunk(nn.Module):

@@ -4,7 +4,7 @@
 Needs torch alone; Triton is imported when a CUDA tensor comes.
 """
 
-from mila_mm.ops.attention import mila_attention, why_not_triton
+from mila_mm.ops.attention.op import mila_attention, why_not_triton
 from mila_mm.ops.gated import gated_linear_attention, gated_linear_attention_reference
 from mila_mm.ops.reference import mila_attention_reference
 from mila_mm.ops.rope import clear_rope_cache, rope_tables

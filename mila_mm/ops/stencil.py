@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mila_mm.ops.attention import BACKENDS, as_written, autocast_dtype, check_map, transformed
+from mila_mm.ops.attention.op import BACKENDS, as_written, autocast_dtype, check_map, transformed
 
 _NO_SECOND_ORDER = "{}: expected one differentiation, got a second; take backend='reference' for it"
 _library = torch.library.Library('mila_mm', 'FRAGMENT')

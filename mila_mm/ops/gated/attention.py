@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mila_mm.ops.attention import transformed
+from mila_mm.ops.attention.op import transformed
 from mila_mm.ops.gated import parallel
 from mila_mm.ops.gated.reference import gated_linear_attention_reference
 from mila_mm.ops.gated.scan import LENGTH, scan_backward, scan_forward, states_shape
