@@ -1,6 +1,6 @@
 """Forward and backward of ``mila_attention`` in closed form: the CPU kernel of the registered op.
 
-The same mathematics as :mod:`mila_mm.ops.reference`, with few passes over memory and a backward that needs only what
+The same mathematics as :mod:`mila_mm.ops.attention.reference`, with few passes over memory and a backward that needs only what
 the caller holds anyway (qk, v, gate) and, per head, a d x d state and a mean key. It runs on any device. An infinity or
 a NaN stays in its image, but not in its head as it does there: sums over heads are products with zeros for the others.
 

@@ -10,7 +10,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mila_mm.ops import closed_form
-from mila_mm.ops.reference import mila_attention_reference
+from mila_mm.ops.attention.reference import mila_attention_reference
 
 BACKENDS = ('auto', 'triton', 'reference')
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mila_mm.nn.layers import DepthwiseConv
 from mila_mm.ops import gated_linear_attention, mila_attention
-from mila_mm.ops.reference import feature_map, rotate
+from mila_mm.ops.attention.reference import feature_map, rotate
 from mila_mm.ops.rope import grid_for
 from mila_mm.study.model.design import Design
 
