@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mila_mm.ops import clear_rope_cache, closed_form, mila_attention
+from mila_mm.ops import clear_rope_cache, mila_attention
+from mila_mm.ops.attention import closed_form
 
 pytestmark = pytest.mark.gpu
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

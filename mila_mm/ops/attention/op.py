@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from mila_mm.ops import closed_form
+from mila_mm.ops.attention import closed_form
 from mila_mm.ops.attention.reference import mila_attention_reference
 
 BACKENDS = ('auto', 'triton', 'reference')
