@@ -40,15 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 import measure  # noqa: E402
 
-from mila_mm.ops.triton import (  # noqa: E402
-    backward_kernels,
-    configs,
-    forward_kernels,
-    launch,
-    lepe_kernels,
-    stencil_kernels,
-    stencil_launch,
-)
+from mila_mm.ops.attention import forward_kernels  # noqa: E402
+from mila_mm.ops.triton import backward_kernels, configs, launch, lepe_kernels, stencil_kernels, stencil_launch  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 # Name, dtype of the activations, matrix products.

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mila_mm.ops.attention.forward_kernels import SIZES, attend
 from mila_mm.ops.triton.common import (
     feature_map,
     feature_slope,
@@ -20,7 +21,6 @@ from mila_mm.ops.triton.common import (
     tile_tokens,
     widen,
 )
-from mila_mm.ops.triton.forward_kernels import SIZES, attend
 
 
 @triton.jit(do_not_specialize=SIZES)
