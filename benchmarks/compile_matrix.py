@@ -40,8 +40,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 import measure  # noqa: E402
 
-from mila_mm.ops.attention import forward_kernels  # noqa: E402
-from mila_mm.ops.triton import backward_kernels, configs, launch, lepe_kernels, stencil_kernels, stencil_launch  # noqa: E402
+from mila_mm.ops.attention import (
+    backward_kernels,  # noqa: E402
+    forward_kernels,  # noqa: E402
+)
+from mila_mm.ops.triton import configs, launch, lepe_kernels, stencil_kernels, stencil_launch  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 # Name, dtype of the activations, matrix products.
