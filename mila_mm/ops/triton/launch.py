@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from mila_mm.ops.attention import backward_kernels, forward_kernels
+from mila_mm.ops.attention import backward_kernels, forward_kernels, lepe_kernels
 from mila_mm.ops.rope import rope_tables
-from mila_mm.ops.triton import configs, lepe_kernels
+from mila_mm.ops.triton import configs
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

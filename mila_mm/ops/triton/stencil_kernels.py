@@ -26,6 +26,7 @@ The sums over tokens take two stages of fixed order, as those of the attention d
 import triton
 import triton.language as tl
 
+from mila_mm.ops.attention.lepe_kernels import store_sum
 from mila_mm.ops.triton.common import (
     image_offset,
     joined,
@@ -39,7 +40,6 @@ from mila_mm.ops.triton.common import (
     tile_tokens,
     widen,
 )
-from mila_mm.ops.triton.lepe_kernels import store_sum
 
 SIZES = [
     'height',

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from mila_mm.ops.triton import configs, lepe_kernels, stencil_kernels
+from mila_mm.ops.attention import lepe_kernels
+from mila_mm.ops.triton import configs, stencil_kernels
 from mila_mm.ops.triton.launch import aligned, depthwise_taps, on_device, readable
 
 
