@@ -43,9 +43,10 @@ import measure  # noqa: E402
 from mila_mm.ops.attention import (
     backward_kernels,  # noqa: E402
     forward_kernels,  # noqa: E402
+    launch,  # noqa: E402
     lepe_kernels,  # noqa: E402
 )
-from mila_mm.ops.triton import configs, launch, stencil_kernels, stencil_launch  # noqa: E402
+from mila_mm.ops.triton import configs, stencil_kernels, stencil_launch  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 # Name, dtype of the activations, matrix products.

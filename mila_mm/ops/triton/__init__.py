@@ -172,15 +172,15 @@ def why_not_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> 
 
 
 def attention_forward(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mila_mm.ops.triton.launch.attention_forward`; Triton is imported by the first call."""
-    from mila_mm.ops.triton import launch
+    """See :func:`mila_mm.ops.attention.launch.attention_forward`; Triton is imported by the first call."""
+    from mila_mm.ops.attention import launch
 
     return launch.attention_forward(*args, **kwargs)
 
 
 def attention_backward(*args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
-    """See :func:`mila_mm.ops.triton.launch.attention_backward`; Triton is imported by the first call."""
-    from mila_mm.ops.triton import launch
+    """See :func:`mila_mm.ops.attention.launch.attention_backward`; Triton is imported by the first call."""
+    from mila_mm.ops.attention import launch
 
     return launch.attention_backward(*args, **kwargs)
 
