@@ -8,7 +8,7 @@ from mila_mm.ops.attention.op import mila_attention, why_not_triton
 from mila_mm.ops.attention.reference import mila_attention_reference
 from mila_mm.ops.gated import gated_linear_attention, gated_linear_attention_reference
 from mila_mm.ops.rope import clear_rope_cache, rope_tables
-from mila_mm.ops.stencil import cpe_norm, cpe_norm_reference, dwc_silu, dwc_silu_reference, why_not_triton_stencil
+from mila_mm.ops.stencil.op import cpe_norm, cpe_norm_reference, dwc_silu, dwc_silu_reference, why_not_triton_stencil
 
 __all__ = [
     'clear_rope_cache',

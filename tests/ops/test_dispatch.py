@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mila_mm.nn import layers
-from mila_mm.ops import clear_rope_cache, mila_attention, rope_tables, stencil
+from mila_mm.ops import clear_rope_cache, mila_attention, rope_tables
 from mila_mm.ops import triton as kernels
 from mila_mm.ops.attention.op import op as attention
 from mila_mm.ops.rope import rope_grid
+from mila_mm.ops.stencil.op import op as stencil
 
 triton = pytest.importorskip('triton')
 
