@@ -5,7 +5,8 @@ from torch import Tensor
 
 from mila_mm.ops.attention import lepe_kernels
 from mila_mm.ops.attention.launch import aligned, depthwise_taps, on_device, readable
-from mila_mm.ops.triton import configs, stencil_kernels
+from mila_mm.ops.stencil import kernels as stencil_kernels
+from mila_mm.ops.triton import configs
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:
