@@ -47,7 +47,8 @@ from mila_mm.ops.attention import (
     lepe_kernels,  # noqa: E402
 )
 from mila_mm.ops.stencil import kernels as stencil_kernels  # noqa: E402
-from mila_mm.ops.triton import configs, stencil_launch  # noqa: E402
+from mila_mm.ops.stencil import launch as stencil_launch  # noqa: E402
+from mila_mm.ops.triton import configs  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 # Name, dtype of the activations, matrix products.

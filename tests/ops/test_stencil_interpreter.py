@@ -61,7 +61,7 @@ class Problem:
 
     def run(self) -> dict[str, Tensor]:
         """Outputs and gradients of the kernels."""
-        from mila_mm.ops.triton import stencil_launch
+        from mila_mm.ops.stencil import launch as stencil_launch
 
         if self.op == 'cpe_norm':
             out, y, mean, rstd = stencil_launch.cpe_norm_forward(

@@ -141,7 +141,7 @@ def _cpe_norm_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from mila_mm.ops.triton import stencil_launch
+        from mila_mm.ops.stencil import launch as stencil_launch
 
         return stencil_launch.cpe_norm_forward(
             x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps, dtype
@@ -172,7 +172,7 @@ def _cpe_norm_backward(
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from mila_mm.ops.triton import stencil_launch
+        from mila_mm.ops.stencil import launch as stencil_launch
 
         return stencil_launch.cpe_norm_backward(
             grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias, out, mean, rstd, height, width
@@ -199,7 +199,7 @@ def _cpe_norm_backward(
 
 def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     if _by_triton(x, height, width):
-        from mila_mm.ops.triton import stencil_launch
+        from mila_mm.ops.stencil import launch as stencil_launch
 
         return stencil_launch.dwc_silu_forward(x, weight, bias, height, width)
     return dwc_silu_reference(x, weight, bias, (height, width)).contiguous()
@@ -209,7 +209,7 @@ def _dwc_silu_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from mila_mm.ops.triton import stencil_launch
+        from mila_mm.ops.stencil import launch as stencil_launch
 
         return stencil_launch.dwc_silu_backward(grad_y, x, weight, bias, height, width)
     compute = _compute_dtype(x)
