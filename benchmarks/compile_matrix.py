@@ -40,12 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 import measure  # noqa: E402
 
-from mila_mm.ops.attention import (
-    backward_kernels,
-    forward_kernels,
-    launch,
-    lepe_kernels,
-)
+from mila_mm.ops.attention import backward_kernels, forward_kernels, launch, lepe_kernels  # noqa: E402
 from mila_mm.ops.stencil import kernels as stencil_kernels  # noqa: E402
 from mila_mm.ops.stencil import launch as stencil_launch  # noqa: E402
 from mila_mm.ops.triton import configs  # noqa: E402

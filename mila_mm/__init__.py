@@ -6,25 +6,49 @@ configs resolve whichever distribution is installed, and it tells timm the names
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from mila_mm.compat import finder, lineage
+from mila_mm.compat.import_hook import when_imported
 from mila_mm.version import __version__
 
-__all__ = ['MILA', 'LinearAttentionTransformer', 'MILAClassifier', '__version__', 'models', 'ops', 'swap_backbone']
+__all__ = [
+    'MILA',
+    'LinearAttentionTransformer',
+    'MESAHook',
+    'MILAClassifier',
+    '__version__',
+    'models',
+    'ops',
+    'swap_backbone',
+]
+
+_HOMES = {
+    'MILA': 'mila_mm.models',
+    'LinearAttentionTransformer': 'mila_mm.study.model.backbone',
+    'MESAHook': 'mila_mm.engine',
+    'MILAClassifier': 'mila_mm.nn.classifier',
+    'swap_backbone': 'mila_mm.swap',
+}
+
+
+def _register_classifiers(_: ModuleType) -> None:
+    """Let timm know ``mila_tiny`` and its like."""
+    import_module('mila_mm.nn.timm')
+
 
 finder.install()
 lineage.install()
+when_imported('timm.models', _register_classifiers)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the models, ``models``, ``ops`` and ``swap_backbone`` on first use (PEP 562)."""
+    """Import ``models``, ``ops`` and the names of ``__all__`` on first use (PEP 562)."""
     if name in ('models', 'ops'):
         return import_module(f'mila_mm.{name}')
-    if name in ('MILA', 'MILAClassifier', 'LinearAttentionTransformer'):
-        return getattr(import_module('mila_mm.models'), name)
-    if name == 'swap_backbone':
-        return import_module('mila_mm.swap').swap_backbone
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'mila_mm' has no attribute {name!r}")
 
 

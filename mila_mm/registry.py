@@ -15,7 +15,9 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPP
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mila_mm', locations=['mila_mm.models'])
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope='mila_mm', locations=['mila_mm.models', 'mila_mm.study.model.backbone']
+)
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mila_mm', locations=['mila_mm.datasets'])
 DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mila_mm', locations=['mila_mm.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mila_mm', locations=['mila_mm.engine'])

@@ -5,17 +5,13 @@ onedl-mmsegmentation that name is not installed: a ``_base_`` then fails, and
 ``mmengine.hub.get_config`` runs pip, which overwrites onedl's files with upstream's. Here mmengine's
 table is corrected as soon as mmengine is imported, and its runtime ``pip install`` becomes an error.
 So it is with ``mmpretrain::``.
-
-The same mechanism makes MILA's classifiers known to timm as soon as timm is imported.
 """
 
-import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.machinery import ModuleSpec
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from mila_mm.compat.import_hook import when_imported
 from mila_mm.errors import UserError
 
 DISTRIBUTIONS = {
@@ -60,51 +56,7 @@ def refuse_installs(module: ModuleType) -> None:
     module.call_command = call_command
 
 
-def register_classifiers(_: ModuleType) -> None:
-    """Let timm know ``mila_tiny`` and its like."""
-    import_module('mila_mm.nn.timm')
-
-
-PATCHES: dict[str, Callable[[ModuleType], None]] = {
-    'mmengine.config.utils': name_what_is_installed,
-    'mmengine.utils.package_utils': refuse_installs,
-    'timm.models': register_classifiers,
-}
-
-
-class PatchFinder:
-    """Finds the modules of ``PATCHES`` where the other finders do, and patches them once they have run."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Return the genuine spec, its loader followed by the patch; None for all other modules."""
-        if fullname not in PATCHES:
-            return None
-        specs = (f.find_spec(fullname, path, target) for f in sys.meta_path if not _is_ours(f))
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        run: Callable[[ModuleType], Any] = spec.loader.exec_module
-
-        def run_then_patch(module: ModuleType) -> None:
-            run(module)
-            PATCHES[fullname](module)
-
-        # The loader stays the genuine one, so that inspect and linecache still find the source.
-        spec.loader.exec_module = run_then_patch  # type: ignore[method-assign]
-        return spec
-
-
 def install() -> None:
-    """Patch mmengine's modules that are imported already, and the others when they will be."""
-    for name, patch in PATCHES.items():
-        if name in sys.modules:
-            patch(sys.modules[name])
-    sys.meta_path[:] = [f for f in sys.meta_path if not _is_ours(f)]
-    sys.meta_path.insert(0, PatchFinder())
-
-
-def _is_ours(finder: object) -> bool:
-    kind = finder if isinstance(finder, type) else type(finder)
-    return (kind.__module__, kind.__qualname__) == (PatchFinder.__module__, PatchFinder.__qualname__)
+    """Patch mmengine as soon as it is imported."""
+    when_imported('mmengine.config.utils', name_what_is_installed)
+    when_imported('mmengine.utils.package_utils', refuse_installs)

@@ -11,8 +11,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from mila_mm.nn.layers import NormLayer, to_image
+from mila_mm.nn.layers import NormLayer
 from mila_mm.nn.trunk import MILATrunk
+from mila_mm.ops.common import to_image
 from mila_mm.weights.names import to_project
 
 

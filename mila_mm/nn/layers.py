@@ -14,20 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mila_mm.ops import cpe_norm, dwc_silu, mila_attention
-from mila_mm.ops.attention.op import autocast_dtype
+from mila_mm.ops.common import autocast_dtype, to_image, to_tokens
 
 NormLayer = Callable[[int], nn.Module]
 FUSIONS = ('cpe_norm', 'dwc_silu', 'projections')
-
-
-def to_image(x: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, H * W, C) as an image (B, C, H, W) in channels_last, without a copy."""
-    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """An image (B, C, H, W) as contiguous tokens (B, H * W, C); no copy where it is channels_last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 @torch.compiler.assume_constant_result

@@ -6,9 +6,11 @@ Needs torch alone; Triton is imported when a CUDA tensor comes.
 
 from mila_mm.ops.attention.op import mila_attention, why_not_triton
 from mila_mm.ops.attention.reference import mila_attention_reference
-from mila_mm.ops.gated import gated_linear_attention, gated_linear_attention_reference
+from mila_mm.ops.gated.op import gated_linear_attention
+from mila_mm.ops.gated.reference import gated_linear_attention_reference
 from mila_mm.ops.rope import clear_rope_cache, rope_tables
-from mila_mm.ops.stencil.op import cpe_norm, cpe_norm_reference, dwc_silu, dwc_silu_reference, why_not_triton_stencil
+from mila_mm.ops.stencil.op import cpe_norm, dwc_silu, why_not_triton_stencil
+from mila_mm.ops.stencil.reference import cpe_norm_reference, dwc_silu_reference
 
 __all__ = [
     'clear_rope_cache',

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mila_mm.engine.complexity import operation_counter
-from mila_mm.models import STUDY_ROWS, LinearAttentionClassifier
+from mila_mm.study.model import STUDY_ROWS, LinearAttentionClassifier
 from mila_mm.study.published import Published
 
 TITLES = {

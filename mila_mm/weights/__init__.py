@@ -7,18 +7,16 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    'cache': ('configure', 'settings', 'cache_dir'),
-    'errors': ('CheckpointError', 'DownloadError', 'MismatchError', 'MissingCheckpointError', 'UnsafeCheckpointError'),
+    'errors': ('CheckpointError', 'DownloadError', 'MissingCheckpointError', 'UnsafeCheckpointError'),
     'exporting': ('export',),
-    'fetching': ('fetch', 'local_path'),
+    'file.reader': ('read_file',),
     'load': ('load_backbone', 'load_model', 'read_checkpoint'),
-    'loaders': ('register_loaders',),
+    'loaders': ('init_pretrained', 'register_loaders'),
     'names': ('to_project', 'to_released'),
-    'pretrained': ('init_pretrained',),
-    'published': ('PUBLISHED', 'PublishedFile'),
-    'random_state': ('capture_random_state', 'restore_random_state'),
-    'report': ('LoadReport',),
-    'reader': ('read_file',),
+    'report': ('LoadReport', 'MismatchError'),
+    'source.cache': ('configure', 'settings', 'cache_dir'),
+    'source.fetching': ('fetch', 'local_path'),
+    'source.published': ('PUBLISHED', 'PublishedFile'),
 }
 _HOME_OF = {name: home for home, exported in _HOMES.items() for name in exported}
 

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mila_mm.errors import UserError
-
-if TYPE_CHECKING:
-    from mila_mm.weights.report import LoadReport
-
 
 _SHOWN = 120
 
@@ -52,15 +46,3 @@ class MissingCheckpointError(CheckpointError, FileNotFoundError):
 
 class UnsafeCheckpointError(CheckpointError):
     """A file that asks for more than tensors and plain containers."""
-
-
-class MismatchError(CheckpointError):
-    """Weights that do not fit the model.
-
-    Attributes:
-        report: What matched and what did not, in full (the message shortens long lists).
-    """
-
-    def __init__(self, message: str, report: LoadReport) -> None:
-        super().__init__(message)
-        self.report = report

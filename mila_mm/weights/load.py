@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mila_mm.weights import names
-from mila_mm.weights.errors import CheckpointError, MismatchError
+from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file.reader import read_file
-from mila_mm.weights.report import LoadReport, advice, listed
+from mila_mm.weights.report import LoadReport, MismatchError, advice, listed
 from mila_mm.weights.source.fetching import local_path
 from mila_mm.weights.source.published import SCHEME
 

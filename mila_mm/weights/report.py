@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mila_mm.weights import names
-from mila_mm.weights.errors import printable
+from mila_mm.weights.errors import CheckpointError, printable
 
 _SHOWN = 6
 
@@ -79,6 +79,18 @@ class LoadReport:
         parts += [f'{len(self.cast)} cast ({listed(self.cast, 2)})'] if self.cast else []
         parts += [f'adapted {listed(self.adapted)}'] if self.adapted else []
         return '; '.join(parts + self.problems())
+
+
+class MismatchError(CheckpointError):
+    """Weights that do not fit the model.
+
+    Attributes:
+        report: What matched and what did not, in full (the message shortens long lists).
+    """
+
+    def __init__(self, message: str, report: LoadReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def advice(report: LoadReport, tensors: Mapping[str, Any], own: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import mila_mm.engine
 from mila_mm.datasets.shapes import write_shapes
-from mila_mm.models import STUDY_ROWS
+from mila_mm.study.model import STUDY_ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = [96, 192, 384, 768]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import mila_mm
-from mila_mm.compat import lineage
+from mila_mm.compat import import_hook, lineage
 from mila_mm.errors import UserError
 
 ROOT = Path(mila_mm.__file__).parents[1]
@@ -124,6 +124,6 @@ def test_mmpretrain_is_named_too(installed: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_modules_are_left_to_the_other_finders() -> None:
-    ours = lineage.PatchFinder()
+    ours = import_hook.PatchFinder()
     for name in ('mmengine', 'mmengine.config', 'mmengine.utils', 'mmcv._ext', 'torch'):
         assert ours.find_spec(name) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mila_mm import MILA, LinearAttentionTransformer
 from mila_mm.engine.complexity import operation_counter
-from mila_mm.models import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
+from mila_mm.study.model import STUDY_ROWS, LinearAttentionClassifier, LinearAttentionTrunk
 
 MICRO = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
 # Every row, and combinations that no row has

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mila_mm.nn import layers
 from mila_mm.ops import clear_rope_cache, mila_attention, rope_tables
-from mila_mm.ops import triton as kernels
-from mila_mm.ops.attention.op import op as attention
+from mila_mm.ops.attention import launch
+from mila_mm.ops.attention import op as attention
 from mila_mm.ops.rope import rope_grid
-from mila_mm.ops.stencil.op import op as stencil
+from mila_mm.ops.stencil import op as stencil
+from mila_mm.ops.triton import capability
 
 triton = pytest.importorskip('triton')
 
@@ -29,7 +30,12 @@ triton = pytest.importorskip('triton')
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What the predicates have found out is forgotten before and after."""
-    asked = (kernels._why_no_triton, kernels._why_no_compiler, kernels._why_not_device, kernels.warn_of_what_is_missing)
+    asked = (
+        capability._why_no_triton,
+        capability._why_no_compiler,
+        capability._why_not_device,
+        capability.warn_of_what_is_missing,
+    )
     for predicate in asked:
         predicate.cache_clear()
     yield
@@ -68,7 +74,7 @@ def test_predicates_compile_into_one_graph() -> None:
         return graph.forward
 
     def function(qk: Tensor, v: Tensor) -> Tensor:
-        reasons = kernels.why_not(qk, v, 2), kernels.why_not_stencil(v)
+        reasons = capability.why_not(qk, v, 2), capability.why_not_stencil(v)
         return qk + sum(reason is not None for reason in reasons)
 
     torch._dynamo.reset()
@@ -83,34 +89,34 @@ def test_predicates_compile_into_one_graph() -> None:
 
 @pytest.mark.parametrize('set_cc', [False, True], ids=['unset', 'not there'])
 def test_without_a_c_compiler_the_kernels_do_not_run(set_cc: bool, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.why_not(QK, V, 2) is None and kernels.why_not_stencil(V) is None
-    kernels._why_no_compiler.cache_clear()
+    assert capability.why_not(QK, V, 2) is None and capability.why_not_stencil(V) is None
+    capability._why_no_compiler.cache_clear()
     if set_cc:
         monkeypatch.setenv('CC', '/nowhere/cc')
     else:
         monkeypatch.setattr(shutil, 'which', lambda name: None)
     named = '/nowhere/cc' if set_cc else 'gcc or clang'
     expected = f'expected a C compiler for Triton ({named}), got none installed'
-    assert kernels.why_not(QK, V, 2) == expected and kernels.why_not_stencil(V) == expected
+    assert capability.why_not(QK, V, 2) == expected and capability.why_not_stencil(V) == expected
 
 
 def test_without_pythons_headers_the_kernels_do_not_run(
     gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / 'Python.h').unlink()
-    assert kernels.why_not(QK, V, 2) == f"expected Python's headers for Triton, got no {tmp_path / 'Python.h'}"
-    kernels._why_no_compiler.cache_clear()
+    assert capability.why_not(QK, V, 2) == f"expected Python's headers for Triton, got no {tmp_path / 'Python.h'}"
+    capability._why_no_compiler.cache_clear()
     (tmp_path / 'Python.h').touch()
-    assert kernels.why_not(QK, V, 2) is None
+    assert capability.why_not(QK, V, 2) is None
 
 
 def test_auto_warns_once_of_an_old_triton(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, '__version__', '3.2.0')
     with pytest.warns(UserWarning, match=r'expected triton >= 3.5, got 3.2.0; the slower form'):
-        assert attention._kernels(QK, V, 2, (2, 2)) is not kernels
+        assert attention._kernels(QK, V, 2, (2, 2)) is not launch
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert attention._kernels(QK, V, 2, (2, 2)) is not kernels
+        assert attention._kernels(QK, V, 2, (2, 2)) is not launch
         assert not stencil._by_triton(V, 2, 2)
 
 
@@ -123,16 +129,16 @@ def test_auto_warns_of_a_missing_compiler_for_the_stencils_too(gpu: None, monkey
 def test_auto_is_silent_where_nothing_is_missing(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert attention._kernels(QK, V, 2, (2, 2)) is kernels and stencil._by_triton(V, 2, 2)
+        assert attention._kernels(QK, V, 2, (2, 2)) is launch and stencil._by_triton(V, 2, 2)
         for size in [(1, 65536), (65536, 1)]:
-            assert attention._kernels(QK, V, 2, size) is not kernels and not stencil._by_triton(V, *size)
+            assert attention._kernels(QK, V, 2, size) is not launch and not stencil._by_triton(V, *size)
         odd_heads = on_cuda(torch.zeros(1, 4, 20))
-        assert attention._kernels(on_cuda(torch.zeros(1, 4, 40)), odd_heads, 1, (2, 2)) is not kernels
-        kernels._why_not_device.cache_clear()
+        assert attention._kernels(on_cuda(torch.zeros(1, 4, 40)), odd_heads, 1, (2, 2)) is not launch
+        capability._why_not_device.cache_clear()
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5))
         monkeypatch.setattr(triton, '__version__', '3.2.0')
-        kernels._why_no_triton.cache_clear()
-        assert attention._kernels(QK, V, 2, (2, 2)) is not kernels, 'a newer Triton would not help an old GPU'
+        capability._why_no_triton.cache_clear()
+        assert attention._kernels(QK, V, 2, (2, 2)) is not launch, 'a newer Triton would not help an old GPU'
 
 
 def test_a_larger_table_leaves_the_smaller_one_alive() -> None:

@@ -116,7 +116,7 @@ class Problem:
 
     def run(self, dots: str | None = None) -> dict[str, Tensor]:
         """Outputs and gradients of the kernels."""
-        from mila_mm.ops.triton import attention_backward, attention_forward
+        from mila_mm.ops.attention.launch import attention_backward, attention_forward
 
         height, width, heads = self.size
         options = (height, width, heads, EPS, BASE)

@@ -41,7 +41,7 @@ def test_positions_in_a_run() -> None:
 
 @interpreted
 def test_predicate_names_what_it_expected() -> None:
-    from mila_mm.ops.triton import why_not
+    from mila_mm.ops.triton.capability import why_not
 
     x = torch.zeros(1, 4, 64)
     assert why_not(torch.zeros(1, 4, 128), x, 2) is None
@@ -57,7 +57,7 @@ def test_predicate_names_what_it_expected() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter takes tensors of any device')
 def test_predicate_without_gpu_or_interpreter() -> None:
-    from mila_mm.ops.triton import why_not
+    from mila_mm.ops.triton.capability import why_not
 
     assert why_not(torch.zeros(1, 4, 128), torch.zeros(1, 4, 64), 2) == 'expected CUDA tensors, got cpu'
 

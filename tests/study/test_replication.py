@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mila_mm.errors import UserError
-from mila_mm.models import STUDY_ROWS
+from mila_mm.study.model import STUDY_ROWS
 from mila_mm.study.replication import Row, noise, rank_correlation, summarise, verdict
 from mila_mm.study.replication_report import PUBLISHED, check_rows, markdown
 

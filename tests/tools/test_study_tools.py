@@ -25,7 +25,7 @@ default_hooks = dict(logger=dict(interval=1))
 @pytest.fixture(scope='module')
 def replicated(tmp_path_factory, root):
     """A work folder with two rows of the study, trained for two steps; also its config."""
-    from mila_mm.models import STUDY_ROWS
+    from mila_mm.study.model import STUDY_ROWS
     from mila_mm.study.replication import Plan, run_row
 
     folder = tmp_path_factory.mktemp('study')

@@ -24,7 +24,7 @@ class ResumeStateHook(Hook):
 
     - A checkpoint holds the states of Python's, numpy's and torch's generators, those of all ranks where
       :class:`~mila_mm.engine.CheckpointHook` writes it; resuming puts them back before the next epoch (or iteration).
-      With :class:`~mila_mm.engine.runner.sampler.ResumableBatchSampler` in the dataloader, a run that was stopped anywhere
+      With :class:`~mila_mm.engine.ResumableBatchSampler` in the dataloader, a run that was stopped anywhere
       then gives bitwise the weights of one that was not. Validation leaves these generators as it finds them:
       otherwise a checkpoint written before it could not be continued.
     - A validation that belongs to the checkpoint and that the earlier run did not get to is done first.

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mila_mm.engine.config.load import one_line
 from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE
 from mila_mm.errors import UserError
-from mila_mm.weights.errors import CheckpointError, MismatchError
+from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file import container
 from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.load import load_model, read_checkpoint
-from mila_mm.weights.report import LoadReport, listed
+from mila_mm.weights.report import LoadReport, MismatchError, listed
 
 _TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth', STOPPED_TEMPLATE)
 

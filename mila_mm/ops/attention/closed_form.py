@@ -1,8 +1,9 @@
 """Forward and backward of ``mila_attention`` in closed form: the CPU kernel of the registered op.
 
-The same mathematics as :mod:`mila_mm.ops.attention.reference`, with few passes over memory and a backward that needs only what
-the caller holds anyway (qk, v, gate) and, per head, a d x d state and a mean key. It runs on any device. An infinity or
-a NaN stays in its image, but not in its head as it does there: sums over heads are products with zeros for the others.
+The same mathematics as :mod:`mila_mm.ops.attention.reference`, with few passes over memory and a backward that needs
+only what the caller holds anyway (qk, v, gate) and, per head, a d x d state and a mean key. It runs on any device. An
+infinity or a NaN stays in its image, but not in its head as it does there: sums over heads are products with zeros for
+the others.
 
 Notation, per batch and head, f = elu + 1, R_n the rotation at token n, N tokens::
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from mila_mm.ops.common import compute_dtype, to_image
 from mila_mm.ops.rope import rope_grid, to_device
 
 NO_SECOND_ORDER = "mila_attention: expected one differentiation, got a second; take backend='reference' for it"
@@ -84,16 +86,11 @@ def _over_heads(z: Tensor) -> Tensor:
     return z.transpose(1, 2).unsqueeze(-1)
 
 
-def _image(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, N, C) -> (B, C, H, W), a view."""
-    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
 def _lepe(v: Tensor, weight: Tensor | None, bias: Tensor | None, height: int, width: int) -> Tensor:
     """Depthwise 3x3 over the grid, or zeros without a weight: (B, N, C), contiguous, in memory of its own."""
     if weight is None:
         return torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    out = F.conv2d(_image(v, height, width), weight.to(v.dtype), bias.to(v.dtype), padding=1, groups=v.shape[-1])
+    out = F.conv2d(to_image(v, height, width), weight.to(v.dtype), bias.to(v.dtype), padding=1, groups=v.shape[-1])
     return out.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
@@ -162,8 +159,8 @@ def _differentiate(
         grad_v = torch.zeros_like(values, memory_format=torch.contiguous_format)
     else:
         grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            _image(grad_out, height, width),
-            _image(values, height, width),
+            to_image(grad_out, height, width),
+            to_image(values, height, width),
             lepe_weight.to(values.dtype),
             [channels],
             [1, 1],
@@ -181,10 +178,6 @@ def _differentiate(
     return grad_qk.flatten(2), grad_v, grad_weight, grad_bias, grad_gate
 
 
-def _compute_dtype(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
 def attention_forward(
     qk: Tensor,
     v: Tensor,
@@ -198,7 +191,7 @@ def attention_forward(
     rope_base: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y (B, N, C) in v's dtype, and in fp32 (fp64 for fp64 inputs) S (B, heads, d, d) and m (B, heads, d)."""
-    dtype = _compute_dtype(v)
+    dtype = compute_dtype(v)
     features = _feature_map(qk, dtype).unflatten(-1, (2, v.shape[-1]))
     out, state, key_mean, _ = _attend(
         features, v.to(dtype), lepe_weight, lepe_bias, (height, width, num_heads, eps, rope_base), keep=False

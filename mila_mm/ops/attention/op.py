@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mila_mm.ops.attention import closed_form
 from mila_mm.ops.attention.reference import mila_attention_reference
+from mila_mm.ops.common import BACKENDS, as_written, autocast_dtype, check_map, register, transformed
 
-BACKENDS = ('auto', 'triton', 'reference')
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# define + impl costs less Python time for each call than torch.library.custom_op; at batch 1 it exceeds the GPU's time.
-_library = torch.library.Library('mila_mm', 'DEF')
-_INPUTS = 'Tensor qk, Tensor v, Tensor? lepe_weight, Tensor? lepe_bias, Tensor? gate'
-_OPTIONS = 'SymInt height, SymInt width, int num_heads, float eps, float rope_base'
-_library.define(f'attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)')
-_library.define(
-    f'attention_backward(Tensor grad_y, {_INPUTS}, Tensor state, Tensor key_mean, {_OPTIONS}) '
-    '-> (Tensor, Tensor, Tensor, Tensor, Tensor)'
-)
 
 
 def _kernels(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[int, int]):
     """Return the module whose ``attention_forward`` and ``attention_backward`` serve these tensors."""
     if v.is_cuda:
-        from mila_mm.ops import triton
+        from mila_mm.ops.triton import capability
 
-        if triton.why_not(qk, v, num_heads, spatial_shape) is None:
-            return triton
-        triton.warn_of_what_is_missing(v.device)
+        if capability.why_not(qk, v, num_heads, spatial_shape) is None:
+            from mila_mm.ops.attention import launch
+
+            return launch
+        capability.warn_of_what_is_missing(v.device)
     return closed_form
 
 
@@ -44,17 +33,9 @@ def why_not_triton(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[i
     """
     if not v.is_cuda:
         return f'expected CUDA tensors, got {v.device.type}'
-    try:
-        from mila_mm.ops import triton
-    except ImportError as error:
-        return f'expected the package triton, got {error}'
-    return triton.why_not(qk, v, num_heads, spatial_shape)
+    from mila_mm.ops.triton import capability
 
-
-def as_written(v: Tensor) -> AbstractContextManager:
-    """Keep autocast out of a kernel: inside of an op it would still turn the products of the fp32 island to 16 bits."""
-    device = v.device.type
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+    return capability.why_not(qk, v, num_heads, spatial_shape)
 
 
 def _forward(
@@ -99,12 +80,6 @@ def _backward(
     return tuple(v.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-for _key in ('CPU', 'CUDA'):
-    _library.impl('attention_forward', _forward, _key)
-    _library.impl('attention_backward', _backward, _key)
-
-
-@torch.library.register_fake('mila_mm::attention_forward', lib=_library)
 def _fake_forward(qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads, eps, rope_base):
     batch, tokens, channels = v.shape
     d = channels // num_heads
@@ -116,7 +91,6 @@ def _fake_forward(qk, v, lepe_weight, lepe_bias, gate, height, width, num_heads,
     )
 
 
-@torch.library.register_fake('mila_mm::attention_backward', lib=_library)
 def _fake_backward(
     grad_y, qk, v, lepe_weight, lepe_bias, gate, state, key_mean, height, width, num_heads, eps, rope_base
 ):
@@ -144,28 +118,24 @@ def _differentiate(ctx, grad_y, *_):
     return *(grad if there else None for grad, there in zip(grads, given, strict=True)), *(None,) * 5
 
 
-def _differentiate_twice(ctx, *_):
-    raise RuntimeError(closed_form.NO_SECOND_ORDER)
-
-
-torch.library.register_autograd(
-    'mila_mm::attention_forward', _differentiate, setup_context=_setup_context, lib=_library
+_INPUTS = 'Tensor qk, Tensor v, Tensor? lepe_weight, Tensor? lepe_bias, Tensor? gate'
+_OPTIONS = 'SymInt height, SymInt width, int num_heads, float eps, float rope_base'
+register(
+    'attention_forward',
+    f'({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)',
+    _forward,
+    _fake_forward,
+    differentiate=_differentiate,
+    setup_context=_setup_context,
 )
-torch.library.register_autograd('mila_mm::attention_backward', _differentiate_twice, lib=_library)
-
-
-def check_map(name: str, tensor: str, tokens: int, spatial_shape: tuple[int, int]) -> None:
-    """Raise ValueError unless ``spatial_shape`` is (H, W) of a map of the tokens that a tensor has."""
-    if not isinstance(spatial_shape, (tuple, list)) or len(spatial_shape) != 2:
-        raise ValueError(f'{name}: expected spatial_shape to be (H, W), got {spatial_shape!r}')
-    height, width = spatial_shape
-    # Under torch.jit.trace sizes are tensors.
-    if not all(isinstance(side, (int, torch.SymInt, Tensor)) for side in (height, width)):
-        raise ValueError(f'{name}: expected spatial_shape to be two integers, got {spatial_shape!r}')
-    if height < 0 or width < 0 or tokens != height * width:
-        raise ValueError(
-            f'{name}: expected {tensor} of N = H * W tokens for spatial_shape {(height, width)}, got {tokens}'
-        )
+register(
+    'attention_backward',
+    f'(Tensor grad_y, {_INPUTS}, Tensor state, Tensor key_mean, {_OPTIONS}) '
+    '-> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    _backward,
+    _fake_backward,
+    once=closed_form.NO_SECOND_ORDER,
+)
 
 
 def _fail(expected: str, got: object) -> None:
@@ -217,18 +187,6 @@ def _eager_on_cpu(v: Tensor) -> bool:
     plain = v.device.type == 'cpu' and type(v) is Tensor and v.dtype in (torch.float32, torch.float64)
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     return plain and torch.is_grad_enabled() and not watched
-
-
-def transformed() -> bool:
-    """Whether ``torch.func`` transforms the call: its forward mode takes what has no rule for it for a constant."""
-    return not torch.compiler.is_compiling() and _are_functorch_transforms_active()
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype that autocast uses on a type of device, None where it is off or does not exist (meta)."""
-    if device == 'meta' or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def mila_attention(

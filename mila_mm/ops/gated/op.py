@@ -5,31 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mila_mm.ops.attention.op import transformed
+from mila_mm.ops.common import register, transformed
 from mila_mm.ops.gated import parallel
 from mila_mm.ops.gated.reference import gated_linear_attention_reference
 from mila_mm.ops.gated.scan import LENGTH, scan_backward, scan_forward, states_shape
 
 BACKENDS = ('auto', 'reference')
 
-_library = torch.library.Library('mila_mm', 'FRAGMENT')
 _INPUTS = 'Tensor q, Tensor k, Tensor v, Tensor delta, Tensor rate'
-_library.define(f'gated_scan_forward({_INPUTS}, int num_heads, int length) -> (Tensor, Tensor)')
-_library.define(
-    f'gated_scan_backward(Tensor grad_y, {_INPUTS}, Tensor starts, int num_heads, int length) '
-    '-> (Tensor, Tensor, Tensor, Tensor, Tensor)'
-)
-for _key in ('CPU', 'CUDA'):
-    _library.impl('gated_scan_forward', scan_forward, _key)
-    _library.impl('gated_scan_backward', scan_backward, _key)
 
 
-@torch.library.register_fake('mila_mm::gated_scan_forward', lib=_library)
 def _fake_forward(q, k, v, delta, rate, num_heads, length):
     return v.new_empty(v.shape), v.new_empty(states_shape(q, v, num_heads, length))
 
 
-@torch.library.register_fake('mila_mm::gated_scan_backward', lib=_library)
 def _fake_backward(grad_y, q, k, v, delta, rate, starts, num_heads, length):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, delta, rate))
 
@@ -47,17 +36,22 @@ def _differentiate(ctx, grad_y, _):
     return *torch.ops.mila_mm.gated_scan_backward(grad_y, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def _differentiate_twice(ctx, *_):
-    raise RuntimeError(
-        'gated_linear_attention: expected one differentiation of the scan, got a second; '
-        "take backend='reference' for it"
-    )
-
-
-torch.library.register_autograd(
-    'mila_mm::gated_scan_forward', _differentiate, setup_context=_setup_context, lib=_library
+register(
+    'gated_scan_forward',
+    f'({_INPUTS}, int num_heads, int length) -> (Tensor, Tensor)',
+    scan_forward,
+    _fake_forward,
+    differentiate=_differentiate,
+    setup_context=_setup_context,
 )
-torch.library.register_autograd('mila_mm::gated_scan_backward', _differentiate_twice, lib=_library)
+register(
+    'gated_scan_backward',
+    f'(Tensor grad_y, {_INPUTS}, Tensor starts, int num_heads, int length) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    scan_backward,
+    _fake_backward,
+    once='gated_linear_attention: expected one differentiation of the scan, got a second; '
+    "take backend='reference' for it",
+)
 
 
 def _check(

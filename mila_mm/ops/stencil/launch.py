@@ -1,12 +1,12 @@
-"""Launchers of the block's stencils; the docstring of :mod:`.stencil_kernels` states what they compute."""
+"""Launchers of the block's stencils; the docstring of :mod:`mila_mm.ops.stencil.kernels` states what they compute."""
 
 import torch
 from torch import Tensor
 
 from mila_mm.ops.attention import lepe_kernels
-from mila_mm.ops.attention.launch import aligned, depthwise_taps, on_device, readable
 from mila_mm.ops.stencil import kernels as stencil_kernels
 from mila_mm.ops.triton import configs
+from mila_mm.ops.triton.tensors import aligned, depthwise_taps, on_device, readable
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:

@@ -6,25 +6,23 @@ Both are registered ops: Triton kernels on a CUDA GPU that can run them, PyTorch
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mila_mm.ops.attention.op import BACKENDS, as_written, autocast_dtype, check_map, transformed
+from mila_mm.ops.common import (
+    BACKENDS,
+    as_written,
+    autocast_dtype,
+    check_map,
+    compute_dtype,
+    register,
+    transformed,
+)
+from mila_mm.ops.stencil.reference import cpe_norm_reference, depthwise, depthwise_backward, dwc_silu_reference
 
 _NO_SECOND_ORDER = "{}: expected one differentiation, got a second; take backend='reference' for it"
-_library = torch.library.Library('mila_mm', 'FRAGMENT')
 _CPE_NORM = 'Tensor x, Tensor conv_weight, Tensor conv_bias, Tensor norm_weight, Tensor norm_bias'
 _DWC_SILU = 'Tensor x, Tensor weight, Tensor bias'
 _SIZE = 'SymInt height, SymInt width'
-_library.define(
-    f'cpe_norm_forward({_CPE_NORM}, {_SIZE}, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)'
-)
-_library.define(
-    f'cpe_norm_backward(Tensor grad_out, Tensor grad_y, {_CPE_NORM}, Tensor out, Tensor mean, Tensor rstd, '
-    f'{_SIZE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)'
-)
-_library.define(f'dwc_silu_forward({_DWC_SILU}, {_SIZE}) -> Tensor')
-_library.define(f'dwc_silu_backward(Tensor grad_y, {_DWC_SILU}, {_SIZE}) -> (Tensor, Tensor, Tensor)')
 
 
 def why_not_triton_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> str | None:
@@ -34,99 +32,21 @@ def why_not_triton_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = No
     """
     if not x.is_cuda:
         return f'expected CUDA tensors, got {x.device.type}'
-    try:
-        from mila_mm.ops import triton
-    except ImportError as error:
-        return f'expected the package triton, got {error}'
-    return triton.why_not_stencil(x, spatial_shape)
+    from mila_mm.ops.triton import capability
+
+    return capability.why_not_stencil(x, spatial_shape)
 
 
 def _by_triton(x: Tensor, height: int, width: int) -> bool:
     """Whether the Triton kernels serve x (B, height * width, C)."""
     if not x.is_cuda:
         return False
-    from mila_mm.ops import triton
+    from mila_mm.ops.triton import capability
 
-    if triton.why_not_stencil(x, (height, width)) is None:
+    if capability.why_not_stencil(x, (height, width)) is None:
         return True
-    triton.warn_of_what_is_missing(x.device)
+    capability.warn_of_what_is_missing(x.device)
     return False
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _image(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, N, C) -> (B, C, H, W), a view."""
-    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, N, C), contiguous."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-
-
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    """Depthwise 3x3 on tokens (B, N, C), in x's dtype."""
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    return _tokens(F.conv2d(_image(x, height, width), weight, bias, padding=1, groups=x.shape[-1]))
-
-
-def _depthwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (B, N, C), weight and bias, all in x's dtype."""
-    channels = x.shape[-1]
-    grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        _image(grad.contiguous(), height, width),
-        _image(x, height, width),
-        weight.to(x.dtype),
-        [channels],
-        [1, 1],
-        [1, 1],
-        [1, 1],
-        False,
-        [0, 0],
-        channels,
-        [True, True, True],
-    )
-    return _tokens(grad_image), grad_weight, grad_bias
-
-
-def cpe_norm_reference(
-    x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    spatial_shape: tuple[int, int],
-    *,
-    eps: float = 1e-5,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute the two results of :func:`cpe_norm` from plain operators, in fp64 for fp64 and in fp32 otherwise.
-
-    Args:
-        x: (B, N, C). conv_weight: (C, 1, 3, 3). conv_bias, norm_weight, norm_bias: (C,). spatial_shape: (H, W).
-        eps: Of the LayerNorm.
-        dtype: Of y. Defaults to x's.
-
-    Returns:
-        x' (B, N, C) in x's dtype, and y (B, N, C), the norm of the rounded x'.
-    """
-    compute = _compute_dtype(x)
-    with as_written(x):
-        wide = x.to(compute)
-        out = (wide + _depthwise(wide, conv_weight, conv_bias, *spatial_shape)).to(x.dtype)
-        y = F.layer_norm(out.to(compute), x.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps)
-    return out, y.to(x.dtype if dtype is None else dtype)
-
-
-def dwc_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: tuple[int, int]) -> Tensor:
-    """Compute the result of :func:`dwc_silu` from plain operators, in fp64 for fp64 and in fp32 otherwise."""
-    with as_written(x):
-        return F.silu(_depthwise(x.to(_compute_dtype(x)), weight, bias, *spatial_shape)).to(x.dtype)
 
 
 def _cpe_norm_forward(
@@ -141,15 +61,13 @@ def _cpe_norm_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from mila_mm.ops.stencil import launch as stencil_launch
+        from mila_mm.ops.stencil import launch
 
-        return stencil_launch.cpe_norm_forward(
-            x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps, dtype
-        )
-    compute = _compute_dtype(x)
+        return launch.cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps, dtype)
+    compute = compute_dtype(x)
     with as_written(x):
         wide = x.to(compute)
-        out = (wide + _depthwise(wide, conv_weight, conv_bias, height, width)).to(x.dtype)
+        out = (wide + depthwise(wide, conv_weight, conv_bias, height, width)).to(x.dtype)
         y, mean, rstd = torch.native_layer_norm(
             out.to(compute), x.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps
         )
@@ -172,9 +90,9 @@ def _cpe_norm_backward(
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from mila_mm.ops.stencil import launch as stencil_launch
+        from mila_mm.ops.stencil import launch
 
-        return stencil_launch.cpe_norm_backward(
+        return launch.cpe_norm_backward(
             grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias, out, mean, rstd, height, width
         )
     compute = mean.dtype
@@ -190,7 +108,7 @@ def _cpe_norm_backward(
             [True, True, True],
         )
         grad = grad + grad_out.to(compute)
-        grad_x, grad_weight, grad_bias = _depthwise_backward(grad, x.to(compute), conv_weight, height, width)
+        grad_x, grad_weight, grad_bias = depthwise_backward(grad, x.to(compute), conv_weight, height, width)
         grad_x += grad
     grads = (grad_x, grad_weight, grad_bias, grad_gamma, grad_beta)
     inputs = (x, conv_weight, conv_bias, norm_weight, norm_bias)
@@ -199,9 +117,9 @@ def _cpe_norm_backward(
 
 def _dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     if _by_triton(x, height, width):
-        from mila_mm.ops.stencil import launch as stencil_launch
+        from mila_mm.ops.stencil import launch
 
-        return stencil_launch.dwc_silu_forward(x, weight, bias, height, width)
+        return launch.dwc_silu_forward(x, weight, bias, height, width)
     return dwc_silu_reference(x, weight, bias, (height, width)).contiguous()
 
 
@@ -209,28 +127,20 @@ def _dwc_silu_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _by_triton(x, height, width):
-        from mila_mm.ops.stencil import launch as stencil_launch
+        from mila_mm.ops.stencil import launch
 
-        return stencil_launch.dwc_silu_backward(grad_y, x, weight, bias, height, width)
-    compute = _compute_dtype(x)
+        return launch.dwc_silu_backward(grad_y, x, weight, bias, height, width)
+    compute = compute_dtype(x)
     with as_written(x):
         wide = x.to(compute)
-        grad = torch.ops.aten.silu_backward(grad_y.to(compute), _depthwise(wide, weight, bias, height, width))
-        grads = _depthwise_backward(grad, wide, weight, height, width)
+        grad = torch.ops.aten.silu_backward(grad_y.to(compute), depthwise(wide, weight, bias, height, width))
+        grads = depthwise_backward(grad, wide, weight, height, width)
     return tuple(grad.to(given.dtype).contiguous() for grad, given in zip(grads, (x, weight, bias), strict=True))
 
 
-for _key in ('CPU', 'CUDA'):
-    _library.impl('cpe_norm_forward', _cpe_norm_forward, _key)
-    _library.impl('cpe_norm_backward', _cpe_norm_backward, _key)
-    _library.impl('dwc_silu_forward', _dwc_silu_forward, _key)
-    _library.impl('dwc_silu_backward', _dwc_silu_backward, _key)
-
-
-@torch.library.register_fake('mila_mm::cpe_norm_forward', lib=_library)
 def _fake_cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps, dtype):
     statistics = x.shape[:2]
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     return (
         x.new_empty(x.shape),
         x.new_empty(x.shape, dtype=dtype),
@@ -239,19 +149,16 @@ def _fake_cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, he
     )
 
 
-@torch.library.register_fake('mila_mm::cpe_norm_backward', lib=_library)
 def _fake_cpe_norm_backward(
     grad_out, grad_y, x, conv_weight, conv_bias, norm_weight, norm_bias, out, mean, rstd, height, width
 ):
     return tuple(t.new_empty(t.shape) for t in (x, conv_weight, conv_bias, norm_weight, norm_bias))
 
 
-@torch.library.register_fake('mila_mm::dwc_silu_forward', lib=_library)
 def _fake_dwc_silu_forward(x, weight, bias, height, width):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake('mila_mm::dwc_silu_backward', lib=_library)
 def _fake_dwc_silu_backward(grad_y, x, weight, bias, height, width):
     return tuple(t.new_empty(t.shape) for t in (x, weight, bias))
 
@@ -278,19 +185,37 @@ def _dwc_silu_differentiate(ctx, grad_y):
     return *torch.ops.mila_mm.dwc_silu_backward(grad_y, *ctx.saved_tensors, *ctx.size), None, None
 
 
-def _cpe_norm_twice(ctx, *_):
-    raise RuntimeError(_NO_SECOND_ORDER.format('cpe_norm'))
-
-
-def _dwc_silu_twice(ctx, *_):
-    raise RuntimeError(_NO_SECOND_ORDER.format('dwc_silu'))
-
-
-_register = torch.library.register_autograd
-_register('mila_mm::cpe_norm_forward', _cpe_norm_differentiate, setup_context=_cpe_norm_context, lib=_library)
-_register('mila_mm::cpe_norm_backward', _cpe_norm_twice, lib=_library)
-_register('mila_mm::dwc_silu_forward', _dwc_silu_differentiate, setup_context=_dwc_silu_context, lib=_library)
-_register('mila_mm::dwc_silu_backward', _dwc_silu_twice, lib=_library)
+register(
+    'cpe_norm_forward',
+    f'({_CPE_NORM}, {_SIZE}, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)',
+    _cpe_norm_forward,
+    _fake_cpe_norm_forward,
+    differentiate=_cpe_norm_differentiate,
+    setup_context=_cpe_norm_context,
+)
+register(
+    'cpe_norm_backward',
+    f'(Tensor grad_out, Tensor grad_y, {_CPE_NORM}, Tensor out, Tensor mean, Tensor rstd, {_SIZE}) '
+    '-> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    _cpe_norm_backward,
+    _fake_cpe_norm_backward,
+    once=_NO_SECOND_ORDER.format('cpe_norm'),
+)
+register(
+    'dwc_silu_forward',
+    f'({_DWC_SILU}, {_SIZE}) -> Tensor',
+    _dwc_silu_forward,
+    _fake_dwc_silu_forward,
+    differentiate=_dwc_silu_differentiate,
+    setup_context=_dwc_silu_context,
+)
+register(
+    'dwc_silu_backward',
+    f'(Tensor grad_y, {_DWC_SILU}, {_SIZE}) -> (Tensor, Tensor, Tensor)',
+    _dwc_silu_backward,
+    _fake_dwc_silu_backward,
+    once=_NO_SECOND_ORDER.format('dwc_silu'),
+)
 
 
 def _check(

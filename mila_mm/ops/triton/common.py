@@ -1,6 +1,6 @@
 """Device functions that the attention kernels share. Every one is inlined into its callers.
 
-Notation follows the docstring of :mod:`mila_mm.ops.triton`. Blocks hold tokens along axis 0 and the channels of one
+Notation follows the docstring of :mod:`mila_mm.ops.attention`. Blocks hold tokens along axis 0 and the channels of one
 head along axis 1; ``PADDED`` is the head width ``WIDTH`` rounded up to a power of two, as Triton's blocks need it.
 """
 

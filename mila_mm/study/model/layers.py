@@ -10,7 +10,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mila_mm.nn.layers import Block, DepthwiseConv, Mlp, add_branch, pad_to_multiple, to_image, to_tokens
+from mila_mm.nn.layers import Block, DepthwiseConv, Mlp, add_branch, pad_to_multiple
+from mila_mm.ops.common import to_image, to_tokens
 
 
 class PatchEmbed(nn.Module):
