@@ -54,7 +54,7 @@ test-scale: $(READY)
 
 # The core of the suite on OpenMMLab's original packages, in an environment of its own.
 test-classic: $(VENV_CLASSIC)/.ready
-	OMP_WAIT_POLICY=PASSIVE $(VENV_CLASSIC)/bin/python -m pytest tests/mmcv_ext tests/models/test_mila.py \
+	OMP_WAIT_POLICY=PASSIVE $(VENV_CLASSIC)/bin/python -m pytest tests/compat/mmcv_ext tests/models/test_mila.py \
 	  tests/models/test_parity.py tests/tools/test_train_test.py tests/tools/test_pretrained.py
 
 lint: $(READY)

@@ -25,7 +25,7 @@ from mila_mm.weights import register_loaders
 from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError
 from mila_mm.weights.file.reader import read_file
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CANARY = 'MILA_TEST_CANARY'
 
 

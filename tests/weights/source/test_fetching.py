@@ -19,7 +19,7 @@ from mila_mm.weights.source.download import SourceError, _Redirects
 from mila_mm.weights.source.fetching import fetch, local_path, verify, wanted
 from mila_mm.weights.source.published import PUBLISHED, PublishedFile, find
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FILE = '/weights.pth'
 
 
