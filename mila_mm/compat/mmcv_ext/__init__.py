@@ -4,7 +4,7 @@
 nothing else on the path provides ``mmcv._ext``, so a compiled mmcv always wins. Importing this
 package imports neither torch nor mmcv; both happen when ``mmcv._ext`` is first imported.
 
-What is provided, and by what, is the table in ``mila_mm/mmcv_ext/table.py`` (docs/mmcv_ops.md).
+What is provided, and by what, is the table in ``mila_mm/compat/mmcv_ext/table.py`` (docs/mmcv_ops.md).
 """
 
 from mila_mm.compat.finder import install, is_stand_in

@@ -1,4 +1,4 @@
-"""Writes docs/mmcv_ops.md from the op table: ``python -m mila_mm.compat.mmcv_ext.docs docs/mmcv_ops.md``."""
+"""Writes docs/mmcv_ops.md from the op table: ``python tools/docs/mmcv_ops.py docs/mmcv_ops.md``."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from mila_mm.compat.mmcv_ext.table import NOT_PROVIDED, OPS
 
 HEAD = """\
-<!-- Made by `python -m mila_mm.compat.mmcv_ext.docs docs/mmcv_ops.md`; change mila_mm/mmcv_ext/table.py instead. -->
+<!-- Made by `python tools/docs/mmcv_ops.py docs/mmcv_ops.md`; change mila_mm/compat/mmcv_ext/table.py instead. -->
 
 # mmcv's ops without compiling
 
