@@ -195,6 +195,19 @@ def test_layouts_give_the_same_bits(op: str, layout: Callable[[Tensor], Tensor])
 
 
 @OPS
+@pytest.mark.parametrize('index', [0, 1, 2], ids=['x', 'first-gradient', 'last-gradient'])
+def test_each_input_is_read_by_its_own_strides(op: str, index: int) -> None:
+    problem = Problem(op, 2, 3, 7, 32, FP16)
+    want = problem.run()
+    if index == 0:
+        problem.x = as_first_half(problem.x)
+    else:
+        problem.grads[1 - index] = as_first_half(problem.grads[1 - index])  # 0, and -1
+    for name, got in problem.run().items():
+        assert torch.equal(got, want[name]), name
+
+
+@OPS
 def test_expanded_gradients_and_vectors(op: str) -> None:
     problem = Problem(op, 2, 3, 7, 32, FP32)
     problem.parameters[1:] = [torch.tensor(0.3 + i).expand(32) for i, _ in enumerate(problem.parameters[1:])]

@@ -239,6 +239,13 @@ def as_slice(x: Tensor) -> Tensor:
     return wide[..., 3:-4]
 
 
+def as_half(x: Tensor, half: int) -> Tensor:
+    """``x`` as one half of a joint projection, which kernels read in place: its tokens are 2C apart."""
+    halves = [torch.full_like(x, float('nan'))] * 2
+    halves[half] = x
+    return torch.cat(halves, dim=-1).chunk(2, dim=-1)[half]
+
+
 def as_channels_last(x: Tensor) -> Tensor:
     """``x`` with tokens adjacent in memory: the channels are strided."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -264,6 +271,19 @@ def test_layouts_give_the_same_bits(layout: Callable[[Tensor], Tensor]) -> None:
     problem.bias = as_every_second(problem.bias)
     for name, got in problem.run().items():
         assert torch.equal(got, want[name]), name
+
+
+@interpreted
+@pytest.mark.parametrize('half', [0, 1])
+@pytest.mark.parametrize('name', ['qk', 'v', 'gate', 'grad_y'])
+def test_each_input_is_read_by_its_own_strides(name: str, half: int) -> None:
+    problem = Problem(2, 3, 7, 32, 1, torch.float16)
+    want = problem.run()
+    strided = as_half(getattr(problem, name), half)
+    setattr(problem, name, strided)
+    assert not strided.is_contiguous() and strided.stride(1) == 2 * strided.shape[2]
+    for result, got in problem.run().items():
+        assert torch.equal(got, want[result]), result
 
 
 @interpreted
