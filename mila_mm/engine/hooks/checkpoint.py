@@ -231,7 +231,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         if self._is_local():
             for path in Path(self.out_dir).glob(STOPPED_TEMPLATE.format('*')):
                 match = _STOPPED.fullmatch(path.name)
-                if match and int(match[1]) <= iteration and str(path) != str(self.last_ckpt):
+                # names, not paths: both lie in out_dir, which may be written as ./x, x//y or through a link
+                if match and int(match[1]) <= iteration and path.name != Path(self.last_ckpt).name:
                     self._remove(str(path))
 
     def _remove(self, path: str) -> None:
@@ -252,10 +253,11 @@ class CheckpointHook(MMEngineCheckpointHook):
             yield
         finally:
             put_off, self.file_backend = self.file_backend.put_off, backend
-        kept = {str(self.last_ckpt), str(getattr(self, 'best_ckpt_path', None))}
-        kept.update(str(path) for path in getattr(self, 'best_ckpt_path_dict', {}).values())
+        kept = [self.last_ckpt, getattr(self, 'best_ckpt_path', None)]
+        kept += getattr(self, 'best_ckpt_path_dict', {}).values()
+        real = {os.path.realpath(path) for path in kept if path is not None}
         for path in put_off:
-            if str(path) not in kept:
+            if os.path.realpath(path) not in real:
                 self._remove(path)
 
 

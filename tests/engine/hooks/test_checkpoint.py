@@ -224,3 +224,21 @@ def test_what_a_stop_saved_goes_with_the_next_regular_checkpoint(tmp_path, recor
     save(hook, recorder, 4)
     left = {name for name in names(tmp_path) if name.endswith('.pth')}
     assert left == {'iter_2.pth', 'iter_4.pth', 'stop_iter_9.pth'}, 'one of a later iteration is not ours to remove'
+
+
+@pytest.mark.parametrize('spelling', ['./ckpts', 'ckpts//', './/ckpts', 'x/.././ckpts/', 'link'])
+def test_what_a_stop_saved_stays_however_the_folder_is_written(tmp_path, recorder, monkeypatch, spelling) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'x').mkdir()
+    (tmp_path / 'ckpts').mkdir()
+    (tmp_path / 'link').symlink_to('ckpts')
+    recorder.folder = tmp_path / 'ckpts' / tmp_path.name
+    recorder.folder.mkdir()
+    hook = hook_of(recorder, out_dir=spelling, save_best='score', rule='greater')
+    assert Path(hook.save_stopped(recorder, dict(epoch=0, iter=3))).exists()
+    assert names(recorder.folder) == {'stop_iter_3.pth'}
+    recorder.iter = 4
+    hook.best_ckpt_path = f'{tmp_path}/x/../ckpts/{tmp_path.name}/best_score_iter_4.pth'  # as a resumed run names it
+    Path(hook.best_ckpt_path).touch()
+    hook.after_val_epoch(recorder, {'score': 0.1})
+    assert 'best_score_iter_4.pth' in names(recorder.folder)
