@@ -70,6 +70,22 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def checkpoint_folders(work_dir: str | Path, out_dir: str | Path | None) -> list[Path]:
+    """List where the checkpoints of a run may lie.
+
+    Args:
+        work_dir: The run's folder.
+        out_dir: What the config of the checkpoint hook names.
+
+    Returns:
+        The run's folder, and the one of its name in a local ``out_dir``.
+    """
+    work_dir = Path(os.path.abspath(work_dir))
+    if not out_dir or '://' in str(out_dir):
+        return [work_dir]
+    return [work_dir, Path(out_dir) / work_dir.name]
+
+
 def remove_unfinished(folder: str | Path) -> None:
     """Remove what killed runs have left half written.
 

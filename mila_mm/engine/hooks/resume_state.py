@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from mila_mm.engine.hooks.checkpoint import checkpoint_folders
 from mila_mm.engine.random_state import capture_random_state, restore_random_state
 from mila_mm.engine.runner.sampler import seed_samples
 from mila_mm.errors import UserError
@@ -151,7 +152,8 @@ class ResumeStateHook(Hook):
                 logger='current',
                 level=logging.WARNING,
             )
-        _drop_foreign_paths(checkpoint.get('message_hub'), Path(runner.work_dir))
+        out_dir = next((hook.out_dir for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+        _drop_foreign_paths(checkpoint.get('message_hub'), Path(runner.work_dir), out_dir)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Put the generators back, as the last thing before data is drawn.
@@ -192,19 +194,24 @@ def _seeded_sampler(loader: Any) -> Any:
     return sampler if type(getattr(sampler, 'seed', None)) is int else None
 
 
-def _drop_foreign_paths(hub: Any, work_dir: Path) -> None:
+def _drop_foreign_paths(hub: Any, work_dir: Path, out_dir: str | None) -> None:
     """Remove what would make ``CheckpointHook`` delete files that this run has not written."""
     info = hub.get('runtime_info') if isinstance(hub, dict) else None
     if not isinstance(info, dict):
         return
-    folder = work_dir.resolve()
+    folders = checkpoint_folders(work_dir, out_dir)
+    remote = f'{str(out_dir).rstrip("/")}/{work_dir.name}/' if '://' in str(out_dir) else None
     for key in [key for key in info if str(key).startswith('best_ckpt')]:
         name = Path(info[key]).name if isinstance(info[key], str) else ''
-        if name.startswith('best_') and (folder / name).is_file():
-            info[key] = str(Path(work_dir) / name)  # also where the work folder has been moved
-        elif not name or folder not in Path(info[key]).resolve().parents:
+        if remote and name.startswith('best_') and info[key] == remote + name:
+            continue
+        # the name counts, not where it was: folders are moved. What a run wrote last lies in the last of them.
+        own = [folder / name for folder in reversed(folders) if name.startswith('best_') and (folder / name).exists()]
+        if own:
+            info[key] = str(own[0])
+        elif not name or not any(folder.resolve() in Path(info[key]).resolve().parents for folder in folders):
             print_log(
-                f'{key} of the checkpoint lies outside {work_dir} and is left alone: {info[key]!r}',
+                f'{key} of the checkpoint lies outside {folders[-1]} and is left alone: {info[key]!r}',
                 logger='current',
                 level=logging.WARNING,
             )

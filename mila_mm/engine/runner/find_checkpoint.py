@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mila_mm.engine.config.load import one_line
-from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE
+from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE, checkpoint_folders
 from mila_mm.errors import UserError
 from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file import container
@@ -54,11 +54,8 @@ def candidates(cfg: Config) -> list[Path]:
     work_dir = Path(cfg.work_dir)
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     templates = {*_TEMPLATES, hook.get('filename_tmpl') or _TEMPLATES[0]}
-    folders = [work_dir]
-    if hook.get('out_dir') and '://' not in str(hook['out_dir']):
-        folders.append(Path(hook['out_dir']) / work_dir.absolute().name)
     found = []
-    for folder in folders:
+    for folder in checkpoint_folders(work_dir, hook.get('out_dir')):
         for entry in sorted(folder.glob('*')) if folder.is_dir() else []:
             if any(re.fullmatch(re.escape(template).replace(r'\{\}', r'\d+'), entry.name) for template in templates):
                 found.append(entry.absolute())
