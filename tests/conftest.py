@@ -1,6 +1,8 @@
 """Fixtures shared by all rooms."""
 
+import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,22 @@ def no_traces_in_mmengine() -> Iterator[None]:
             kinds.extend(kind.__subclasses__())
             if '_instance_dict' in vars(kind):
                 kind._instance_dict.clear()
+
+
+@pytest.fixture
+def no_folder_sync(monkeypatch) -> list[int]:
+    """Refuse to fsync folders, as SMB, FUSE and some NFS servers do; returns the descriptors that were refused."""
+    refused: list[int] = []
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError((errno.EINVAL, errno.EBADF, errno.ENOTSUP)[len(refused) % 3], 'not for folders')
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', refuse)
+    return refused
 
 
 @pytest.fixture(scope='session')

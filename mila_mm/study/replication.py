@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from mila_mm.datasets import write_shapes
 from mila_mm.engine.config.load import load_config
 from mila_mm.engine.training import train
 from mila_mm.errors import UserError
+from mila_mm.files import write_whole
 from mila_mm.version import __version__
 from mila_mm.visualization.curves import read_scalars
 
@@ -91,9 +91,7 @@ def run_row(plan: Plan, row: str, switches: Mapping[str, Any], seed: int) -> dic
         'digest': digest,
         'machine': environment(),
     }
-    part = folder / f'{RESULT}.part'
-    part.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-    os.replace(part, folder / RESULT)
+    write_whole(folder / RESULT, json.dumps(result, indent=1) + '\n')
     return result
 
 

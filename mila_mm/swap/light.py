@@ -17,7 +17,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mila_mm.engine.config.load import one_line
+from mila_mm.engine.config.load import REGISTRY_PREFIX, one_line
 from mila_mm.swap.result import Maps, SwapRefused
 
 # Height and width of the image for the maps: multiples of 64, not square, large enough for every pyramid.
@@ -44,7 +44,6 @@ WITHOUT_BEARING = (
 )
 _WEIGHT_KEYS = ('init_cfg', 'pretrained', 'checkpoint', 'teacher_ckpt')
 SITE_PACKAGES = re.compile(r'/[^\s\'"]*/site-packages/')
-_DECORATION = re.compile(r'class `\w+` in [^:]*: ')
 _FILLS = {getattr(Tensor, name) for name in ('normal_', 'uniform_', 'erfinv_', 'exponential_', 'log_normal_')}
 _FACTORIES = {torch.empty, torch.randn, torch.rand}
 # Constructors compute with these in Python (rates by depth, indices): they need values also on the meta device.
@@ -127,7 +126,7 @@ def without_weights(cfg: Any) -> Any:
 
 def reason_of(error: BaseException) -> str:
     """Return the message of an error on one line, without what mmengine's registries put before it."""
-    text = _DECORATION.sub('', one_line(error, limit=2000))
+    text = REGISTRY_PREFIX.sub('', one_line(error, limit=2000))
     text = text.partition('. Please check whether')[0].replace(' is not in the', ' is not in the', 1)
     name = type(error).__name__
     text = text if text.startswith(name) else f'{name}: {text}'

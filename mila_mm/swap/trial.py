@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
+from mila_mm.engine.nested import tensors_in
 from mila_mm.swap import clean
 from mila_mm.swap.job import Job, plain
 from mila_mm.swap.light import WITHOUT_BEARING, build, graph_behind, in_scope, reason_of, sorted_config
@@ -144,21 +144,10 @@ def sum_of_losses(losses: Any) -> Tensor:
     Raises:
         ValueError: If none has a gradient.
     """
-    leaves = [leaf.sum() for leaf in _tensors(losses) if leaf.requires_grad]
+    leaves = [leaf.sum() for leaf in tensors_in(losses) if leaf.requires_grad]
     if not leaves:
         raise ValueError('no loss depends on the weights')
     return torch.stack(leaves).sum()
-
-
-def _tensors(node: Any) -> Iterator[Tensor]:
-    if isinstance(node, Tensor):
-        yield node
-    elif isinstance(node, dict):
-        for value in node.values():
-            yield from _tensors(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _tensors(value)
 
 
 _BEFORE_HEADS = 'backbone and neck were built and run; what they hand to the heads is as before'

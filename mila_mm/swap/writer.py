@@ -16,6 +16,7 @@ from mmengine.config import Config
 
 from mila_mm.engine.config.load import load_config, one_line
 from mila_mm.errors import UserError
+from mila_mm.files import move_into_place
 from mila_mm.swap.result import ABSENT, Path, SwapResult
 from mila_mm.swap.source import base_name
 
@@ -117,7 +118,7 @@ def write_child(result: SwapResult, out: str | FilePath) -> None:
             check_child(result, draft, f'--out {out}: not written, since it')
             if path.exists():
                 shutil.copymode(path, draft)
-            os.replace(draft, path)
+            move_into_place(draft, path)
     except OSError as error:
         raise UserError(f'--out {out}: cannot be written: {error.strerror}') from error
 

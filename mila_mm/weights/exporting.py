@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mila_mm.errors import UserError
+from mila_mm.files import replacing
 from mila_mm.weights import names
 from mila_mm.weights.load import read_checkpoint
 
@@ -71,14 +71,11 @@ def export(
 def _write(target: Path, content: dict[str, Any], tensors: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    scratch = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     try:
-        if target.suffix == '.safetensors':
-            save_file(tensors, scratch, metadata={'format': 'pt'})
-        else:
-            torch.save(content, scratch)
-        os.replace(scratch, target)
+        with replacing(target) as draft:
+            if target.suffix == '.safetensors':
+                save_file(tensors, draft, metadata={'format': 'pt'})
+            else:
+                torch.save(content, draft)
     except OSError as error:
         raise UserError(f'{target}: cannot be written ({error.strerror or error})') from error
-    finally:
-        scratch.unlink(missing_ok=True)

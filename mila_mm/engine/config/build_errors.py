@@ -16,11 +16,8 @@ import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform
 
-from mila_mm.engine.config.load import one_line
+from mila_mm.engine.config.load import REGISTRY_PREFIX, one_line
 from mila_mm.errors import LostPeerError, UserError
-
-# mmengine up to 0.10 puts this before the message of whatever a constructor raised, once per level.
-_DECORATION = re.compile(r'^class `\w+` in [^:]*: ')
 
 
 @contextmanager
@@ -51,15 +48,13 @@ def building(what: str) -> Iterator[None]:
 
 def _config_mistake(error: Exception) -> str | None:
     """Return what to tell the user, None where the error is not about a value in the config."""
-    text = one_line(error)
-    while _DECORATION.match(text):
-        text = _DECORATION.sub('', text)
+    text = REGISTRY_PREFIX.sub('', one_line(error))
     if isinstance(error, KeyError):
         return text.partition('. Please check')[0] if 'registry' in text else None
     if isinstance(error, TypeError):
         # The call itself failed inside mmengine: the arguments do not fit the constructor's.
         caller = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        return text if 'mmengine' in caller.parts or _DECORATION.match(str(error)) else None
+        return text if 'mmengine' in caller.parts or REGISTRY_PREFIX.match(str(error)) else None
     return text if error.args else None
 
 

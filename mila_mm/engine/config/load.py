@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import inspect
+import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from mmengine.config import Config, DictAction
 from mila_mm.errors import UserError
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
+# mmengine up to 0.10 puts this before the message of whatever a constructor raised, once per level
+REGISTRY_PREFIX = re.compile(r'class `\w+` in [^:]*: ')
 
 # Read by mmengine, mmdet, mmseg or this package at the top of a config, besides the runner's own arguments.
 _EXTRA_KEYS = (

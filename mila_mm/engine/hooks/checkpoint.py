@@ -14,11 +14,11 @@ from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.runner import Runner
 
 from mila_mm.errors import UserError
+from mila_mm.files import UNFINISHED, replacing
 from mila_mm.registry import HOOKS
 
 STOPPED_TEMPLATE = 'stop_iter_{}.pth'
 _STOPPED = re.compile(r'stop_iter_(\d+)\.pth')
-_UNFINISHED = '.unfinished'
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -33,41 +33,18 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, since only within a file system does a rename replace at once
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}{_UNFINISHED}')
     try:
-        with unfinished.open('wb') as file:
+        with replacing(path) as unfinished, unfinished.open('wb') as file:
             _fill(file, content)
-            file.flush()
-            os.fsync(file.fileno())  # else a power failure could leave the new name with no content
-        os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(
             f'{path} cannot be written ({len(content) / 2**20:.1f} MiB): {error.strerror}\n'
             'What was saved before is whole: make room, then continue with --resume.'
         ) from error
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def _fill(file: Any, content: bytes) -> None:
     file.write(content)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power failure, where the system can do that."""
-    if os.name != 'posix':
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse it for folders; the rename itself is done
-    finally:
-        os.close(descriptor)
 
 
 def checkpoint_folders(work_dir: str | Path, out_dir: str | Path | None) -> list[Path]:
@@ -92,7 +69,7 @@ def remove_unfinished(folder: str | Path) -> None:
     Args:
         folder: Folder of checkpoints, in which no other run is writing; sharded checkpoints are folders in it.
     """
-    for pattern in (f'.*{_UNFINISHED}', f'*.pth/.*{_UNFINISHED}'):
+    for pattern in (f'.*{UNFINISHED}', f'*.pth/.*{UNFINISHED}'):
         for path in Path(folder).glob(pattern):
             path.unlink(missing_ok=True)
 

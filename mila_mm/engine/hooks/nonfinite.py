@@ -13,29 +13,10 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from mila_mm.engine.nested import tensors_in
 from mila_mm.engine.random_state import capture_random_state, restore_random_state
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Go through nested tuples, lists and dicts to the floating-point tensors in them.
-
-    Args:
-        value: Anything.
-
-    Yields:
-        The tensors, in order.
-    """
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from tensors_in(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from tensors_in(inner)
 
 
 def is_finite(value: Any) -> bool:

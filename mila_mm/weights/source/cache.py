@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mila_mm.errors import UserError
+from mila_mm.files import write_whole
 
 ENV_HOME = 'MILA_HOME'
 ENV_MIRRORS = 'MILA_MIRRORS'
@@ -201,10 +201,4 @@ def write_record(path: Path, record: Record) -> None:
     Raises:
         OSError: If the folder cannot be written.
     """
-    place = record_path(path)
-    scratch = place.with_name(f'{place.name}.{os.getpid()}-{threading.get_ident()}.tmp')
-    try:
-        scratch.write_text(json.dumps(asdict(record), indent=1) + '\n', encoding='utf-8')
-        os.replace(scratch, place)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(record_path(path), json.dumps(asdict(record), indent=1) + '\n')

@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from mila_mm.errors import UserError
+from mila_mm.files import move_into_place
 from mila_mm.weights.errors import CheckpointError, DownloadError, MissingCheckpointError
 from mila_mm.weights.file import container
 from mila_mm.weights.source.cache import (
@@ -201,9 +202,8 @@ def _fetch_locked(target: Wanted, options: Settings, progress: bool | None) -> N
                 discard(part)  # whole but wrong: nothing to continue
             continue
         write_record(target.path, record)  # first: whoever sees the file finds its record, too
-        os.replace(part, target.path)
+        move_into_place(part, target.path)
         discard(part)
-        _sync_folder(target.path.parent)
         return
     raise DownloadError(f'cannot fetch {target.label}: ' + '; '.join(failures) + f'\n{_by_hand(target)}')
 
@@ -265,15 +265,6 @@ def _by_hand(target: Wanted) -> str:
     """The way out of every failed fetch."""
     mirrors = f'; {ENV_MIRRORS} names mirrors (base addresses or folders)' if target.mirrored else ''
     return f'by hand: fetch {target.url} and save it as {target.path}{mirrors}'
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def local_path(source: str, *, progress: bool | None = None) -> Path:

@@ -141,6 +141,6 @@ def test_record_is_there_before_the_file(server, entry, home, published_bytes, m
             seen.append(record_path(home / 'mila-micro.pth').exists())
         real(source, target)
 
-    monkeypatch.setattr('mila_mm.weights.source.fetching.os.replace', replace)
+    monkeypatch.setattr('mila_mm.files.os.replace', replace)
     fetch(entry)
     assert seen == [True]

@@ -71,6 +71,15 @@ def test_fetched_once_and_recorded(server, home, published_bytes):
     assert sorted(p.name for p in home.iterdir()) == ['mila-micro.pth', 'mila-micro.pth.json', 'mila-micro.pth.lock']
 
 
+def test_a_cache_whose_folders_cannot_be_synced_takes_the_file(server, home, published_bytes, no_folder_sync):
+    """Network file systems refuse it; the download is whole, and a second use finds it."""
+    page = server.put(FILE, body=published_bytes)
+    assert fetch(entry(server)).read_bytes() == published_bytes
+    assert no_folder_sync
+    assert fetch(entry(server)).read_bytes() == published_bytes
+    assert len(page.requests) == 1
+
+
 def test_slow_server_is_waited_for(server, home, published_bytes):
     configure(timeout=0.5)
     server.put(FILE, body=published_bytes, pause=0.1, block=len(published_bytes) // 8)  # longer than the time-out
