@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-EXT_NAME = 'mmcv._ext'
+_EXT_NAME = 'mmcv._ext'
 
 
 # importlib.abc would take longer to import than the rest of the package: finders and loaders need no base class.
-class StandInLoader:
+class _StandInLoader:
     """Fills a fresh module ``mmcv._ext`` from the op table."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -31,9 +31,9 @@ class StandInFinder:
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the spec of the stand-in, or None for any other module."""
-        if fullname != EXT_NAME:
+        if fullname != _EXT_NAME:
             return None
-        return ModuleSpec(fullname, StandInLoader(), origin='mila_mm.compat.mmcv_ext')
+        return ModuleSpec(fullname, _StandInLoader(), origin='mila_mm.compat.mmcv_ext')
 
 
 def install() -> None:
@@ -46,7 +46,7 @@ def install() -> None:
     sys.meta_path[:] = [f for f in sys.meta_path if not _is_ours(f)]
     sys.meta_path.append(StandInFinder())
     late = [name for name in ('mmdet.structures.mask', 'mmdet.models', 'mmseg.models') if name in sys.modules]
-    if late and 'mmcv' in sys.modules and EXT_NAME not in sys.modules:
+    if late and 'mmcv' in sys.modules and _EXT_NAME not in sys.modules:
         warnings.warn(
             f'{", ".join(late)} was imported before mila_mm, while mmcv has no compiled ops: its calls of mmcv.ops '
             "will raise. Import mila_mm first, or put custom_imports=dict(imports=['mila_mm']) into the config.",
@@ -65,7 +65,7 @@ def is_stand_in() -> bool:
     """
     from importlib.util import find_spec
 
-    spec = find_spec(EXT_NAME)
+    spec = find_spec(_EXT_NAME)
     return spec is not None and spec.origin == 'mila_mm.compat.mmcv_ext'
 
 

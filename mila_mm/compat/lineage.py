@@ -14,7 +14,7 @@ from typing import NoReturn
 from mila_mm.compat.import_hook import when_imported
 from mila_mm.errors import UserError
 
-DISTRIBUTIONS = {
+_DISTRIBUTIONS = {
     'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
     'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
 }
@@ -30,8 +30,8 @@ def name_what_is_installed(module: ModuleType) -> None:
     from importlib.util import find_spec
 
     table: dict[str, str] = module.MODULE2PACKAGE
-    for package in table.keys() & DISTRIBUTIONS.keys():
-        for name in DISTRIBUTIONS[package]:
+    for package in table.keys() & _DISTRIBUTIONS.keys():
+        for name in _DISTRIBUTIONS[package]:
             try:
                 distribution(name)
             except PackageNotFoundError:

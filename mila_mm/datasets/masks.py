@@ -2,7 +2,6 @@
 
 import numpy as np
 import shapely
-from pycocotools import mask as coco_mask
 
 
 def encode_segmentation(mask: np.ndarray) -> list[list[int]] | dict:
@@ -42,9 +41,3 @@ def encode_runs(mask: np.ndarray) -> dict:
     flat = mask.ravel(order='F')
     edges = np.flatnonzero(np.diff(flat, prepend=False, append=~flat[-1:]))
     return {'size': list(mask.shape), 'counts': np.diff(edges, prepend=0).tolist()}
-
-
-def decode_segmentation(segmentation: list[list[float]] | dict, height: int, width: int) -> np.ndarray:
-    """Return the mask, (H, W) bool, that pycocotools reads from a segmentation."""
-    encoded = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(coco_mask.merge(encoded) if isinstance(encoded, list) else encoded).astype(bool)

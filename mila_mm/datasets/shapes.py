@@ -135,7 +135,7 @@ def _write(folder: Path, made_with: dict) -> None:
             scene = draw_scene(made_with['seed'], index, made_with['size'])
             file_name = f'{index:07d}.png'
             _write_png(images / file_name, scene.image[..., ::-1])
-            _write_png(labels / file_name, label_map(scene))
+            _write_png(labels / file_name, _label_map(scene))
             _add_to_coco(coco, scene, index, file_name)
         # Bytes, not text: the same line ends on every platform.
         text = json.dumps(coco, separators=(',', ':')) + '\n'
@@ -150,7 +150,7 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
     path.write_bytes(encoded.tobytes())
 
 
-def label_map(scene: Scene) -> np.ndarray:
+def _label_map(scene: Scene) -> np.ndarray:
     """Return ADE20K's label map of a scene, (size, size) uint8: k for ``ADE_CLASSES[k - 1]``; 0 does not occur."""
     labels = [ADE_CLASSES.index(GROUND) + 1, *(category + 1 for category in scene.categories)]
     return np.array(labels, dtype=np.uint8)[scene.instances]

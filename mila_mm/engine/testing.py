@@ -66,11 +66,11 @@ def test(
     cfg.resume = False
     _leave_out_training(cfg)
     if out is not None:
-        add_dump(cfg, scope, out)
+        _add_dump(cfg, scope, out)
     if show or show_dir is not None:
-        add_drawing(cfg, scope, show, show_dir, wait_time)
+        _add_drawing(cfg, scope, show, show_dir, wait_time)
     if tta:
-        use_tta(cfg)
+        _use_tta(cfg)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
     with plain_failures():
@@ -81,7 +81,7 @@ def test(
 test.__test__ = False  # type: ignore[attr-defined]
 
 
-def add_dump(cfg: Config, scope: str, out: str) -> None:
+def _add_dump(cfg: Config, scope: str, out: str) -> None:
     """Add the writing of predictions to a config.
 
     Args:
@@ -109,7 +109,7 @@ def add_dump(cfg: Config, scope: str, out: str) -> None:
         raise UserError(f'--out {out}: expected a file that ends with .pkl or .pickle{folder}')
 
 
-def add_drawing(cfg: Config, scope: str, show: bool, show_dir: str | None, wait_time: float) -> None:
+def _add_drawing(cfg: Config, scope: str, show: bool, show_dir: str | None, wait_time: float) -> None:
     """Add the drawing of predictions to a config.
 
     Args:
@@ -142,7 +142,7 @@ def add_drawing(cfg: Config, scope: str, show: bool, show_dir: str | None, wait_
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
 
 
-def use_tta(cfg: Config) -> None:
+def _use_tta(cfg: Config) -> None:
     """Wrap a config's model and pipeline for test-time augmentation.
 
     Args:

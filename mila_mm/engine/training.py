@@ -66,16 +66,16 @@ def train(
     missing = [name for name in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not cfg.get(name)]
     if missing:
         raise UserError(f'config {config} cannot be trained: it has no {", ".join(missing)}')
-    set_resume(cfg, resume)
+    _set_resume(cfg, resume)
     if pretrained is not None:
         use_pretrained(cfg, pretrained)
     if amp or configured_amp(cfg):
         use_amp(cfg, amp_dtype or configured_amp(cfg))
     check_precision(cfg)
     if auto_scale_lr:
-        use_auto_scale_lr(cfg)
+        _use_auto_scale_lr(cfg)
     if tensorboard:
-        add_tensorboard(cfg)
+        _add_tensorboard(cfg)
     check_data(cfg, ['train', 'val'] if cfg.get('val_cfg') else ['train'])
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
@@ -96,7 +96,7 @@ def train(
     return runner
 
 
-def set_resume(cfg: Config, resume: str | None) -> None:
+def _set_resume(cfg: Config, resume: str | None) -> None:
     """Settle where the run starts from: a checkpoint to resume, weights to load, or neither.
 
     Args:
@@ -117,7 +117,7 @@ def set_resume(cfg: Config, resume: str | None) -> None:
         check_checkpoint_file(cfg.load_from, 'load_from')
 
 
-def use_auto_scale_lr(cfg: Config) -> None:
+def _use_auto_scale_lr(cfg: Config) -> None:
     """Turn on the scaling of the learning rate to the total batch.
 
     Args:
@@ -134,7 +134,7 @@ def use_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def add_tensorboard(cfg: Config) -> None:
+def _add_tensorboard(cfg: Config) -> None:
     """Let the visualizer write TensorBoard's event files beside the JSON log.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from mila_mm.errors import UserError
 from mila_mm.study.replication import Row, noise, rank_correlation, summarise, verdict
 
-BASELINE = 'baseline'
+_BASELINE = 'baseline'
 # Top-1 on ImageNet-1K at 224 of each row at Swin-T's size: arXiv 2405.16605, tables of the ablations. The last row is
 # MILA's choice of encodings on the plain layout, for which the paper has no figure.
 PUBLISHED: Mapping[str, float | None] = {
@@ -61,9 +61,9 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
         UserError: If the baseline has not been run: there is nothing to compare with.
     """
     rows = summarise(results, PUBLISHED)
-    baseline = next((row for row in rows if row.name == BASELINE), None)
+    baseline = next((row for row in rows if row.name == _BASELINE), None)
     if baseline is None:
-        raise UserError(f'the row {BASELINE} has not been trained: there is nothing to compare the others with')
+        raise UserError(f'the row {_BASELINE} has not been trained: there is nothing to compare the others with')
     margin = noise(rows)
     return '\n'.join(
         [*_head(results, rows, margin), *_table(rows, baseline, margin), '', *_conclusions(rows, baseline, margin), '']

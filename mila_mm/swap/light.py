@@ -100,7 +100,7 @@ def build(cfg: Any, scope: str, device: str = 'cpu') -> nn.Module:
     Returns:
         The module.
     """
-    cfg = _dotted(without_weights(cfg))
+    cfg = _dotted(_without_weights(cfg))
     with in_scope(scope), torch.random.fork_rng(devices=[]), torch.device(device), _ZeroWeights():
         module = MODELS.build(cfg)
     # torch.Tensor(3, 4) is no function: its memory comes as it is
@@ -115,12 +115,12 @@ def _dotted(cfg: Any) -> Any:
     return [ConfigDict(part) for part in cfg] if isinstance(cfg, (list, tuple)) else ConfigDict(cfg)
 
 
-def without_weights(cfg: Any) -> Any:
+def _without_weights(cfg: Any) -> Any:
     """Return a copy of a model's config that names no weights, so that building it reads no file or address."""
     if isinstance(cfg, dict):
-        return {k: without_weights(v) for k, v in cfg.items() if k not in _WEIGHT_KEYS}
+        return {k: _without_weights(v) for k, v in cfg.items() if k not in _WEIGHT_KEYS}
     if isinstance(cfg, (list, tuple)):
-        return type(cfg)(without_weights(v) for v in cfg)
+        return type(cfg)(_without_weights(v) for v in cfg)
     return copy.copy(cfg)
 
 

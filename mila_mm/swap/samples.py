@@ -34,24 +34,24 @@ def make_batch(model: dict[str, Any], scope: str, size: tuple[int, int], num_ima
     return _detection(model, size, num_images)
 
 
-def numbers_under(node: Any, names: tuple[str, ...]) -> Iterator[int]:
+def _numbers_under(node: Any, names: tuple[str, ...]) -> Iterator[int]:
     """Yield the integers that stand under some keys anywhere in a config."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key in names and isinstance(value, int) and not isinstance(value, bool):
                 yield value
             else:
-                yield from numbers_under(value, names)
+                yield from _numbers_under(value, names)
     elif isinstance(node, (list, tuple)):
         for value in node:
-            yield from numbers_under(value, names)
+            yield from _numbers_under(value, names)
 
 
 def _detection(model: dict[str, Any], size: tuple[int, int], num_images: int) -> Batch:
     from mmdet.testing import demo_mm_inputs
     from mmengine.structures import InstanceData, PixelData
 
-    things = min((n for n in numbers_under(model, ('num_classes', 'num_things_classes')) if n > 0), default=1)
+    things = min((n for n in _numbers_under(model, ('num_classes', 'num_things_classes')) if n > 0), default=1)
     channels = (model.get('backbone') or {}).get('in_channels', 3)
     channels = channels if isinstance(channels, int) else 3
     batch = demo_mm_inputs(
@@ -62,7 +62,7 @@ def _detection(model: dict[str, Any], size: tuple[int, int], num_images: int) ->
         with_mask=_wants_masks(model),
     )
     generator = torch.Generator().manual_seed(_SEED)
-    stuff = min((n for n in numbers_under(model, ('num_stuff_classes',)) if n > 0), default=None)
+    stuff = min((n for n in _numbers_under(model, ('num_stuff_classes',)) if n > 0), default=None)
     # Hybrid Task Cascade supervises its semantic head at 1/8; the others resize the labels themselves.
     stride = 8 if isinstance((model.get('roi_head') or {}).get('semantic_head'), dict) else 1
     classes = things if stuff is None else things + stuff
@@ -87,7 +87,7 @@ def _wants_masks(model: dict[str, Any]) -> bool:
 def _video(model: dict[str, Any], size: tuple[int, int], num_images: int) -> Batch:
     from mmdet.testing import demo_track_inputs
 
-    things = min((n for n in numbers_under(model, ('num_classes', 'num_things_classes')) if n > 0), default=1)
+    things = min((n for n in _numbers_under(model, ('num_classes', 'num_things_classes')) if n > 0), default=1)
     return demo_track_inputs(
         num_images, num_frames=2, key_frames_inds=[0], image_shapes=(3, *size), num_classes=things, with_mask=True
     )
@@ -108,7 +108,7 @@ def _segmentation(model: dict[str, Any], size: tuple[int, int], num_images: int)
     from mmseg.structures import SegDataSample
 
     generator = torch.Generator().manual_seed(_SEED)
-    classes = min((n for n in numbers_under(model, ('num_classes',)) if n > 1), default=2)
+    classes = min((n for n in _numbers_under(model, ('num_classes',)) if n > 1), default=2)
     channels = (model.get('backbone') or {}).get('in_channels', 3)
     samples = []
     for _ in range(num_images):

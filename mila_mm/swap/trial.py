@@ -26,7 +26,7 @@ EVEN = (128, 160)
 SIZES = ((127, 161), EVEN, (320, 320))
 
 
-class TrialFailed(Exception):
+class _TrialFailed(Exception):
     """A model could not be built or run; the message is the reason."""
 
 
@@ -45,7 +45,7 @@ class Trial:
     size: tuple[int, int]
 
 
-def try_model(model: dict[str, Any], scope: str) -> Trial:
+def _try_model(model: dict[str, Any], scope: str) -> Trial:
     """Build a model and compute its losses on generated data.
 
     Args:
@@ -56,7 +56,7 @@ def try_model(model: dict[str, Any], scope: str) -> Trial:
         What was seen.
 
     Raises:
-        TrialFailed: If the model cannot be built or run, with the reason.
+        _TrialFailed: If the model cannot be built or run, with the reason.
     """
     key = repr(sorted_config(model, WITHOUT_BEARING))
     return _try_once(_Hashed(key, model, scope))
@@ -78,7 +78,7 @@ class _Hashed:
 def _try_once(subject: _Hashed) -> Trial:
     outcome = _outcome(subject)
     if isinstance(outcome, str):
-        raise TrialFailed(outcome)
+        raise _TrialFailed(outcome)
     return outcome
 
 
@@ -225,12 +225,12 @@ def _try(draft: Draft, job: Job, route: Route) -> tuple[str, Trial | None]:
     if not job.whole_models and not route.heads_see_a_change and route.used is not None:
         return _BEFORE_HEADS, Trial(route.used, (), (0, 0))
     try:
-        trial = try_model(draft.get(holder), scope)
-    except TrialFailed as failure:
+        trial = _try_model(draft.get(holder), scope)
+    except _TrialFailed as failure:
         _refuse_known(job.model, failure)
         try:
-            try_model(job.model, scope)
-        except TrialFailed as original:
+            _try_model(job.model, scope)
+        except _TrialFailed as original:
             if route.heads_see_a_change:
                 if str(original) == str(failure) or _MISFIT in str(original):
                     raise SwapRefused(
@@ -243,11 +243,11 @@ def _try(draft: Draft, job: Job, route: Route) -> tuple[str, Trial | None]:
             return _BEFORE_HEADS, Trial(route.used, (), (0, 0)) if route.used is not None else None
         raise SwapFailed(f'the heads do not take the new maps: {failure}') from failure
     if trial.size != SIZES[0] and trial.size == EVEN and scope == 'mmdet' and clean.pad_to(draft, holder, 32):
-        trial = try_model(draft.get(holder), scope)
+        trial = _try_model(draft.get(holder), scope)
     return f'the model was built and its training loss computed on images of {trial.size[0]} x {trial.size[1]}', trial
 
 
-def _refuse_known(model: dict[str, Any], failure: TrialFailed) -> None:
+def _refuse_known(model: dict[str, Any], failure: _TrialFailed) -> None:
     """Give the reasons that are known for heads that fail with other maps."""
     shared = (model.get('roi_head') or {}).get('shared_head')
     if isinstance(shared, dict):

@@ -12,7 +12,7 @@ from mila_mm.files import replacing
 from mila_mm.weights import names
 from mila_mm.weights.load import read_checkpoint
 
-NAMINGS = ('released', 'project')
+_NAMINGS = ('released', 'project')
 
 
 def export(
@@ -43,8 +43,8 @@ def export(
         UserError: If the source cannot be read, an option is wrong, or the target cannot be written.
     """
     target = Path(target).expanduser()
-    if naming not in NAMINGS or part not in ('all', 'backbone'):
-        raise UserError(f'export: expected naming of {NAMINGS} and part all or backbone, got {naming!r}, {part!r}')
+    if naming not in _NAMINGS or part not in ('all', 'backbone'):
+        raise UserError(f'export: expected naming of {_NAMINGS} and part all or backbone, got {naming!r}, {part!r}')
     if target.suffix not in ('.safetensors', '.pth', '.pt'):
         raise UserError(f'{target}: expected a name that ends in .safetensors or .pth')
     if not target.parent.is_dir():

@@ -21,8 +21,8 @@ from mila_mm.weights.errors import CheckpointError, printable
 
 STEM = 'patch_embed.conv1.conv.weight'
 LAYOUTS = ('state_dict', 'model', 'state_dict_ema')
-ROPE_REASON = 'RoPE tables, computed here'
-EMA_REASON = "averages that mmcv's EMA hook keeps beside the weights"
+_ROPE_REASON = 'RoPE tables, computed here'
+_EMA_REASON = "averages that mmcv's EMA hook keeps beside the weights"
 CLASSIFIER_REASON = 'norm and head of the classifier'
 _ROPE = re.compile(r'(?:.*\.)?layers\.\d+\.blocks\.\d+\.attn\.rope\.rotations')
 _CLASSIFIER = re.compile(r'(norm|head)\.(weight|bias)')
@@ -96,7 +96,7 @@ def to_project(state_dict: Mapping[str, Any]) -> tuple[OrderedDict[str, Any], di
     averaged = {f'ema_{key.replace(".", "_")}' for key in tensors if '.' in key}
     dropped: dict[str, list[str]] = {}
     for key in list(tensors):
-        reason = ROPE_REASON if _ROPE.fullmatch(key) else EMA_REASON if key in averaged else None
+        reason = _ROPE_REASON if _ROPE.fullmatch(key) else _EMA_REASON if key in averaged else None
         if reason:
             dropped.setdefault(reason, []).append(key)
             del tensors[key]

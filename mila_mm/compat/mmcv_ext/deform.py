@@ -1,4 +1,7 @@
-"""Deformable convolution, v1 (Dai et al., 2017) and v2 (Zhu et al., 2019), over torchvision's kernel."""
+"""Deformable convolution, v1 (Dai et al., 2017) and v2 (Zhu et al., 2019), over torchvision's kernel.
+
+mmcv's Python gives tensors by position and everything else by name; so must a call from elsewhere.
+"""
 
 import torch
 from torch import Tensor
@@ -7,23 +10,7 @@ from mila_mm.compat.mmcv_ext.common import hand_over, kernels, widen
 
 
 def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor, **geometry: int
 ) -> None:
     """Deformable convolution v1.
 
@@ -34,20 +21,9 @@ def deform_conv_forward(
         output: (B, O, OH, OW).
         columns: Scratch, unused here.
         ones: Scratch, unused here.
-        kW: Kernel width.
-        kH: Kernel height.
-        dW: Stride across.
-        dH: Stride down.
-        padW: Padding across.
-        padH: Padding down.
-        dilationW: Dilation across.
-        dilationH: Dilation down.
-        group: Channel groups of the convolution.
-        deformable_group: Channel groups that share offsets.
-        im2col_step: Images handled at once in mmcv; torchvision chooses its own.
+        **geometry: See :func:`_geometry_v1`.
     """
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    hand_over(output, _convolve(input, weight, offset, None, None, geometry))
+    hand_over(output, _convolve(input, weight, offset, None, None, _geometry_v1(**geometry)))
 
 
 def deform_conv_backward_input(
@@ -58,45 +34,14 @@ def deform_conv_backward_input(
     gradOffset: Tensor,
     weight: Tensor,
     columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    **geometry: int,
 ) -> None:
-    """Gradients of the deformable convolution v1 by its input and offsets.
+    """Gradients of the deformable convolution v1 by its input and offsets, in the shapes of the forward.
 
     torchvision's kernel yields the gradient of the weight in the same pass. It is left in the scratch
     buffer ``columns``, which mmcv passes on to ``deform_conv_backward_parameters``.
-
-    Args:
-        input: As in the forward.
-        offset: As in the forward.
-        gradOutput: (B, O, OH, OW).
-        gradInput: Output, like ``input``.
-        gradOffset: Output, like ``offset``.
-        weight: As in the forward.
-        columns: Scratch.
-        kW: Kernel width.
-        kH: Kernel height.
-        dW: Stride across.
-        dH: Stride down.
-        padW: Padding across.
-        padH: Padding down.
-        dilationW: Dilation across.
-        dilationH: Dilation down.
-        group: Channel groups of the convolution.
-        deformable_group: Channel groups that share offsets.
-        im2col_step: Unused here.
     """
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    by_input, by_weight, by_offset, _, _ = _gradients(gradOutput, input, weight, offset, None, geometry)
+    by_input, by_weight, by_offset, _, _ = _gradients(gradOutput, input, weight, offset, None, _geometry_v1(**geometry))
     hand_over(gradInput, by_input)
     hand_over(gradOffset, by_offset)
     columns.resize_(by_weight.shape).copy_(by_weight)
@@ -109,48 +54,22 @@ def deform_conv_backward_parameters(
     gradWeight: Tensor,
     columns: Tensor,
     ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
+    *,
     scale: float,
-    im2col_step: int,
+    **geometry: int,
 ) -> None:
-    """Add the gradient of the deformable convolution v1 by its weight to ``gradWeight``.
+    """Add ``scale`` times the gradient of the deformable convolution v1 by its weight to ``gradWeight``.
 
-    Args:
-        input: As in the forward.
-        offset: As in the forward.
-        gradOutput: (B, O, OH, OW).
-        gradWeight: Like the weight; added to.
-        columns: What ``deform_conv_backward_input`` left, if it ran before; emptied.
-        ones: Scratch, unused here.
-        kW: Kernel width.
-        kH: Kernel height.
-        dW: Stride across.
-        dH: Stride down.
-        padW: Padding across.
-        padH: Padding down.
-        dilationW: Dilation across.
-        dilationH: Dilation down.
-        group: Channel groups of the convolution.
-        deformable_group: Channel groups that share offsets.
-        scale: Factor of what is added.
-        im2col_step: Unused here.
+    ``columns`` is what ``deform_conv_backward_input`` left, if it ran before; it is emptied. The other arguments are
+    those of the forward.
     """
     if columns.shape == gradWeight.shape:
         gradWeight.add_(columns, alpha=scale)
         columns.resize_(0)
         return
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     # The gradient by the weight does not depend on the weight's values.
-    by_weight = _gradients(gradOutput, input, torch.zeros_like(gradWeight), offset, None, geometry)[1]
+    weight = torch.zeros_like(gradWeight)
+    by_weight = _gradients(gradOutput, input, weight, offset, None, _geometry_v1(**geometry))[1]
     gradWeight.add_(by_weight, alpha=scale)
 
 
@@ -163,17 +82,9 @@ def modulated_deform_conv_forward(
     mask: Tensor,
     output: Tensor,
     columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
+    *,
     with_bias: bool,
+    **geometry: int,
 ) -> None:
     """Deformable convolution v2: every sample also has a factor.
 
@@ -187,21 +98,12 @@ def modulated_deform_conv_forward(
         mask: (B, deformable_group * kernel_h * kernel_w, OH, OW), the factors. Likewise.
         output: (B, O, OH, OW).
         columns: Scratch, unused here.
-        kernel_h: Kernel height.
-        kernel_w: Kernel width.
-        stride_h: Stride down.
-        stride_w: Stride across.
-        pad_h: Padding down.
-        pad_w: Padding across.
-        dilation_h: Dilation down.
-        dilation_w: Dilation across.
-        group: Channel groups of the convolution.
-        deformable_group: Channel groups that share offsets and factors.
         with_bias: Whether ``bias`` counts.
+        **geometry: See :func:`_geometry_v2`.
     """
-    geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
     offset, mask = (_as_kernel_reads(t, output.shape[2:]) for t in (offset, mask))
-    hand_over(output, _convolve(input, weight, offset, mask, bias if with_bias else None, geometry))
+    bias_or_none = bias if with_bias else None
+    hand_over(output, _convolve(input, weight, offset, mask, bias_or_none, _geometry_v2(**geometry)))
 
 
 def modulated_deform_conv_backward(
@@ -218,6 +120,51 @@ def modulated_deform_conv_backward(
     grad_offset: Tensor,
     grad_mask: Tensor,
     grad_output: Tensor,
+    *,
+    with_bias: bool,
+    **geometry: int,
+) -> None:
+    """All gradients of the deformable convolution v2, in the shapes of the forward; by the bias if ``with_bias``."""
+    offset, mask = (_as_kernel_reads(t, grad_output.shape[2:]) for t in (offset, mask))
+    by_input, by_weight, by_offset, by_mask, by_bias = _gradients(
+        grad_output, input, weight, offset, mask, _geometry_v2(**geometry)
+    )
+    hand_over(grad_input, by_input)
+    hand_over(grad_weight, by_weight)
+    for buffer, gradient in ((grad_offset, by_offset), (grad_mask, by_mask)):
+        if buffer.shape == gradient.shape:
+            hand_over(buffer, gradient)
+        else:  # what the kernel did not read has no gradient
+            buffer.zero_().view(len(buffer), -1)[:, : gradient[0].numel()] = gradient.flatten(1)
+    if with_bias:
+        hand_over(grad_bias, by_bias)
+
+
+def _geometry_v1(
+    *,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> tuple[int, ...]:
+    """Bring mmcv's names for v1 into torchvision's order.
+
+    ``k`` is the kernel's size, ``d`` the stride, W across and H down; ``group`` counts the channel groups of the
+    convolution, ``deformable_group`` those that share offsets. torchvision reads the kernel's size off the weight and
+    chooses itself how many images it handles at once (``im2col_step``).
+    """
+    return dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
+
+
+def _geometry_v2(
+    *,
     kernel_h: int,
     kernel_w: int,
     stride_h: int,
@@ -228,48 +175,9 @@ def modulated_deform_conv_backward(
     dilation_w: int,
     group: int,
     deformable_group: int,
-    with_bias: bool,
-) -> None:
-    """All gradients of the deformable convolution v2.
-
-    Args:
-        input: As in the forward.
-        weight: As in the forward.
-        bias: As in the forward.
-        ones: Scratch, unused here.
-        offset: As in the forward.
-        mask: As in the forward.
-        columns: Scratch, unused here.
-        grad_input: Output, like ``input``.
-        grad_weight: Output, like ``weight``.
-        grad_bias: Output, like ``bias``.
-        grad_offset: Output, like ``offset``.
-        grad_mask: Output, like ``mask``.
-        grad_output: (B, O, OH, OW).
-        kernel_h: Kernel height.
-        kernel_w: Kernel width.
-        stride_h: Stride down.
-        stride_w: Stride across.
-        pad_h: Padding down.
-        pad_w: Padding across.
-        dilation_h: Dilation down.
-        dilation_w: Dilation across.
-        group: Channel groups of the convolution.
-        deformable_group: Channel groups that share offsets and factors.
-        with_bias: Whether ``grad_bias`` is wanted.
-    """
-    geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    offset, mask = (_as_kernel_reads(t, grad_output.shape[2:]) for t in (offset, mask))
-    by_input, by_weight, by_offset, by_mask, by_bias = _gradients(grad_output, input, weight, offset, mask, geometry)
-    hand_over(grad_input, by_input)
-    hand_over(grad_weight, by_weight)
-    for buffer, gradient in ((grad_offset, by_offset), (grad_mask, by_mask)):
-        if buffer.shape == gradient.shape:
-            hand_over(buffer, gradient)
-        else:  # what the kernel did not read has no gradient
-            buffer.zero_().view(len(buffer), -1)[:, : gradient[0].numel()] = gradient.flatten(1)
-    if with_bias:
-        hand_over(grad_bias, by_bias)
+) -> tuple[int, ...]:
+    """Bring mmcv's names for v2 into torchvision's order, as :func:`_geometry_v1` does."""
+    return stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group
 
 
 def _as_kernel_reads(maps: Tensor, size: torch.Size) -> Tensor:

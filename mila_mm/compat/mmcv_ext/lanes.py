@@ -5,8 +5,8 @@ from torch import Tensor
 
 from mila_mm.compat.mmcv_ext.common import widen
 
-OFFSETS = 72  # rows at which a line gives its x
-ROWS_AT_ONCE = 64
+_OFFSETS = 72  # rows at which a line gives its x
+_ROWS_AT_ONCE = 64
 
 
 def line_nms_forward(boxes: Tensor, scores: Tensor, overlap: float, top_k: int) -> list[Tensor]:
@@ -28,8 +28,8 @@ def line_nms_forward(boxes: Tensor, scores: Tensor, overlap: float, top_k: int) 
     Raises:
         ValueError: If the lines have another number of columns.
     """
-    if boxes.shape[1:] != (5 + OFFSETS,):
-        raise ValueError(f'expected lines of shape (N, {5 + OFFSETS}), got {tuple(boxes.shape)}')
+    if boxes.shape[1:] != (5 + _OFFSETS,):
+        raise ValueError(f'expected lines of shape (N, {5 + _OFFSETS}), got {tuple(boxes.shape)}')
     order = scores.argsort(descending=True)
     near = _near(widen(boxes)[order], overlap).cpu()
     count = len(order)
@@ -54,13 +54,13 @@ def line_nms_forward(boxes: Tensor, scores: Tensor, overlap: float, top_k: int) 
 
 def _near(lines: Tensor, limit: float) -> Tensor:
     """Which pairs of lines (N, N) are nearer than ``limit``."""
-    start = (lines[:, 2] * (OFFSETS - 1) + 0.5).to(torch.int64)  # truncated, as in mmcv
+    start = (lines[:, 2] * (_OFFSETS - 1) + 0.5).to(torch.int64)  # truncated, as in mmcv
     end = start + lines[:, 4].to(torch.int64) - 1
-    row = torch.arange(OFFSETS, device=lines.device)
+    row = torch.arange(_OFFSETS, device=lines.device)
     rows = []
-    for part in torch.arange(len(lines), device=lines.device).split(ROWS_AT_ONCE):
+    for part in torch.arange(len(lines), device=lines.device).split(_ROWS_AT_ONCE):
         first = torch.maximum(start[part, None], start[None])
-        last = torch.minimum(end[part, None], end[None]).clamp(max=OFFSETS - 1)
+        last = torch.minimum(end[part, None], end[None]).clamp(max=_OFFSETS - 1)
         shared = (row >= first[..., None]) & (row <= last[..., None])
         distance = ((lines[part, None, 5:] - lines[None, :, 5:]).abs() * shared).sum(-1)
         rows.append((distance < limit * (last - first + 1)) & (last >= first) & (first >= 0))

@@ -10,7 +10,7 @@ from mila_mm.compat.mmcv_ext.common import kernels, widen
 NAIVE, LINEAR, GAUSSIAN = 0, 1, 2
 
 
-def as_float32(threshold: float) -> float:
+def _as_float32(threshold: float) -> float:
     """Round a threshold to float32, as the compiled ops do before they compare.
 
     0.1 in float32 lies above 0.1 in float64: an overlap of exactly 0.1 would otherwise count as greater.
@@ -35,7 +35,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     boxes, scores = boxes.to(dtype), scores.to(dtype)
     if offset:
         boxes = torch.cat((boxes[:, :2], boxes[:, 2:] + offset), dim=1)
-    return kernels.nms(boxes, scores, as_float32(iou_threshold))
+    return kernels.nms(boxes, scores, _as_float32(iou_threshold))
 
 
 def softnms(

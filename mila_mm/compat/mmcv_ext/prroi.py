@@ -6,7 +6,7 @@ from torch import Tensor
 from mila_mm.compat.mmcv_ext.common import hand_over, widen
 from mila_mm.compat.mmcv_ext.sampling import weighted_sum
 
-CELLS_AT_ONCE = 1 << 22
+_CELLS_AT_ONCE = 1 << 22
 
 
 def prroi_pool_forward(
@@ -104,7 +104,7 @@ def _runs(boxes: Tensor, bins: tuple[int, int], scale: float) -> list[slice]:
         return []
     extent = ((boxes[:, 3:] - boxes[:, 1:3]).clamp(min=0) * scale).amax(0)
     per_box = int((extent[0] + 3 * bins[1]).item() * (extent[1] + 3 * bins[0]).item()) + 1
-    step = max(CELLS_AT_ONCE // per_box, 1)
+    step = max(_CELLS_AT_ONCE // per_box, 1)
     return [slice(begin, begin + step) for begin in range(0, len(boxes), step)]
 
 

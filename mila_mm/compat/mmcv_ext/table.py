@@ -9,8 +9,8 @@ from mila_mm.compat.mmcv_ext import attention, boxes, carafe, deform, lanes, los
 from mila_mm.compat.mmcv_ext.common import as_compiled
 from mila_mm.errors import UserError
 
-TORCHVISION = "torchvision's kernel"
-PLAIN = 'plain PyTorch'
+_TORCHVISION = "torchvision's kernel"
+_PLAIN = 'plain PyTorch'
 
 
 class OpNotProvidedError(UserError, NotImplementedError):
@@ -48,68 +48,68 @@ def get_compiling_cuda_version() -> str:
 
 
 OPS: tuple[Op, ...] = (
-    Op(nms.nms, TORCHVISION, 'mmcv; equal scores keep their order'),
+    Op(nms.nms, _TORCHVISION, 'mmcv; equal scores keep their order'),
     Op(nms.softnms, 'NumPy, one vectorised step per kept box: each depends on the one before', 'mmcv, ties included'),
-    Op(nms.nms_match, f'{TORCHVISION} for the kept boxes, {PLAIN} for the groups', 'mmcv'),
-    Op(boxes.bbox_overlaps, PLAIN, 'mmcv'),
+    Op(nms.nms_match, f'{_TORCHVISION} for the kept boxes, {_PLAIN} for the groups', 'mmcv'),
+    Op(boxes.bbox_overlaps, _PLAIN, 'mmcv'),
     Op(
         roi.roi_align_forward,
-        f'average: {TORCHVISION}; max: {PLAIN}',
+        f'average: {_TORCHVISION}; max: {_PLAIN}',
         'mmcv; in max mode a bin without samples gives 0 (mmcv: the smallest float)',
     ),
     Op(
         roi.roi_align_backward,
-        f'average: {TORCHVISION} on CUDA, {PLAIN} (embedding_bag) on CPU and in deterministic mode; max: {PLAIN}',
+        f'average: {_TORCHVISION} on CUDA, {_PLAIN} (embedding_bag) on CPU and in deterministic mode; max: {_PLAIN}',
         'mmcv',
     ),
     Op(
         roi.roi_pool_forward,
-        f'{TORCHVISION}, one bin at a time',
+        f'{_TORCHVISION}, one bin at a time',
         'mmcv (not torchvision, which rounds boxes); a box of negative size passes no gradient',
     ),
-    Op(roi.roi_pool_backward, TORCHVISION, 'mmcv'),
+    Op(roi.roi_pool_backward, _TORCHVISION, 'mmcv'),
     Op(
         losses.sigmoid_focal_loss_forward,
-        PLAIN,
+        _PLAIN,
         'mmcv, and exact where mmcv clamps (logits beyond 16); class weights leave background at 1 (mmcv: undefined)',
     ),
-    Op(losses.sigmoid_focal_loss_backward, PLAIN, 'the derivative of the forward'),
-    Op(losses.softmax_focal_loss_forward, PLAIN, 'mmcv; a target outside the classes costs 0'),
-    Op(losses.softmax_focal_loss_backward, PLAIN, 'mmcv'),
-    Op(deform.deform_conv_forward, TORCHVISION, 'mmcv'),
-    Op(deform.deform_conv_backward_input, TORCHVISION, 'mmcv'),
-    Op(deform.deform_conv_backward_parameters, f'{TORCHVISION}, the same pass as the input gradient', 'mmcv'),
-    Op(deform.modulated_deform_conv_forward, TORCHVISION, 'mmcv'),
-    Op(deform.modulated_deform_conv_backward, TORCHVISION, 'mmcv'),
-    Op(attention.ms_deform_attn_forward, f'{PLAIN} (embedding_bag)', 'mmcv; also on CPU, where mmcv has no kernel'),
-    Op(attention.ms_deform_attn_backward, f'{PLAIN} (embedding_bag)', 'mmcv; also on CPU'),
-    Op(pools.deform_roi_pool_forward, f'{PLAIN} (embedding_bag)', 'mmcv; also on CPU'),
+    Op(losses.sigmoid_focal_loss_backward, _PLAIN, 'the derivative of the forward'),
+    Op(losses.softmax_focal_loss_forward, _PLAIN, 'mmcv; a target outside the classes costs 0'),
+    Op(losses.softmax_focal_loss_backward, _PLAIN, 'mmcv'),
+    Op(deform.deform_conv_forward, _TORCHVISION, 'mmcv'),
+    Op(deform.deform_conv_backward_input, _TORCHVISION, 'mmcv'),
+    Op(deform.deform_conv_backward_parameters, f'{_TORCHVISION}, the same pass as the input gradient', 'mmcv'),
+    Op(deform.modulated_deform_conv_forward, _TORCHVISION, 'mmcv'),
+    Op(deform.modulated_deform_conv_backward, _TORCHVISION, 'mmcv'),
+    Op(attention.ms_deform_attn_forward, f'{_PLAIN} (embedding_bag)', 'mmcv; also on CPU, where mmcv has no kernel'),
+    Op(attention.ms_deform_attn_backward, f'{_PLAIN} (embedding_bag)', 'mmcv; also on CPU'),
+    Op(pools.deform_roi_pool_forward, f'{_PLAIN} (embedding_bag)', 'mmcv; also on CPU'),
     Op(
         pools.deform_roi_pool_backward,
-        f'{PLAIN} (embedding_bag)',
+        f'{_PLAIN} (embedding_bag)',
         'the derivative of the forward; also on CPU. mmcv differs for offsets of samples within one cell of the border',
     ),
-    Op(prroi.prroi_pool_forward, f'{PLAIN} (embedding_bag)', 'mmcv; also on CPU'),
-    Op(prroi.prroi_pool_backward, f'{PLAIN} (embedding_bag)', 'mmcv; also on CPU'),
-    Op(prroi.prroi_pool_coor_backward, f'{PLAIN} (embedding_bag)', 'the derivative of the forward; also on CPU'),
-    Op(pools.border_align_forward, PLAIN, 'mmcv; also on CPU'),
-    Op(pools.border_align_backward, PLAIN, 'mmcv; also on CPU'),
-    Op(carafe.carafe_forward, PLAIN, 'mmcv; also on CPU'),
-    Op(carafe.carafe_backward, PLAIN, 'mmcv; also on CPU'),
-    Op(carafe.carafe_naive_forward, PLAIN, 'mmcv; also on CPU'),
-    Op(carafe.carafe_naive_backward, PLAIN, 'mmcv (whose Python accepts gradients on CUDA only)'),
-    Op(masks.masked_im2col_forward, PLAIN, 'mmcv; also on CPU'),
-    Op(masks.masked_col2im_forward, PLAIN, 'mmcv; also on CPU'),
-    Op(masks.psamask_forward, PLAIN, 'mmcv'),
-    Op(masks.psamask_backward, PLAIN, 'mmcv'),
-    Op(norm.sync_bn_forward_mean, PLAIN, 'mmcv; also on CPU'),
-    Op(norm.sync_bn_forward_var, PLAIN, 'mmcv; also on CPU'),
-    Op(norm.sync_bn_forward_output, PLAIN, 'mmcv; also on CPU'),
-    Op(norm.sync_bn_backward_param, PLAIN, 'mmcv; also on CPU'),
-    Op(norm.sync_bn_backward_data, PLAIN, 'mmcv; also on CPU'),
+    Op(prroi.prroi_pool_forward, f'{_PLAIN} (embedding_bag)', 'mmcv; also on CPU'),
+    Op(prroi.prroi_pool_backward, f'{_PLAIN} (embedding_bag)', 'mmcv; also on CPU'),
+    Op(prroi.prroi_pool_coor_backward, f'{_PLAIN} (embedding_bag)', 'the derivative of the forward; also on CPU'),
+    Op(pools.border_align_forward, _PLAIN, 'mmcv; also on CPU'),
+    Op(pools.border_align_backward, _PLAIN, 'mmcv; also on CPU'),
+    Op(carafe.carafe_forward, _PLAIN, 'mmcv; also on CPU'),
+    Op(carafe.carafe_backward, _PLAIN, 'mmcv; also on CPU'),
+    Op(carafe.carafe_naive_forward, _PLAIN, 'mmcv; also on CPU'),
+    Op(carafe.carafe_naive_backward, _PLAIN, 'mmcv (whose Python accepts gradients on CUDA only)'),
+    Op(masks.masked_im2col_forward, _PLAIN, 'mmcv; also on CPU'),
+    Op(masks.masked_col2im_forward, _PLAIN, 'mmcv; also on CPU'),
+    Op(masks.psamask_forward, _PLAIN, 'mmcv'),
+    Op(masks.psamask_backward, _PLAIN, 'mmcv'),
+    Op(norm.sync_bn_forward_mean, _PLAIN, 'mmcv; also on CPU'),
+    Op(norm.sync_bn_forward_var, _PLAIN, 'mmcv; also on CPU'),
+    Op(norm.sync_bn_forward_output, _PLAIN, 'mmcv; also on CPU'),
+    Op(norm.sync_bn_backward_param, _PLAIN, 'mmcv; also on CPU'),
+    Op(norm.sync_bn_backward_data, _PLAIN, 'mmcv; also on CPU'),
     Op(
         lanes.line_nms_forward,
-        PLAIN,
+        _PLAIN,
         'CLRNet; also on CPU. mmcv compares by score on one side of a pair and by position on the other',
     ),
 )
@@ -198,7 +198,7 @@ NOT_PROVIDED: dict[str, tuple[str, ...]] = {
 }
 
 
-def not_provided(name: str) -> Callable[..., NoReturn]:
+def _not_provided(name: str) -> Callable[..., NoReturn]:
     """Make the function that stands for an op which is not provided.
 
     Args:
@@ -230,11 +230,11 @@ def populate(module: ModuleType) -> None:
     module.get_compiler_version = get_compiler_version
     module.get_compiling_cuda_version = get_compiling_cuda_version
     for name in (name for family in NOT_PROVIDED.values() for name in family):
-        setattr(module, name, not_provided(name))
+        setattr(module, name, _not_provided(name))
 
     def __getattr__(name: str) -> Callable[..., NoReturn]:
         if name.startswith('_'):
             raise AttributeError(f"module '{module.__name__}' has no attribute {name!r}")
-        return not_provided(name)
+        return _not_provided(name)
 
     module.__getattr__ = __getattr__

@@ -213,7 +213,7 @@ def _watch(handler: logging.FileHandler) -> None:
     handler.handleError = handle  # type: ignore[method-assign]
 
 
-class NamedLoading:
+class _NamedLoading:
     """A loading transform that tells which file it failed on, also from a dataloader's worker.
 
     Args:
@@ -257,8 +257,8 @@ def name_unreadable_files(dataset: Any) -> None:
         transforms = getattr(getattr(inner, 'pipeline', None), 'transforms', None)
         if isinstance(transforms, list):
             for index, transform in enumerate(transforms):
-                if type(transform).__name__.startswith('Load') and not isinstance(transform, NamedLoading):
-                    transforms[index] = NamedLoading(transform)
+                if type(transform).__name__.startswith('Load') and not isinstance(transform, _NamedLoading):
+                    transforms[index] = _NamedLoading(transform)
 
 
 def _datasets_in(dataset: Any) -> Iterator[Any]:

@@ -59,7 +59,7 @@ def load_config(name: str, cfg_options: Sequence[str] = (), import_custom_module
         raise UserError(f'config {name} builds on a file that does not exist: {one_line(error)}') from error
     except Exception as error:  # a config is a program of the user's: whatever it raises is an error in it
         raise UserError(f'config {name} cannot be read: {type(error).__name__}: {one_line(error)}') from error
-    merge_cfg_options(cfg, cfg_options)
+    _merge_cfg_options(cfg, cfg_options)
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
         raise UserError(f"config {name} has no model with a 'type': it is a fragment for _base_, or not a config")
     return cfg
@@ -88,7 +88,7 @@ def resolve_config(name: str) -> Path:
         raise UserError(f'config {name}: unknown package {scope!r}, expected one of {", ".join(SCOPES)}')
     spec = importlib.util.find_spec(scope)
     if spec is None or spec.origin is None:
-        raise UserError(f'config {name} needs the package {scope}, which is not installed: {install_hint()}')
+        raise UserError(f'config {name} needs the package {scope}, which is not installed: {_install_hint()}')
     root = Path(spec.origin).parent / '.mim' / 'configs'
     path = root / (inner if inner.endswith('.py') else f'{inner}.py')
     if not path.is_file():
@@ -121,7 +121,7 @@ def parse_cfg_options(items: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def merge_cfg_options(cfg: Config, items: Sequence[str]) -> None:
+def _merge_cfg_options(cfg: Config, items: Sequence[str]) -> None:
     """Apply overrides to a config in place.
 
     A first part of a key that neither the config nor the runner knows is refused: it would
@@ -172,7 +172,7 @@ def scope_of(cfg: Config) -> str:
             "Set default_scope='mmdet', default_scope='mmseg' or default_scope='mmpretrain' in it."
         )
     if importlib.util.find_spec(scope) is None:
-        raise UserError(f'the config needs the package {scope}, which is not installed: {install_hint()}')
+        raise UserError(f'the config needs the package {scope}, which is not installed: {_install_hint()}')
     return scope
 
 
@@ -192,7 +192,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + '...'
 
 
-def install_hint() -> str:
+def _install_hint() -> str:
     """Return how to install what is missing.
 
     Returns:

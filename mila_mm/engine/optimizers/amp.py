@@ -55,7 +55,7 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
         # Not the parent's: it refuses to be made on a CPU, and makes a scaler for a GPU.
         OptimWrapper.__init__(self, **kwargs)
         self.device_type = get_device()
-        self.cast_dtype = parse_dtype(dtype) if dtype is not None else default_dtype(self.device_type)
+        self.cast_dtype = _parse_dtype(dtype) if dtype is not None else default_dtype(self.device_type)
         self._scale_update_param: float | None = None
         options: dict[str, Any] = {}
         if isinstance(loss_scale, dict):
@@ -115,7 +115,7 @@ def _scaler_type(use_fsdp: bool) -> type:
     return torch.amp.GradScaler
 
 
-def parse_dtype(dtype: str | torch.dtype, where: str = 'optim_wrapper.dtype') -> torch.dtype:
+def _parse_dtype(dtype: str | torch.dtype, where: str = 'optim_wrapper.dtype') -> torch.dtype:
     """Turn a name of a 16-bit dtype into the dtype.
 
     Args:
@@ -166,7 +166,7 @@ def configured_amp(cfg: Config) -> str | None:
         return None
     if amp is True or amp == 'auto':
         return 'auto'
-    parse_dtype(amp, "amp (expected True, 'auto', 'bf16' or 'fp16')")
+    _parse_dtype(amp, "amp (expected True, 'auto', 'bf16' or 'fp16')")
     return str(amp)
 
 
@@ -209,7 +209,7 @@ def check_precision(cfg: Config) -> None:
         )
     if kind != AMP_WRAPPER or wrapper.get('dtype') is None:
         return
-    dtype = parse_dtype(wrapper.dtype)
+    dtype = _parse_dtype(wrapper.dtype)
     if dtype == torch.float16 and not has_accelerator:
         raise UserError(
             f'--amp-dtype fp16 needs a GPU, and torch finds none here\nOn the CPU {advice}; what '

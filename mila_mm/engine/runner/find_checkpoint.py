@@ -59,7 +59,7 @@ def candidates(cfg: Config) -> list[Path]:
         for entry in sorted(folder.glob('*')) if folder.is_dir() else []:
             if any(re.fullmatch(re.escape(template).replace(r'\{\}', r'\d+'), entry.name) for template in templates):
                 found.append(entry.absolute())
-    named = last_saved(work_dir)
+    named = _last_saved(work_dir)
     if named and '://' not in named:
         # a work folder that was moved: the name counts, not where it was
         moved = (work_dir / Path(named).name).absolute()
@@ -69,7 +69,7 @@ def candidates(cfg: Config) -> list[Path]:
     return found
 
 
-def last_saved(work_dir: str | Path) -> str | None:
+def _last_saved(work_dir: str | Path) -> str | None:
     """Read ``last_checkpoint``.
 
     Args:
@@ -132,7 +132,7 @@ def settle_resume(runner: Any) -> None:
     """
     if not runner._resume or runner._load_from is not None:
         return
-    remote = last_saved(runner.work_dir)
+    remote = _last_saved(runner.work_dir)
     if remote and '://' in remote:
         runner._load_from = remote
         return

@@ -187,8 +187,9 @@ def test_empty_batch(stand_in: ModuleType) -> None:
     # mmcv's Python refuses an empty batch; the op itself, called directly, does not.
     maps, weight, nothing = torch.zeros(0, 4, 5, 5), torch.randn(6, 4, 3, 3), torch.zeros(0)
     offset, mask, output = torch.zeros(0, 18, 5, 5), torch.zeros(0, 9, 5, 5), torch.zeros(0, 6, 5, 5)
-    geometry = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1, False)
-    stand_in.modulated_deform_conv_forward(maps, weight, nothing, nothing, offset, mask, output, nothing, *geometry)
+    ones = ('stride_h', 'stride_w', 'pad_h', 'pad_w', 'dilation_h', 'dilation_w', 'group', 'deformable_group')
+    geometry = dict(kernel_h=3, kernel_w=3, **dict.fromkeys(ones, 1), with_bias=False)
+    stand_in.modulated_deform_conv_forward(maps, weight, nothing, nothing, offset, mask, output, nothing, **geometry)
     assert output.shape == (0, 6, 5, 5)
 
 
