@@ -53,7 +53,16 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
         action='store_true',
         help='stop at the first loss or gradient that is not finite, and name the module that it comes from',
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        '--max-nonfinite',
+        type=int,
+        metavar='N',
+        help='end with status 65 after N losses in a row that are NaN or infinite [10]',
+    )
+    args = parser.parse_args(argv)
+    if args.max_nonfinite is not None and args.max_nonfinite < 1:
+        parser.error(f'--max-nonfinite: expected a number of iterations above 0, got {args.max_nonfinite}')
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,6 +90,7 @@ def _train(args: cli.argparse.Namespace, stop: StopRequest) -> None:
         auto_scale_lr=args.auto_scale_lr,
         tensorboard=args.tensorboard,
         debug_nonfinite=args.debug_nonfinite,
+        max_nonfinite=args.max_nonfinite,
         launcher=args.launcher,
         cfg_options=args.cfg_options,
         stop=stop,

@@ -109,9 +109,9 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         argv: Arguments without the name of the program. Defaults to None.
 
     Returns:
-        The exit status: 0; 2 after a mistake of the user's; 130 after Ctrl-C; 75 after another signal that asked a
-        training to stop, which then continues from what it saved. Of a job that was stopped, rank 0 tells so, and the
-        other ranks end with 0.
+        The exit status: 0; 2 after a mistake of the user's; 65 after a training that diverged; 130 after Ctrl-C;
+        75 after another signal that asked a training to stop, which then continues from what it saved. Of a job
+        that was stopped, rank 0 tells so, and the other ranks end with 0.
     """
     for category, message in _NOISE:
         warnings.filterwarnings('ignore', message=message, category=category)
@@ -129,7 +129,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
             time.sleep(_FIRST_WORD)
         who = 'error' if rank is None else f'error (rank {rank})'
         sys.stderr.write(f'{who}: {user_message(error)}\n')
-        return EXIT_USER_ERROR
+        return error.exit_code
     except Stopped as stopped:
         rank = _rank()
         saved = stopped.checkpoint is not None

@@ -2,6 +2,7 @@
 
 from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.hooks.checkpoint import CheckpointHook
+from mila_mm.engine.hooks.divergence import DivergenceHook
 from mila_mm.engine.hooks.draw_predictions import PredictionDrawHook
 from mila_mm.engine.hooks.mesa import MESAHook
 from mila_mm.engine.hooks.nonfinite import NonFiniteHook
@@ -19,6 +20,7 @@ from mila_mm.engine.training import train
 __all__ = [
     'AmpOptimWrapper',
     'CheckpointHook',
+    'DivergenceHook',
     'DumpSegResults',
     'EpochBasedTrainLoop',
     'FullyShardedModel',

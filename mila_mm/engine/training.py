@@ -33,6 +33,7 @@ def train(
     auto_scale_lr: bool = False,
     tensorboard: bool = False,
     debug_nonfinite: bool = False,
+    max_nonfinite: int | None = None,
     launcher: str = 'none',
     cfg_options: Sequence[str] = (),
     stop: StopRequest | None = None,
@@ -50,6 +51,7 @@ def train(
         tensorboard: Whether to log for TensorBoard as well. Defaults to False.
         debug_nonfinite: Whether to stop at a loss or gradient that is not finite, and say where it comes from.
             Defaults to False.
+        max_nonfinite: Number of losses in a row that end the run when they are not finite. Defaults to 10.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
         cfg_options: Overrides as ``key.of.entry=value``.
         stop: What :func:`mila_mm.stopping.stop_signals` gives, for signals to save and stop. Defaults to None.
@@ -77,6 +79,8 @@ def train(
     if tensorboard:
         _add_tensorboard(cfg)
     check_data(cfg, ['train', 'val'] if cfg.get('val_cfg') else ['train'])
+    if max_nonfinite is not None:
+        _set_max_nonfinite(cfg, max_nonfinite)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
     make_safe(cfg)
@@ -132,6 +136,13 @@ def _use_auto_scale_lr(cfg: Config) -> None:
             'Add it: --cfg-options auto_scale_lr.base_batch_size=16'
         )
     cfg.auto_scale_lr.enable = True
+
+
+def _set_max_nonfinite(cfg: Config, number: int) -> None:
+    """Let the run end after so many losses in a row that are not finite."""
+    hook, hooks = 'DivergenceHook', cfg.get('custom_hooks') or []
+    others = [each for each in hooks if not isinstance(each, dict) or each.get('type') not in (hook, f'mila_mm.{hook}')]
+    cfg.custom_hooks = [*others, dict(type=f'mila_mm.{hook}', max_nonfinite=number)]
 
 
 def _add_tensorboard(cfg: Config) -> None:

@@ -58,3 +58,29 @@ def test_a_signal_while_the_model_is_built_leaves_nothing(command, segmentor, wo
     assert ended.status == 75
     assert 'before the training began' in ended.err
     assert not (workspace / 'run').exists()
+
+
+def test_a_run_that_diverges_keeps_its_last_sound_checkpoint(command, segmentor, workspace, monkeypatch) -> None:
+    from mmengine.model import BaseModel
+
+    parse = BaseModel.parse_losses
+
+    def broken_from_the_fourth(self: BaseModel, losses: dict) -> tuple:
+        total, parts = parse(self, losses)
+        seen.append(total)
+        if len(seen) < 4:
+            return total, parts
+        return total * float('nan'), dict(parts, loss=total * float('nan'))
+
+    options = ['train_cfg.max_iters=9', 'train_cfg.val_interval=9', 'default_hooks.checkpoint.interval=1']
+    options += ['default_hooks.checkpoint.max_keep_ckpts=1']
+    for more in ([], ['--max-nonfinite', 2]):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(BaseModel, 'parse_losses', broken_from_the_fourth)
+            ended = command(TRAIN, segmentor, '--work-dir', 'run', *more, '--cfg-options', *options)
+        assert ended.status == 65, ended.err
+        assert len(ended.err.splitlines()) == 2 and 'iter_3.pth' in ended.err
+        assert [path.name for path in (workspace / 'run').glob('*.pth')] == ['iter_3.pth']
+    assert command(TRAIN, segmentor, '--work-dir', 'run', '--resume', '--cfg-options', *options).status == 0
+    assert all(value.isfinite().all() for value in weights(workspace / 'run/iter_9.pth').values())

@@ -109,8 +109,10 @@ def make_safe(cfg: Config) -> None:
 
 def _use_hooks(cfg: Config) -> None:
     hooks = list(cfg.get('custom_hooks') or [])
-    if not any(isinstance(hook, dict) and hook.get('type') == 'mila_mm.ResumeStateHook' for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='mila_mm.ResumeStateHook')]
+    for kind in ('mila_mm.ResumeStateHook', 'mila_mm.DivergenceHook'):
+        if not any(isinstance(hook, dict) and hook.get('type') in (kind, kind[8:]) for hook in hooks):
+            hooks.append(dict(type=kind))
+    cfg.custom_hooks = hooks
     default = cfg.get('default_hooks') or {}
     checkpoint = default.get('checkpoint', dict(type='CheckpointHook', interval=1))
     if isinstance(checkpoint, dict) and _own_name(checkpoint.get('type')) == 'CheckpointHook':

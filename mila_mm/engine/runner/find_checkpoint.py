@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mila_mm.engine.config.load import one_line
 from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE, checkpoint_folders
+from mila_mm.engine.runner.finite import broken_weights
 from mila_mm.errors import UserError
 from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file import container
@@ -112,6 +113,9 @@ def newest_readable(
             _check_whole(path)
             if model is not None and path.is_file():
                 load_checkpoint_into(model, read_checkpoint(path), f'checkpoint {path}', strict)
+                broken = broken_weights(model)
+                if broken:
+                    raise CheckpointError(f'{path}: {len(broken)} weights are not finite ({listed(broken, 2)})')
         except (UserError, OSError) as error:
             skipped.append(Skipped(path, _reason(error, path)))
         else:

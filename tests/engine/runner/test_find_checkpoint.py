@@ -75,6 +75,12 @@ def test_an_epoch_that_is_complete_comes_before_the_same_iteration_inside_it(tmp
     assert newest_readable([inside, whole])[0] == whole
 
 
+def broken() -> nn.Module:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.bias, float('nan'))
+    return model
+
+
 def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
@@ -119,6 +125,7 @@ DAMAGE = {
         'which iteration',
     ),
     'another model': (lambda path: write(path, 9, model=nn.Linear(3, 2)), 'does not fit'),
+    'a weight that is no number': (lambda path: write(path, 9, model=broken()), '1 weights are not finite'),
     'a model with more': (lambda path: write(path, 9, model=nn.Sequential(nn.Linear(2, 2))), 'does not fit'),
 }
 
