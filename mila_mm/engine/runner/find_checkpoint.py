@@ -60,7 +60,7 @@ def candidates(cfg: Config) -> list[Path]:
         for entry in sorted(folder.glob('*')) if folder.is_dir() else []:
             if any(re.fullmatch(re.escape(template).replace(r'\{\}', r'\d+'), entry.name) for template in templates):
                 found.append(entry.absolute())
-    named = _last_saved(work_dir)
+    named = last_saved(work_dir)
     if named and '://' not in named:
         # a work folder that was moved: the name counts, not where it was
         moved = (work_dir / Path(named).name).absolute()
@@ -70,7 +70,7 @@ def candidates(cfg: Config) -> list[Path]:
     return found
 
 
-def _last_saved(work_dir: str | Path) -> str | None:
+def last_saved(work_dir: str | Path) -> str | None:
     """Read ``last_checkpoint``.
 
     Args:
@@ -136,7 +136,7 @@ def settle_resume(runner: Any) -> None:
     """
     if not runner._resume or runner._load_from is not None:
         return
-    remote = _last_saved(runner.work_dir)
+    remote = last_saved(runner.work_dir)
     if remote and '://' in remote:
         runner._load_from = remote
         return
