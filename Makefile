@@ -71,7 +71,7 @@ GPU_BENCHMARKS = attention_op block_fusions backbone
 gpu-check:
 	$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu-check needs a CUDA device")'
 	@worst=0; \
-	for step in "-m pytest -m gpu $(GPU_TESTS)" $(GPU_BENCHMARKS:%="benchmarks/%.py $(BENCHMARK_FLAGS)"); do \
+	for step in "-m pytest -m gpu $(GPU_TESTS)" $(GPU_BENCHMARKS:%="-m benchmarks.% $(BENCHMARK_FLAGS)"); do \
 	  echo "$(PYTHON) $$step"; \
 	  $(PYTHON) $$step; status=$$?; \
 	  if [ $$status -ne 0 ]; then echo "gpu-check: $$step ended with $$status" >&2; fi; \
@@ -80,11 +80,11 @@ gpu-check:
 
 # What a GPU has to show of training: memory, throughput of a detector against other backbones, 500 steps in each precision.
 gpu-scale: $(READY)
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/memory.py --docs
-	$(BIN)/python benchmarks/tiled.py && $(BIN)/python benchmarks/tiled.py --docs
-	$(BIN)/python benchmarks/detector_step.py
-	$(BIN)/python benchmarks/precision_curves.py --out benchmarks/results/precision_curves_gpu.json \
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.memory --docs
+	$(BIN)/python -m benchmarks.tiled && $(BIN)/python -m benchmarks.tiled --docs
+	$(BIN)/python -m benchmarks.detector_step
+	$(BIN)/python -m benchmarks.precision_curves --out benchmarks/results/precision_curves_gpu.json \
 	  --plot docs/images/precision_curves_gpu.png
 
 clean:

@@ -1,9 +1,9 @@
 """Time and memory of the attention op on a GPU, against a transcription of its formula, eager and compiled.
 
-    python benchmarks/attention_op.py                         # everything, to benchmarks/results/attention_op.json
-    python benchmarks/attention_op.py --sizes 800x1280x1 --dtypes bf16 --stages 1
-    python benchmarks/attention_op.py --resume                # what an interrupted run has not measured
-    python benchmarks/report.py benchmarks/results/attention_op.json      # the table and the plot
+    python -m benchmarks.attention_op                         # everything, to benchmarks/results/attention_op.json
+    python -m benchmarks.attention_op --sizes 800x1280x1 --dtypes bf16 --stages 1
+    python -m benchmarks.attention_op --resume                # what an interrupted run has not measured
+    python -m benchmarks.report benchmarks/results/attention_op.json      # the table and the plot
 
 What is timed is what the op covers: from the output of the qk projection to the product with the gate. Before any
 timing each implementation's output and gradients are held to an fp64 reference on a smaller map; one that fails is not
@@ -24,12 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-import measure  # noqa: E402
-from transcription import rope  # noqa: E402
-
-from mila_mm.ops import mila_attention, mila_attention_reference, why_not_triton  # noqa: E402
+from benchmarks import measure
+from benchmarks.transcription import rope
+from mila_mm.ops import mila_attention, mila_attention_reference, why_not_triton
 
 # Image height, width, batch; maps of the stages are a 4th, 8th, 16th and 32nd of it.
 SIZES = ((224, 224, 64), (800, 1280, 1), (800, 1280, 2), (800, 1280, 8), (512, 2048, 2), (2048, 2048, 1))

@@ -1,8 +1,8 @@
 """A whole MILA backbone on a GPU: step time and peak memory, against a transcription, eager and compiled.
 
-    python benchmarks/backbone.py                             # MILA-T, to benchmarks/results/backbone.json
-    python benchmarks/backbone.py --resume                    # what an interrupted run has not measured
-    python benchmarks/report.py benchmarks/results/backbone.json
+    python -m benchmarks.backbone                             # MILA-T, to benchmarks/results/backbone.json
+    python -m benchmarks.backbone --resume                    # what an interrupted run has not measured
+    python -m benchmarks.report benchmarks/results/backbone.json
 
 Training is forward and backward under autocast, without an optimizer. ``ours-fused`` is ours with ``fused=True``. All
 share their weights, and their outputs are compared before any timing. Needs neither mmengine nor mmcv:
@@ -21,11 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-import measure  # noqa: E402
-from attention_op import SIZES, size  # noqa: E402
-from transcription import TranscribedMILA  # noqa: E402
+from benchmarks import measure
+from benchmarks.attention_op import SIZES, size
+from benchmarks.transcription import TranscribedMILA
 
 # Root mean square difference between the maps of two implementations in one dtype.
 LIMITS = {'bf16': 5e-2, 'fp16': 1e-2, 'fp32': 1e-4}

@@ -1,7 +1,7 @@
 """MILA on a CPU against the plain transcription of its formulas: time forward, and forward + backward.
 
-    python benchmarks/backbone_cpu.py                       # tiny at 512 x 512, 2 threads
-    python benchmarks/backbone_cpu.py --arch base --size 800 1280 --threads 8
+    python -m benchmarks.backbone_cpu                       # tiny at 512 x 512, 2 threads
+    python -m benchmarks.backbone_cpu --arch base --size 800 1280 --threads 8
 
 Both run on the same weights and their outputs are compared before any timing. Rounds alternate between the two, so that
 a noisy machine disturbs both; the ratio is the median of the rounds' ratios.
@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-from transcription import TranscribedMILA  # noqa: E402
+from benchmarks.transcription import TranscribedMILA
+from mila_mm.models import MILATrunk
 
-from mila_mm.models import MILATrunk  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def forward(model: nn.Module, image: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Time and memory of the block's fusions on a GPU, each against its modules one after the other, eager and compiled.
 
-    python benchmarks/block_fusions.py                        # everything, to benchmarks/results/block_fusions.json
-    python benchmarks/block_fusions.py --fusions cpe_norm --sizes 800x1280x2 --stages 1
-    python benchmarks/block_fusions.py --resume               # what an interrupted run has not measured
-    python benchmarks/report.py benchmarks/results/block_fusions.json --dtype bf16
+    python -m benchmarks.block_fusions                        # everything, to benchmarks/results/block_fusions.json
+    python -m benchmarks.block_fusions --fusions cpe_norm --sizes 800x1280x2 --stages 1
+    python -m benchmarks.block_fusions --resume               # what an interrupted run has not measured
+    python -m benchmarks.report benchmarks/results/block_fusions.json --dtype bf16
 
 16 bits are those of autocast with fp32 weights, on tokens of 16 bits, as in training. Before any timing outputs and
 gradients are held to fp64. ``fused=`` of the models stays off unless a fusion wins here: the last lines say so, for
@@ -25,13 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-import measure  # noqa: E402
-from attention_op import DTYPES, SIZES, percent_of_copy, size  # noqa: E402
-from attention_op import describe as describe_stage  # noqa: E402
-
-from mila_mm.ops import cpe_norm, dwc_silu, why_not_triton_stencil  # noqa: E402
+from benchmarks import measure
+from benchmarks.attention_op import DTYPES, SIZES, percent_of_copy, size
+from benchmarks.attention_op import describe as describe_stage
+from mila_mm.ops import cpe_norm, dwc_silu, why_not_triton_stencil
 
 # Passes over a (B, N, C) tensor. cpe_norm: x, x', y, and backward x', dy, dx', g; g, x, dx. dwc_silu: x, u, and
 # backward x, du, g; g, x, dx. The projections, as if products were free: y and both results, and their gradients.

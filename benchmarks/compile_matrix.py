@@ -3,8 +3,8 @@
 The launchers run on small CPU tensors with every kernel replaced by a recorder, so what is compiled is exactly what a
 GPU would be given: settings, constants, argument types and what Triton specialises on. ptxas comes with Triton.
 
-    python benchmarks/compile_matrix.py --out benchmarks/results/compile_matrix.json           # everything
-    python benchmarks/compile_matrix.py --quick                                                 # heads of 32 channels
+    python -m benchmarks.compile_matrix --out benchmarks/results/compile_matrix.json           # everything
+    python -m benchmarks.compile_matrix --quick                                                 # heads of 32 channels
 
 Exits with 1 where a kernel does not compile, spills registers or, with heads of 32 channels, does not load 128 bits
 at a time.
@@ -36,14 +36,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-import measure  # noqa: E402
-
-from mila_mm.ops.attention import backward_kernels, forward_kernels, launch, lepe_kernels  # noqa: E402
-from mila_mm.ops.stencil import kernels as stencil_kernels  # noqa: E402
-from mila_mm.ops.stencil import launch as stencil_launch  # noqa: E402
-from mila_mm.ops.triton import configs  # noqa: E402
+from benchmarks import measure
+from mila_mm.ops.attention import backward_kernels, forward_kernels, launch, lepe_kernels
+from mila_mm.ops.stencil import kernels as stencil_kernels
+from mila_mm.ops.stencil import launch as stencil_launch
+from mila_mm.ops.triton import configs
 
 CAPABILITIES = (80, 90, 100)
 # Name, dtype of the activations, matrix products.

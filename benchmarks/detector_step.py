@@ -1,7 +1,7 @@
 """Training steps of Mask R-CNN per second with different backbones in the same detector, in one run.
 
-    python benchmarks/detector_step.py                                               # 800 x 1333, B=2, on a GPU
-    python benchmarks/detector_step.py --image 96 128 --runs 2 --narrow --threads 2  # a trial on a CPU
+    python -m benchmarks.detector_step                                               # 800 x 1333, B=2, on a GPU
+    python -m benchmarks.detector_step --image 96 128 --runs 2 --narrow --threads 2  # a trial on a CPU
 
 mmdet's Mask R-CNN with FPN on random images with eight boxes and masks each: preprocessing, forward, losses, backward
 and AdamW, under autocast unless fp32 is asked for; no data loading, no distribution. ResNet-50 and Swin-T are mmdet's,
@@ -19,18 +19,17 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+import mila_mm  # noqa: F401 - before anything imports mmcv
+from benchmarks import measure
+from benchmarks.backbone_cpu import machine as cpu_machine
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-
-import measure  # noqa: E402
-import torch  # noqa: E402
-from backbone_cpu import machine as cpu_machine  # noqa: E402
-from mmengine.config import Config, ConfigDict  # noqa: E402
-from mmengine.optim import OptimWrapper  # noqa: E402
-from mmengine.registry import MODELS, DefaultScope  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-import mila_mm  # noqa: E402, F401 - before anything imports mmcv
 
 BACKBONES: dict[str, dict[str, Any]] = {
     'MILA-T': dict(backbone=dict(type='mila_mm.MILA', arch='tiny', drop_path_rate=0.1), widths=[64, 128, 256, 512]),

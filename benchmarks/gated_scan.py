@@ -1,6 +1,6 @@
 """The scan with a forget gate against the recurrence token by token, forward + backward on a CPU.
 
-    python benchmarks/gated_scan.py                         # N = 3136, C = 96, 3 heads of d = 32, batch 8, 2 threads
+    python -m benchmarks.gated_scan                         # N = 3136, C = 96, 3 heads of d = 32, batch 8, 2 threads
 
 Two recurrences: the reference of the package, which indexes a token of its inputs at each step, and the same with the
 inputs unbound into tokens first, which spares autograd the gradients of the indexing. Results are compared before any
@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-from backbone_cpu import machine  # noqa: E402
+from benchmarks.backbone_cpu import machine
+from mila_mm.ops import gated_linear_attention, gated_linear_attention_reference
 
-from mila_mm.ops import gated_linear_attention, gated_linear_attention_reference  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 Operator = Callable[..., Tensor]
 

@@ -4,10 +4,10 @@ A kernel that reads and writes few bytes for an element must also issue few inst
 and not the memory decide its speed. This bounds what a kernel can reach of a GPU's copy bandwidth; it says nothing of
 latencies, so a measurement can only be lower.
 
-    python benchmarks/instruction_count.py                       # bf16 on sm_90, heads of 32 channels
-    python benchmarks/instruction_count.py --capability 80 --mode fp16 --sms 108 --ghz 1.41 --tb-per-s 1.7
-    python benchmarks/instruction_count.py --lines output        # one kernel, by line of its source
-    python benchmarks/instruction_count.py --out benchmarks/results/instruction_count.json --docs docs/attention_op.md
+    python -m benchmarks.instruction_count                       # bf16 on sm_90, heads of 32 channels
+    python -m benchmarks.instruction_count --capability 80 --mode fp16 --sms 108 --ghz 1.41 --tb-per-s 1.7
+    python -m benchmarks.instruction_count --lines output        # one kernel, by line of its source
+    python -m benchmarks.instruction_count --out benchmarks/results/instruction_count.json --docs docs/attention_op.md
 
 The defaults for clock, multiprocessors and copy bandwidth are an H200's: 132, 1.755 GHz under load, 4.3 TB/s.
 """
@@ -23,11 +23,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import compile_matrix as matrix
-import measure
 import triton
 from triton.backends.nvidia import compiler as nvidia
 
+from benchmarks import compile_matrix as matrix
+from benchmarks import measure
 from mila_mm.ops.triton import configs
 
 TOKENS = 64000

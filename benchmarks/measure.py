@@ -6,7 +6,6 @@ import argparse
 import datetime
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mila_mm.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -148,9 +149,7 @@ def out_of_memory_as_none(function: Callable[[], Any]) -> Any:
 def write(path: Path, document: dict[str, Any]) -> None:
     """Write a result as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    part.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
-    os.replace(part, path)
+    write_whole(path, json.dumps(document, indent=1) + '\n')
 
 
 def save(path: Path, document: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Memory of one training step of the backbone by image size, with and without checkpointing and the fused op.
 
-    python benchmarks/memory.py                    # computed; measured as well where there is a GPU
-    python benchmarks/memory.py --docs             # the table in docs/scale.md, from the result
+    python -m benchmarks.memory                    # computed; measured as well where there is a GPU
+    python -m benchmarks.memory --docs             # the table in docs/scale.md, from the result
 
 *Computed* runs the step on fake CPU tensors, which have sizes and no memory, under PyTorch's memory tracker, in fp32:
 the greatest sum of parameters, gradients, activations and temporaries that live at one time. The fused op counts as
@@ -20,14 +20,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import torch
+from torch import nn
 
-import measure  # noqa: E402
-import torch  # noqa: E402
-from backbone import size, trunk  # noqa: E402
-from backbone_cpu import machine as cpu_machine  # noqa: E402
-from torch import nn  # noqa: E402
+from benchmarks import measure
+from benchmarks.backbone import size, trunk
+from benchmarks.backbone_cpu import machine as cpu_machine
 
 SIZES = [(800, 1333, 1), (1024, 1024, 1), (1536, 1536, 1), (2048, 2048, 1)]
 CHECKPOINTING = {'none': False, 'block': 'block', 'stage': 'stage'}

@@ -1,7 +1,7 @@
 """Times the stand-in for mmcv._ext beside a compiled mmcv, where there is one, and beside mmcv's own plain PyTorch.
 
-    python benchmarks/mmcv_ops.py [--device cpu] [--threads 1] [--out benchmarks/results/mmcv_ops_cpu.json]
-    python benchmarks/mmcv_ops.py --docs --out benchmarks/results/mmcv_ops_cpu.json  # docs/mmcv_ops_speed.md
+    python -m benchmarks.mmcv_ops [--device cpu] [--threads 1] [--out benchmarks/results/mmcv_ops_cpu.json]
+    python -m benchmarks.mmcv_ops --docs --out benchmarks/results/mmcv_ops_cpu.json  # docs/mmcv_ops_speed.md
 
 Every pair is timed in turns, so that a busy machine disturbs both alike; the ratio is the median of the
 turns' ratios. Each op is checked before it is timed: results that differ end the run.
@@ -10,7 +10,6 @@ turns' ratios. Each op is checked before it is timed: results that differ end th
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -21,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-import measure  # noqa: E402
-from backbone_cpu import machine as cpu_machine  # noqa: E402
+import mila_mm  # noqa: F401 - supplies mmcv._ext where mmcv is not compiled
+from benchmarks import measure
+from benchmarks.backbone_cpu import machine as cpu_machine
+from mila_mm.compat.mmcv_ext import is_stand_in
+from mila_mm.compat.mmcv_ext.table import populate
 
-import mila_mm  # noqa: E402, F401 - supplies mmcv._ext where mmcv is not compiled
-from mila_mm.compat.mmcv_ext import is_stand_in  # noqa: E402
-from mila_mm.compat.mmcv_ext.table import populate  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 Run = Callable[[], Tensor]
 

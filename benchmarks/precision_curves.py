@@ -1,7 +1,7 @@
 """Loss curves of one training in fp32, bf16 and fp16, against what another seed changes in fp32.
 
-    python benchmarks/precision_curves.py                          # all runs, then the plot
-    python benchmarks/precision_curves.py --runs fp16-0 --steps 50 # one run: precision and seed
+    python -m benchmarks.precision_curves                          # all runs, then the plot
+    python -m benchmarks.precision_curves --runs fp16-0 --steps 50 # one run: precision and seed
 
 Trains the demo's Mask R-CNN with MILA nano on generated shapes, on a GPU where there is one, else under the CPU's
 autocast, and adds each run to benchmarks/results/precision_curves.json. The plot goes to docs/images.
@@ -20,13 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mila_mm  # noqa: F401 - before anything imports mmcv
+from benchmarks import measure
+from benchmarks.backbone_cpu import machine as cpu_machine
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-
-import measure  # noqa: E402
-from backbone_cpu import machine as cpu_machine  # noqa: E402
-
-import mila_mm  # noqa: E402, F401 - before anything imports mmcv
 
 CONFIG = ROOT / 'configs/demo/mask_rcnn_mila_nano_shapes.py'
 RUNS = ['fp32-0', 'bf16-0', 'fp16-0', 'fp32-1', 'fp32-2']

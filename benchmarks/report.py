@@ -1,6 +1,6 @@
 """The table and the plot of a benchmark's JSON, and which of the goals for speed it meets.
 
-python benchmarks/report.py benchmarks/results/attention_op.json [--dtype bf16] [--plot out.png]
+python -m benchmarks.report benchmarks/results/attention_op.json [--dtype bf16] [--plot out.png]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Memory of segmenting one image by its side: mmseg's sliding windows and mila_mm's tiles.
 
-    python benchmarks/tiled.py                          # writes benchmarks/results/tiled.json and prints the table
-    python benchmarks/tiled.py --sides 1024 2048
+    python -m benchmarks.tiled                          # writes benchmarks/results/tiled.json and prints the table
+    python -m benchmarks.tiled --sides 1024 2048
 
 UperNet with MILA nano and 19 classes, windows of 512 at a distance of 384. Each case runs in a process of its own. The
 figure of the host is the growth of the process's peak memory over that before the image was made: image, labels and
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+
 TILE, STRIDE, CLASSES = 512, 384, 19
 SLIDE_LIMIT = 4096
 """Side up to which mmseg's windows are run: their memory grows with the square."""
@@ -104,9 +104,10 @@ def main() -> int:
     if args.one:
         print(json.dumps(one(args.one[0], int(args.one[1]))))
         return 0
-    import measure
     import torch
-    from backbone_cpu import machine as cpu_machine
+
+    from benchmarks import measure
+    from benchmarks.backbone_cpu import machine as cpu_machine
 
     out = args.out or measure.RESULTS / 'tiled.json'
     if args.docs:
@@ -115,8 +116,8 @@ def main() -> int:
     rows = []
     for side in args.sides:
         for mode in ('slide', 'tiles') if side <= SLIDE_LIMIT else ('tiles',):
-            command = [sys.executable, __file__, '--one', mode, str(side)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = [sys.executable, '-m', 'benchmarks.tiled', '--one', mode, str(side)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f'{mode} at {side} failed:\n{done.stderr[-2000:]}')
             rows.append(json.loads(done.stdout.splitlines()[-1]))

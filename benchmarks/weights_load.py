@@ -8,21 +8,18 @@ that a busy machine slows all alike:
 - read: ``read_checkpoint('mila://tiny-in1k')``, the cached file looked up, screened, read and renamed
 - load: the same into a model, with matching, NaN check and report, against bare + ``load_state_dict``
 
-    python benchmarks/weights_load.py --out benchmarks/results/weights_load.json
+    python -m benchmarks.weights_load --out benchmarks/results/weights_load.json
 """
 
 import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 LIMIT = 1.3
 
 
@@ -80,8 +77,8 @@ def measure(repeats: int) -> dict[str, object]:
         Medians in milliseconds, and quartiles of the ratio within each round.
     """
     import torch
-    from backbone_cpu import machine
 
+    from benchmarks.backbone_cpu import machine
     from mila_mm.models import MILA
     from mila_mm.weights import load_backbone, read_checkpoint
 

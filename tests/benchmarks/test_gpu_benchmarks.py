@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / 'benchmarks'
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {'gpu': 'some GPU', 'driver': '1', 'torch': '2', 'triton': '3', 'commit': 'c' * 40, 'date': '2026-01-01'}
 TIMES = {
     'forward': {'median': 1.0},
@@ -40,8 +40,8 @@ def tf32_as_it_was() -> Iterator[None]:
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Import a script of benchmarks/."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f'benchmarks.{name}')
 
 
 @pytest.fixture

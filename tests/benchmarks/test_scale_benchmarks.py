@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / 'benchmarks'
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='tests what they say on a CPU')
 
 
@@ -17,9 +17,9 @@ def benchmark(monkeypatch):
     """Import a script of benchmarks/ and call its main."""
 
     def run(name: str, *argv: object):
-        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.syspath_prepend(str(ROOT))
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, argv)])
-        module = importlib.import_module(name)
+        module = importlib.import_module(f'benchmarks.{name}')
         assert module.main() == 0
         return module
 
@@ -37,7 +37,7 @@ def test_memory(benchmark, tmp_path, capsys):
     assert 'no GPU: nothing measured' in text and text.count('| not run | not run |') == 1
     docs = tmp_path / 'scale.md'
     docs.write_text('before\n<!-- x -->\nold\n<!-- end of x -->\nafter\n')
-    importlib.import_module('measure').write_docs('| new |', 'x', docs)
+    importlib.import_module('benchmarks.measure').write_docs('| new |', 'x', docs)
     assert docs.read_text() == 'before\n<!-- x -->\n| new |\n<!-- end of x -->\nafter\n'
 
 

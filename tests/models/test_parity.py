@@ -78,13 +78,10 @@ def test_parameter_count(arch, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
 
 
-def test_the_yardstick_of_the_benchmarks_is_the_same_model(released_weights):
-    import sys
+def test_the_yardstick_of_the_benchmarks_is_the_same_model(released_weights, monkeypatch):
+    monkeypatch.syspath_prepend(DATA.parents[2])
+    from benchmarks.transcription import TranscribedMILA
 
-    sys.path.insert(0, str(DATA.parents[2] / 'benchmarks'))
-    from transcription import TranscribedMILA
-
-    sys.path.pop(0)
     yardstick = TranscribedMILA('tiny').eval()
     yardstick.load_state_dict(released_weights({k: v.shape for k, v in yardstick.state_dict().items()}))
     with torch.no_grad():

@@ -30,8 +30,8 @@ importlib.util.find_spec = lambda name, *rest: None if name.partition('.')[0] in
 sys.meta_path.insert(0, Hide())
 """
 BENCHMARKS = """
-sys.path[:0] = [ROOT, ROOT + '/benchmarks']
-import attention_op, backbone, block_fusions, report, transcription
+sys.path.insert(0, ROOT)
+from benchmarks import attention_op, backbone, block_fusions, report, transcription
 
 model = backbone.trunk('tiny', 'auto', True)
 model.load_state_dict(transcription.TranscribedMILA('tiny').state_dict())
@@ -98,11 +98,17 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
     steps = log.read_text().splitlines()
     assert [step.split()[0] for step in steps] == [
         '-c',
-        '-m',
-        'benchmarks/attention_op.py',
-        'benchmarks/block_fusions.py',
-        'benchmarks/backbone.py',
+        *['-m'] * 4,
+    ]
+    assert [step.split()[1] for step in steps[1:]] == [
+        'pytest',
+        'benchmarks.attention_op',
+        'benchmarks.block_fusions',
+        'benchmarks.backbone',
     ]
     assert all(step.endswith(' --resume') for step in steps[2:])
     assert run.returncode != 0 and 'Error 3' in run.stderr
-    assert 'tests/ops/test_attention_gpu.py' in run.stderr and 'block_fusions.py --resume ended with 3' in run.stderr
+    assert (
+        'tests/ops/test_attention_gpu.py' in run.stderr
+        and 'benchmarks.block_fusions --resume ended with 3' in run.stderr
+    )

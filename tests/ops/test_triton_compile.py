@@ -39,7 +39,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What ptxas says of every binary."""
     out = tmp_path_factory.mktemp('compile') / 'matrix.json'
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    command = [sys.executable, str(ROOT / 'benchmarks' / 'compile_matrix.py'), '--quick', '--out', str(out)]
+    command = [sys.executable, '-m', 'benchmarks.compile_matrix', '--quick', '--out', str(out)]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     sys.stdout.write(run.stdout)  # the table of registers, shown with -rP or where a test fails
     if not out.exists():
@@ -50,10 +50,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_no_binary_depends_on_the_size(tmp_path: Path) -> None:
     """Not even where the channels do not divide by 16, and a map's elements do or do not."""
     script = tmp_path / 'sizes.py'
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT / 'benchmarks')!r})
-import torch, compile_matrix as matrix
+    script.write_text("""
+import torch
+from benchmarks import compile_matrix as matrix
 for channels, heads in ((24, 1), (72, 3), (48, 2), (64, 2)):
     binaries = [[*matrix.record('bf16', torch.bfloat16, 'low', channels // heads, heads, True, True, size),
                  *matrix.record_stencils('bf16', torch.bfloat16, channels, size)]
@@ -63,17 +62,15 @@ for channels, heads in ((24, 1), (72, 3), (48, 2), (64, 2)):
         for one, another in zip(binaries[0], other, strict=True):
             assert one == another, (channels, one, another)
 """)
-    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'} | {'PYTHONPATH': str(ROOT)}
     run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_operands_of_tf32_products_are_rounded() -> None:
     """Triton hands fp32 over as it is, and the matrix units cut off what they do not take: a bias of 3e-4."""
-    script = f"""
-import sys
-sys.path.insert(0, {str(ROOT / 'benchmarks')!r})
-import compile_matrix as matrix
+    script = """
+from benchmarks import compile_matrix as matrix
 for mode, dtype, dots in matrix.MODES:
     if dots == 'tf32':
         for capability in (80, 90):
@@ -82,7 +79,7 @@ for mode, dtype, dots in matrix.MODES:
                 assert 'cvt.rna.tf32' in matrix.compile_launch(item, capability).asm['ptx'], item
 """
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    run = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, '-c', script], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
@@ -99,8 +96,8 @@ def test_issue_slots_allow_most_of_the_bandwidth(tmp_path: Path) -> None:
     """In bf16 on an H200: a kernel that issued more could not be fast, whatever else was done."""
     out = tmp_path / 'count.json'
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    command = [sys.executable, str(ROOT / 'benchmarks' / 'instruction_count.py'), '--out', str(out)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, '-m', 'benchmarks.instruction_count', '--out', str(out)]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = json.loads(out.read_text(encoding='utf-8'))['kernels']
     attention = {name for name in (kernel.removesuffix('_kernel') for kernel in KERNELS) if 'reduce' not in name}
