@@ -1,15 +1,17 @@
 """MILA backbones (Demystify Mamba in Vision: A Linear Attention Perspective) for MMDetection and MMSegmentation.
 
-Importing the package is quick and imports neither torch nor mmengine. It does three things: it
+Importing the package is quick and imports neither torch nor mmengine. It does five things: it
 stands in for ``mmcv._ext`` where mmcv has no compiled ops, it lets ``mmseg::`` and ``mmpretrain::``
-configs resolve whichever distribution is installed, and it tells timm the names of the classifiers.
+configs resolve whichever distribution is installed, and ``mila_mm::`` ones as well, it has every
+reader of checkpoints in mmengine, mmdet, mmseg and mmpretrain read them without running code, and
+it tells timm the names of the classifiers.
 """
 
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from mila_mm.compat import finder, lineage
+from mila_mm.compat import finder, lineage, model_zoo
 from mila_mm.compat.import_hook import when_imported
 from mila_mm.version import __version__
 
@@ -38,8 +40,25 @@ def _register_classifiers(_: ModuleType) -> None:
     import_module('mila_mm.nn.timm')
 
 
+def _read_checkpoints_safely(_: ModuleType) -> None:
+    """Have mmengine read checkpoints, ``mila://`` names too, without running code in them."""
+    import_module('mila_mm.weights.loaders').register_loaders()
+
+
+def _fetch_checkpoints_safely(module: ModuleType) -> None:
+    """Replace the function with which mmengine reads a checkpoint from an address."""
+
+    def load_url(*args: Any, **kwargs: Any) -> Any:
+        return import_module('mila_mm.weights.loaders').load_url(*args, **kwargs)
+
+    module.load_url = load_url  # type: ignore[attr-defined]
+
+
 finder.install()
 lineage.install()
+model_zoo.install()
+when_imported('mmengine.utils.dl_utils', _fetch_checkpoints_safely)
+when_imported('mmengine.runner.checkpoint', _read_checkpoints_safely)
 when_imported('timm.models', _register_classifiers)
 
 

@@ -33,7 +33,3 @@ except ModuleNotFoundError as error:
                 name=_missing,
             )
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-else:
-    from mila_mm.weights import register_loaders
-
-    register_loaders()  # from now on mmengine reads checkpoints without running code in them

@@ -4,12 +4,13 @@ onedl-mmengine reads local files with a safe load that falls back to a full unpi
 with torch.hub, which unpickles fully at once. Its ``CheckpointLoader`` is a registry of readers by
 prefix, made to be extended: registering ours for every prefix is the one seam through which
 ``load_from``, ``--resume``, ``init_cfg=dict(type='Pretrained')``, ``init_detector`` and the
-inferencers all read.
+inferencers all read. ``mila_mm`` registers them as soon as mmengine's module is imported.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.load import disarm, load_backbone
 from mila_mm.weights.source.fetching import local_path
-from mila_mm.weights.source.published import SCHEME
+from mila_mm.weights.source.published import PUBLISHED, SCHEME
 
 _OPENMMLAB = ('open-mmlab://', 'openmmlab://')
 _TORCHVISION = ('modelzoo://', 'torchvision://')
@@ -93,7 +94,8 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: str | Non
     Raises:
         UserError: If it cannot be fetched or read.
     """
-    return _prepared(read_file(local_path(filename, progress=progress), map_location), filename)
+    known = (file.label for file in PUBLISHED.values() if file.url == filename)  # has one place in the cache
+    return _prepared(read_file(local_path(next(known, filename), progress=progress), map_location), filename)
 
 
 def load_from_torchvision(filename: str, map_location: Any = None) -> Any:
@@ -202,24 +204,69 @@ def _look_up(filename: str, zoo: dict[str, str]) -> str:
     return zoo[name]
 
 
+def safe_torch_load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """Take the place of mmengine's ``_safe_torch_load``, which unpickles fully what it cannot read safely.
+
+    Args:
+        file: Path, or a file that is open for reading in binary mode.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+        weights_only: Ignored: nothing but weights is ever read.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be read safely.
+    """
+    if not hasattr(file, 'read'):
+        return disarm(read_file(file, map_location))
+    with tempfile.NamedTemporaryFile(suffix='.pth') as copy:
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        return disarm(read_file(copy.name, map_location))
+
+
+def load_url(url: str, model_dir: str | None = None, map_location: Any = None, **_: Any) -> Any:
+    """Take the place of ``torch.utils.model_zoo.load_url``, which mmengine passes on, and which unpickles fully.
+
+    Args:
+        url: http or https address.
+        model_dir: Ignored; files go to the cache.
+        map_location: As for :func:`torch.load`; ``None`` means the CPU.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: If it cannot be fetched or read.
+    """
+    return load_from_http(url, map_location, model_dir)
+
+
+_LOADERS: tuple[tuple[str | tuple[str, ...], Callable[..., Any]], ...] = (
+    ('', load_from_local),
+    (SCHEME, load_from_mila),
+    (('http://', 'https://'), load_from_http),
+    (_TORCHVISION, load_from_torchvision),
+    (_OPENMMLAB, load_from_openmmlab),
+    ('mmcls://', load_from_mmcls),
+    (_OBJECT_STORES, load_from_ceph),
+    ('pavi://', load_from_pavi),
+)
+
+
 def register_loaders() -> None:
     """Make every checkpoint that mmengine reads in this process go through this module.
 
-    Called by ``mila_mm.models`` and by the commands; a second call changes nothing.
+    ``import mila_mm`` sees to it; a second call changes nothing.
     """
-    from mmengine.runner.checkpoint import CheckpointLoader
+    from mmengine.runner import checkpoint
 
-    for prefixes, loader in (
-        ('', load_from_local),
-        (SCHEME, load_from_mila),
-        (('http://', 'https://'), load_from_http),
-        (_TORCHVISION, load_from_torchvision),
-        (_OPENMMLAB, load_from_openmmlab),
-        ('mmcls://', load_from_mmcls),
-        (_OBJECT_STORES, load_from_ceph),
-        ('pavi://', load_from_pavi),
-    ):
-        CheckpointLoader.register_scheme(prefixes, loader, force=True)
+    for prefixes, loader in _LOADERS:
+        checkpoint.CheckpointLoader.register_scheme(prefixes, loader, force=True)
+        setattr(checkpoint, loader.__name__, loader)  # they are called by name as well
+    checkpoint._safe_torch_load = safe_torch_load
+    checkpoint.load_url = load_url
 
 
 _OPTIONS = frozenset({'type', 'checkpoint', 'prefix', 'strict', 'adapt_in_channels', 'key', 'map_location'})

@@ -16,7 +16,6 @@ from torch import distributed
 from mila_mm.engine.config.checks import check_launcher, check_pretrained, check_work_dir
 from mila_mm.engine.hooks.checkpoint import register_atomic_backend
 from mila_mm.errors import UserError
-from mila_mm.weights.loaders import register_loaders
 from mila_mm.weights.source.cache import configure
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -46,7 +45,6 @@ def prepare(cfg: Config, scope: str) -> None:
         UserError: If the work folder cannot be written or a file of pretrained weights does not exist.
     """
     cfg.setdefault('default_scope', scope)
-    register_loaders()  # also where no MILA is in the config
     configure_weights(cfg)
     check_work_dir(cfg.work_dir)
     check_pretrained(cfg.model)

@@ -1,0 +1,79 @@
+"""Configs of the package by name, in mmengine's own functions."""
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.infer.infer import BaseInferencer
+
+from mila_mm import zoo
+from mila_mm.errors import UserError
+
+
+class Named(BaseInferencer):
+    """An inferencer that only looks names up."""
+
+    def __init__(self) -> None:
+        self.scope = 'mmdet'
+
+    def _init_pipeline(self, cfg: object) -> None: ...
+
+    def visualize(self, *args: object) -> None: ...
+
+    def postprocess(self, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize('name', ['mila_mm::mask_rcnn_mila_t_3x', 'mila_mm::demo/mask_rcnn_mila_nano_shapes.py'])
+def test_get_config(name: str, root: Path) -> None:
+    cfg = get_config(name)
+    assert cfg.model.type == 'MaskRCNN'
+    assert Path(cfg.filename) == root / 'configs' / (name.partition('::')[2].removesuffix('.py') + '.py')
+
+
+def test_get_config_names_the_published_weights() -> None:
+    from mila_mm.weights import PUBLISHED
+
+    assert get_config('mila_mm::mask_rcnn_mila_t_3x', pretrained=True).model_path == PUBLISHED['mask-rcnn-tiny-3x'].url
+    with pytest.raises(UserError, match='no weights are published'):
+        get_config('mila_mm::mask_rcnn_mila_b_3x', pretrained=True)
+
+
+def test_base_keeps_the_scopes_of_its_types(tmp_path: Path) -> None:
+    (tmp_path / 'child.py').write_text(
+        "_base_ = 'mila_mm::mask_rcnn_mila_t_1x.py'\nmodel = dict(backbone=dict(arch='nano'))\n"
+        'again = {{_base_.model.backbone}}\n'
+    )
+    cfg = Config.fromfile(tmp_path / 'child.py')
+    assert cfg.model.backbone.arch == 'nano'
+    assert '_scope_' not in cfg.again
+    assert cfg.train_cfg.max_epochs == get_config('mila_mm::mask_rcnn_mila_t_1x').train_cfg.max_epochs
+
+
+def test_misspelt_name_lists_the_nearest() -> None:
+    with pytest.raises(UserError, match=r'did you mean mask_rcnn_mila_t_3x'):
+        get_config('mila_mm::mask_rcn_mila_t_3x')
+
+
+@pytest.mark.parametrize('model', ['mask_rcnn_mila_t_3x', 'mila_mm::mask_rcnn_mila_t_3x', 'Mask_RCNN_MILA_T_3x'])
+def test_inferencers_find_models_by_name(model: str) -> None:
+    inferencer = Named()
+    cfg, weights = inferencer._load_model_from_metafile(model)
+    assert cfg.model.backbone.arch == 'tiny'
+    assert weights.startswith('https://')
+    assert inferencer._load_model_from_metafile('mila_mm::mask_rcnn_mila_b_3x')[1] is None
+
+
+def test_other_names_are_left_to_mmengine() -> None:
+    inferencer = Named()
+    assert inferencer._load_model_from_metafile('retinanet_r50_fpn_1x_coco')[0].model.type == 'RetinaNet'
+    with pytest.raises(ValueError, match='Cannot find model'):
+        inferencer._load_model_from_metafile('no-such-model')
+
+
+def test_names_and_paths() -> None:
+    assert 'mask_rcnn_mila_t_3x' in zoo.config_names()
+    assert not [name for name in zoo.config_names() if '_base_' in name]
+    assert zoo.find_config('mask_rcnn_mila_nano_shapes') == zoo.find_config('demo/mask_rcnn_mila_nano_shapes')
+    assert zoo.find_config('../setup') is None
+    assert zoo.find_config('/etc/passwd') is None
