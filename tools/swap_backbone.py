@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments, None for ``sys.argv[1:]``.
     """
     args = parse_args(argv)
-    from mila_mm.swap import check_out, plan_swap, write_child
-    from mila_mm.swap import writer as report
+    from mila_mm.swap import check_out, plan_swap, report, write_child
 
     check_out(args.out, args.config)  # a swap takes up to a minute
     result = plan_swap(args.config, args.arch, args.weights, args.recipe, args.drop_path_rate)
