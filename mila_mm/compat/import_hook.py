@@ -40,7 +40,6 @@ def when_imported(name: str, patch: Patch) -> None:
     """Call ``patch`` with the module ``name`` once it has been imported: now if it has been, else right after it is.
 
     Args:
-        name: Full name of a module.
         patch: What to do with it. Once for each function, however often it is named here.
     """
     patches = _patches.setdefault(name, [])

@@ -63,17 +63,13 @@ def ms_deform_attn_backward(
 ) -> None:
     """Gradients of ``ms_deform_attn_forward``.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
-        value: As in the forward.
-        spatial_shapes: As in the forward.
-        level_start_index: As in the forward.
-        sampling_loc: As in the forward.
-        attn_weight: As in the forward.
         grad_output: (B, Q, heads * D).
         grad_value: Output, like ``value``; added to.
         grad_sampling_loc: Output, like ``sampling_loc``.
         grad_attn_weight: Output, like ``attn_weight``.
-        im2col_step: Unused here.
     """
     width = value.shape[-1]
     table = widen(value).reshape(-1, width)

@@ -42,15 +42,11 @@ def carafe_naive_backward(
 ) -> None:
     """Gradients of the reassembly by features and weights.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
-        top_grad: Gradient of the output.
-        features: As in the forward.
-        masks: As in the forward.
         bottom_grad: Output, like ``features``.
         mask_grad: Output, like ``masks``.
-        kernel_size: Side of the window, odd.
-        group_size: Channel groups with weights of their own.
-        scale_factor: Upsampling ratio.
     """
     source, weight, grad = (widen(t).contiguous() for t in (features, masks, top_grad))
     by_feature, by_mask = torch.zeros_like(source), torch.zeros_like(weight)
@@ -110,19 +106,16 @@ def carafe_backward(
 ) -> None:
     """As ``carafe_naive_backward``.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
-        top_grad: Gradient of the output.
         rfeatures: The features, as ``carafe_forward`` left them.
-        masks: As in the forward.
         rtop_grad: Unused here.
         rbottom_grad_hs: Unused here.
         rbottom_grad: Unused here.
         rmask_grad: Unused here.
         bottom_grad: Output, like the features.
         mask_grad: Output, like ``masks``.
-        kernel_size: Side of the window, odd.
-        group_size: Channel groups with weights of their own.
-        scale_factor: Upsampling ratio.
     """
     carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, kernel_size, group_size, scale_factor)
 

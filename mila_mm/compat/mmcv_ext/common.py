@@ -19,9 +19,6 @@ def as_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     Args:
         function: An op whose first tensor argument tells the device.
-
-    Returns:
-        The op, wrapped.
     """
 
     @functools.wraps(function)

@@ -39,13 +39,10 @@ def sigmoid_focal_loss_backward(
 ) -> None:
     """Write the derivative of every element of the sigmoid focal loss by its logit into ``grad_input``.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
-        input: (N, C) logits.
-        target: (N,) int64 classes; any value outside 0 .. C - 1 is background.
-        weight: (C,) factors by target class, or empty.
         grad_input: (N, C), output.
-        gamma: Focusing exponent.
-        alpha: Weight of the positives.
     """
     x = widen(input)
     p, q = torch.sigmoid(x), torch.sigmoid(-x)
@@ -78,14 +75,11 @@ def softmax_focal_loss_backward(
 ) -> None:
     """Write the derivatives of the rows' softmax focal losses by their logits into ``grad_input``.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
-        input: (N, C) probabilities, the softmax already taken.
-        target: (N,) int64 classes.
-        weight: (C,) factors by target class, or empty.
         buff: (N,), output: the derivative by log(p_t).
         grad_input: (N, C), output.
-        gamma: Focusing exponent.
-        alpha: Weight.
     """
     p, factor = _target_probability(input, target, weight)
     q = 1 - p

@@ -57,17 +57,11 @@ def psamask_backward(
 ) -> None:
     """Gradient of ``psamask_forward``.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
         grad_output: (B, H * W, H, W).
         grad_input: (B, h_mask * w_mask, H, W), output.
-        psa_type: 0 collect, 1 distribute.
-        num_: B.
-        h_feature: H.
-        w_feature: W.
-        h_mask: Window height.
-        w_mask: Window width.
-        half_h_mask: Window row that lies on the cell itself.
-        half_w_mask: Window column that lies on the cell itself.
     """
     window, inside = _window_index(grad_input, (h_feature, w_feature), (h_mask, w_mask), (half_h_mask, half_w_mask))
     grad = grad_output.flatten(2)
@@ -115,10 +109,6 @@ def masked_im2col_forward(
         mask_h_idx: (M,) int64 rows of the chosen output cells.
         mask_w_idx: (M,) int64 columns.
         col: (C * kernel_h * kernel_w, M), output; 0 beyond the border.
-        kernel_h: Window height.
-        kernel_w: Window width.
-        pad_h: Padding down.
-        pad_w: Padding across.
     """
     padded = pad(im[0], (pad_w, pad_w, pad_h, pad_h))
     row = mask_h_idx[None, :] + torch.arange(kernel_h, device=im.device)[:, None]
@@ -136,8 +126,5 @@ def masked_col2im_forward(
         mask_h_idx: (M,) int64 rows of the chosen cells.
         mask_w_idx: (M,) int64 columns.
         im: (1, channels, height, width), output; other cells keep what they hold.
-        height: Rows of ``im``.
-        width: Columns of ``im``.
-        channels: Channels of ``im``.
     """
     im[0, :, mask_h_idx, mask_w_idx] = col.to(im.dtype)

@@ -29,8 +29,6 @@ def deform_roi_pool_forward(
         rois: (R, 5): image index, x1, y1, x2, y2 in image coordinates.
         offset: (R, 2, pooled_height, pooled_width), x then y, in units of ``gamma`` box sizes; or empty.
         output: (R, C, pooled_height, pooled_width).
-        pooled_height: Bins down.
-        pooled_width: Bins across.
         spatial_scale: Feature cells per image pixel.
         sampling_ratio: Samples per bin and side; 0 for one per feature cell.
         gamma: Scale of the offsets.
@@ -61,18 +59,12 @@ def deform_roi_pool_backward(
 ) -> None:
     """Gradients of ``deform_roi_pool_forward`` by features and offsets, by autograd over the same sums.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
         grad_output: (R, C, pooled_height, pooled_width).
-        input: As in the forward.
-        rois: As in the forward.
-        offset: As in the forward.
         grad_input: Output, like ``input``.
         grad_offset: Output, like ``offset``.
-        pooled_height: Bins down.
-        pooled_width: Bins across.
-        spatial_scale: Feature cells per image pixel.
-        sampling_ratio: Samples per bin and side; 0 for one per feature cell.
-        gamma: Scale of the offsets.
     """
     table = _table(widen(input)).detach().requires_grad_()
     grid = roi_grid_points(
@@ -145,7 +137,6 @@ def border_align_backward(
         boxes: (B, N, 4), as in the forward.
         argmax_idx: As the forward left it.
         grad_input: (B, 4C, H, W), output.
-        pool_size: Steps along a side.
     """
     batch, channels, count, _ = grad_output.shape
     height, width = grad_input.shape[2:]

@@ -18,8 +18,6 @@ def prroi_pool_forward(
         input: (B, C, H, W).
         rois: (R, 5): image index, x1, y1, x2, y2 in image coordinates.
         output: (R, C, pooled_height, pooled_width); 0 for a bin without area.
-        pooled_height: Bins down.
-        pooled_width: Bins across.
         spatial_scale: Feature cells per image pixel.
     """
     table = _table(input)
@@ -36,13 +34,12 @@ def prroi_pool_backward(
 ) -> None:
     """Write the gradient by the features.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
         grad_output: (R, C, pooled_height, pooled_width).
         rois: (R, 5), as in the forward.
         grad_input: (B, C, H, W), output.
-        pooled_height: Bins down.
-        pooled_width: Bins across.
-        spatial_scale: Feature cells per image pixel.
     """
     by_table, _ = _gradients(grad_output, grad_input, rois, (pooled_height, pooled_width), spatial_scale)
     batch, channels, height, width = grad_input.shape
@@ -61,15 +58,13 @@ def prroi_pool_coor_backward(
 ) -> None:
     """Write the gradient by the boxes.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
         output: As the forward left it; unused here.
         grad_output: (R, C, pooled_height, pooled_width).
-        input: As in the forward.
         rois: (R, 5), as in the forward.
         grad_rois: (R, 5), output; 0 in the column of the image index.
-        pooled_height: Bins down.
-        pooled_width: Bins across.
-        spatial_scale: Feature cells per image pixel.
     """
     _, by_rois = _gradients(grad_output, input, rois, (pooled_height, pooled_width), spatial_scale)
     hand_over(grad_rois, by_rois)

@@ -32,8 +32,6 @@ def roi_align_forward(
         output: (R, C, aligned_height, aligned_width).
         argmax_y: Output of the max mode, like ``output``: y of the largest sample, -1 where a bin has none.
         argmax_x: Likewise x.
-        aligned_height: Bins down.
-        aligned_width: Bins across.
         spatial_scale: Feature cells per image pixel.
         sampling_ratio: Samples per bin and side; 0 for one per feature cell.
         pool_mode: 0 maximum, 1 average.
@@ -68,18 +66,14 @@ def roi_align_backward(
 ) -> None:
     """Gradient of ``roi_align_forward`` by its features.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
         grad_output: (R, C, aligned_height, aligned_width).
         rois: (R, 5), as in the forward.
         argmax_y: As the forward left it (max mode).
         argmax_x: As the forward left it (max mode).
         grad_input: (B, C, H, W), output.
-        aligned_height: Bins down.
-        aligned_width: Bins across.
-        spatial_scale: Feature cells per image pixel.
-        sampling_ratio: Samples per bin and side; 0 for one per feature cell.
-        pool_mode: 0 maximum, 1 average.
-        aligned: As in the forward.
     """
     if pool_mode == MAX:
         hand_over(grad_input, _roi_align_max_backward(grad_output, rois, argmax_y, argmax_x, grad_input.shape))
@@ -176,8 +170,6 @@ def roi_pool_forward(
         rois: (R, 5): image index, x1, y1, x2, y2 in image coordinates.
         output: (R, C, pooled_height, pooled_width); 0 for a bin without cells.
         argmax: int32, like ``output``: y * W + x of the largest cell, -1 for none.
-        pooled_height: Bins down.
-        pooled_width: Bins across.
         spatial_scale: Feature cells per image pixel.
     """
     features = widen(input, half_on_cuda=True)
@@ -218,14 +210,13 @@ def roi_pool_backward(
 ) -> None:
     """Gradient of ``roi_pool_forward``: every bin's gradient goes to its largest cell.
 
+    The arguments that are not named here are those of the forward.
+
     Args:
         grad_output: (R, C, pooled_height, pooled_width).
         rois: (R, 5), as in the forward.
         argmax: int32, as the forward left it.
         grad_input: (B, C, H, W), output.
-        pooled_height: Bins down.
-        pooled_width: Bins across.
-        spatial_scale: Feature cells per image pixel.
     """
     grad = widen(grad_output, half_on_cuda=True)
     result = kernels._roi_pool_backward(

@@ -128,14 +128,9 @@ def roi_grid_points(
 
     Args:
         rois: (R, 5): image index, x1, y1, x2, y2 in image coordinates.
-        height: Bins down.
-        width: Bins across.
         spatial_scale: Feature cells per image pixel.
         sampling_ratio: Samples per bin and side; 0 for one per feature cell.
         aligned: Shift by half a cell; otherwise boxes are made at least one cell large.
-
-    Returns:
-        The grid.
     """
     corners = rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)
     start, extent = corners[:, :2].flip(-1), (corners[:, 2:] - corners[:, :2]).flip(-1)

@@ -201,9 +201,6 @@ NOT_PROVIDED: dict[str, tuple[str, ...]] = {
 def _not_provided(name: str) -> Callable[..., NoReturn]:
     """Make the function that stands for an op which is not provided.
 
-    Args:
-        name: Name of the op in ``mmcv._ext``.
-
     Returns:
         A function that raises ``OpNotProvidedError`` whatever it is called with.
     """
