@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mila_mm.engine.config.build_errors import building, fault_of_annotations, name_unreadable_files, reading
+from mila_mm.engine.optimizers.groups import merge_groups, regroup, use_fused
 from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into, settle_resume
 from mila_mm.engine.runner.model_options import apply_model_options
 from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
@@ -144,9 +145,16 @@ class Runner(ShardingRunner):
             return super().build_test_loop(loop)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """Build the optimizer; a value in ``optim_wrapper`` that is refused is a :class:`UserError`."""
+        """Build the optimizer, fused on a GPU, its parameters of equal settings in one group.
+
+        A value in ``optim_wrapper`` that is refused is a :class:`UserError`.
+        """
         with building('optim_wrapper'):
-            return super().build_optim_wrapper(optim_wrapper)
+            if isinstance(optim_wrapper, dict) and isinstance(optim_wrapper.get('optimizer'), dict):
+                use_fused(optim_wrapper['optimizer'], self.model)
+            built = super().build_optim_wrapper(optim_wrapper)
+        self._groupings = merge_groups(built)
+        return built
 
     def build_param_scheduler(self, scheduler: Any) -> Any:
         """Build the schedulers; a value in ``param_scheduler`` that is refused is a :class:`UserError`."""
@@ -233,7 +241,9 @@ class Runner(ShardingRunner):
         strict = self.cfg.get('load_strict', True) if strict is None else strict
         load_checkpoint_into(model, checkpoint, f'checkpoint {filename}', strict)
         self._has_loaded = True
-        return checkpoint
+        # Of a run that loads before it has an optimizer nothing is asked but weights.
+        groupings = getattr(self, '_groupings', None)
+        return checkpoint if groupings is None else regroup(checkpoint, self.optim_wrapper, groupings)
 
     def load_or_resume(self) -> None:
         """Load or resume as the config says; a run that resumes by itself takes the newest readable checkpoint.
