@@ -67,10 +67,6 @@ def plan_swap(
 
     Args:
         config: As for :func:`swap_backbone`, like the other arguments.
-        arch: See there.
-        weights: See there.
-        recipe: See there.
-        drop_path_rate: See there.
         whole_models: Whether to build and run the whole model also where backbone and neck show that the heads get the
             same as before. Without it a sweep over many configs takes a fraction of the time. Defaults to True.
 

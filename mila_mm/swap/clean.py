@@ -16,12 +16,7 @@ _NO_COUNTERPART = ('dcn', 'plugins', 'gen_attention', 'sac')
 
 
 def drop_old_weights(draft: Draft, holder: Path) -> None:
-    """Take out what would load weights of the old backbone.
-
-    Args:
-        draft: Config to change.
-        holder: Path of the model with the backbone.
-    """
+    """Take out what would load weights of the old backbone."""
     for depth in range(1, len(holder) + 1):
         part = holder[:depth]
         if draft.get((*part, 'pretrained')) is not None:
@@ -82,12 +77,7 @@ def _scopes(node: Any) -> Iterator[str]:
 
 
 def normalise(draft: Draft, holder: Path) -> None:
-    """Let the data preprocessor normalise images as MILA's weights expect.
-
-    Args:
-        draft: Config to change.
-        holder: Path of the model with the backbone.
-    """
+    """Let the data preprocessor normalise images as MILA's weights expect."""
     why = 'as MILA was trained on ImageNet'
     paths = _preprocessors(draft, holder)
     if _normalised_before(draft, paths):
@@ -159,11 +149,6 @@ def _preprocessors(draft: Draft, holder: Path) -> list[Path]:
 def pad_to(draft: Draft, holder: Path, divisor: int) -> bool:
     """Let the data preprocessor pad images to multiples of a number.
 
-    Args:
-        draft: Config to change.
-        holder: Path of the model with the backbone.
-        divisor: The number.
-
     Returns:
         Whether anything was changed.
     """
@@ -175,12 +160,7 @@ def pad_to(draft: Draft, holder: Path, divisor: int) -> bool:
 
 
 def note_lost_options(draft: Draft, backbone: dict[str, Any]) -> None:
-    """Say which options of the old backbone are gone with it.
-
-    Args:
-        draft: Takes the sentences.
-        backbone: Config of the old backbone.
-    """
+    """Say which options of the old backbone are gone with it."""
     lost = [key for key in _NO_COUNTERPART if backbone.get(key)]
     if lost:
         draft.unknowns.append(

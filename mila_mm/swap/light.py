@@ -96,9 +96,6 @@ def build(cfg: Any, scope: str, device: str = 'cpu') -> nn.Module:
         cfg: Its config; not changed. A list builds a chain.
         scope: 'mmdet' or 'mmseg'.
         device: 'cpu', or 'meta' for no memory at all. Defaults to 'cpu'.
-
-    Returns:
-        The module.
     """
     cfg = _dotted(_without_weights(cfg))
     with in_scope(scope), torch.random.fork_rng(devices=[]), torch.device(device), _ZeroWeights():
@@ -140,10 +137,8 @@ def run_part(
     """Build a part and run it, on the meta device if it can, else on zeros on the CPU.
 
     Args:
-        cfg: Config of the part.
         scope: 'mmdet' or 'mmseg'.
         inputs: Makes its inputs on a device for an image of some height and width.
-        training: Mode of the module. Defaults to False.
         size: Height and width of the image; the default becomes :data:`SMALL_SIZE` on the CPU.
 
     Returns:
@@ -183,11 +178,7 @@ def maps_of(output: Any, what: str, size: Size) -> Maps:
 
     Args:
         output: A tensor, or a sequence of tensors, (B, C, H, W) each.
-        what: What returned it, for the message.
         size: Height and width of the image.
-
-    Returns:
-        The maps.
 
     Raises:
         SwapRefused: If it is something else.

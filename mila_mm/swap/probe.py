@@ -38,11 +38,7 @@ def probe_backbone(holder: dict[str, Any], scope: str) -> Probe:
     """Find out what a model's backbone gives.
 
     Args:
-        holder: Config of the model.
         scope: 'mmdet' or 'mmseg'.
-
-    Returns:
-        What was found.
 
     Raises:
         SwapRefused: If it gives something other than one map for each of some stages, or nothing can be known.

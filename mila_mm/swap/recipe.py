@@ -33,9 +33,6 @@ def drop_path_rate(
     Args:
         recipe: 'keep' or 'mila'.
         scope: 'mmdet' or 'mmseg'.
-        config: The whole config.
-        old: Config of the old backbone.
-        arch: As MILA takes it.
 
     Returns:
         The rate and where it comes from.
@@ -56,8 +53,6 @@ def adapt_optimizer(draft: Draft, holder: Path, old: Sequence[str], new: Sequenc
     """Take out what the optimizer's config says of the old backbone's parameters, and say it of MILA's.
 
     Args:
-        draft: Config to change.
-        holder: Path of the model with the backbone.
         old: Names of the old backbone's parameters; empty where not known.
         new: Names of MILA's.
         model: Names of all parameters of the new model; empty where not known.
@@ -206,7 +201,6 @@ def free_norms(draft: Draft, holder: Path, names: Sequence[str]) -> None:
 
     Args:
         draft: Config to change, after :func:`adapt_optimizer`.
-        holder: Path of the model with the backbone.
         names: Names of MILA's parameters.
     """
     path: Path = ('optim_wrapper', 'paramwise_cfg', 'custom_keys')

@@ -63,9 +63,7 @@ def rewire(draft: Draft, path: Path, feed: Feed, eager: bool = False) -> None:
     """Rewrite the config of a consumer, nested parts included.
 
     Args:
-        draft: Config to change.
         path: Where the consumer's dict stands.
-        feed: What it read and reads.
         eager: Whether numbers equal to an old width are taken for one also under other names than the usual ones. Such
             a change says :data:`GUESSED` in its reason.
     """

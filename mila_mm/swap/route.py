@@ -32,7 +32,6 @@ def rewire_all(draft: Draft, job: Job, feed: Feed, eager: bool) -> Route:
 
     Args:
         draft: Config to change, with MILA in it.
-        job: The swap.
         feed: The backbone's maps, before and now.
         eager: As :func:`mila_mm.swap.rewire.rewire` takes it.
 

@@ -16,7 +16,6 @@ def make_batch(model: dict[str, Any], scope: str, size: tuple[int, int], num_ima
     """Make a batch as a dataloader would collate it.
 
     Args:
-        model: Config of the model.
         scope: 'mmdet' or 'mmseg'.
         size: Height and width of the images.
         num_images: Images in the batch. Defaults to 2.

@@ -55,9 +55,6 @@ def read_source(config: str | FilePath | Config) -> Source:
     Args:
         config: Path, ``mmdet::...`` / ``mmseg::...``, or a config in memory.
 
-    Returns:
-        What was found.
-
     Raises:
         UserError: If it cannot be read.
         SwapRefused: If there is no backbone in it that could be swapped.
@@ -91,9 +88,6 @@ def base_name(name: str, folder: FilePath | None = None) -> str:
         name: The config as given; one inside of an installed library becomes ``mmdet::...`` or ``mmseg::...`` where
             mmengine can read that.
         folder: Where the child will be; without it paths become absolute.
-
-    Returns:
-        The entry.
     """
     if '::' in name and _NAMEABLE.match(name):
         return name if name.endswith('.py') else f'{name}.py'

@@ -49,11 +49,7 @@ def _try_model(model: dict[str, Any], scope: str) -> Trial:
     """Build a model and compute its losses on generated data.
 
     Args:
-        model: Its config.
         scope: 'mmdet' or 'mmseg'.
-
-    Returns:
-        What was seen.
 
     Raises:
         _TrialFailed: If the model cannot be built or run, with the reason.
@@ -158,9 +154,6 @@ _MISFIT = 'Given groups='
 
 def rewired(job: Job) -> tuple[Draft, Maps, str, Trial | None]:
     """Rewire a config and check the result; then once more without the maps that nothing reads.
-
-    Args:
-        job: The swap.
 
     Returns:
         The config, MILA's maps, what was checked, and the trial of the new model, None where it could not run.

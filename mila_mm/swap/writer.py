@@ -38,9 +38,6 @@ def child_text(result: SwapResult, out: str | FilePath) -> str:
         result: The swap of a config that was read from a file.
         out: Where the text will be; a path of the original is written relative to its folder.
 
-    Returns:
-        The text.
-
     Raises:
         UserError: If the original is in memory only, or a changed value cannot be written.
     """
@@ -65,7 +62,6 @@ def check_out(out: str | FilePath, config: str | None = None) -> None:
     """Check, before the work of a swap, that its config can be written to a file.
 
     Args:
-        out: The file.
         config: The original as it was given, None for a config in memory. One that cannot be read is not looked into:
             the swap says why.
 
@@ -103,7 +99,6 @@ def write_child(result: SwapResult, out: str | FilePath) -> None:
     """Write a swapped config to a file, and make sure that it reads back as what the swap made.
 
     Args:
-        result: The swap.
         out: The file; an existing one is replaced, but only by a config that was read back.
 
     Raises:
@@ -143,8 +138,6 @@ def check_child(result: SwapResult, path: str | FilePath, what: str | None = Non
     """Read a written config and compare it with the swap's.
 
     Args:
-        result: The swap.
-        path: The file.
         what: What a message calls it. Defaults to its path.
 
     Raises:
@@ -279,9 +272,6 @@ _LONGEST = 60
 
 def report(result: SwapResult) -> str:
     """Describe a swap.
-
-    Args:
-        result: The swap.
 
     Returns:
         A table of the changes, what could not be known, and what was checked.

@@ -18,7 +18,6 @@ def write_generated(path: FilePath, results: Mapping[str, Any]) -> None:
     """Put a sweep's results between the marks of a Markdown file.
 
     Args:
-        path: The file.
         results: As :func:`mila_mm.swap.sweep.sweep.to_json` writes them.
 
     Raises:

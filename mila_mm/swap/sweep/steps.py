@@ -54,9 +54,6 @@ def train_and_predict(config: str, arch: str = 'nano') -> Step:
         config: As for :func:`mila_mm.swap.plan_swap`.
         arch: Size of MILA. Defaults to 'nano'.
 
-    Returns:
-        What was seen.
-
     Raises:
         StepFailed: With the reason.
         UserError: If the swap is refused.

@@ -71,7 +71,6 @@ def sweep(names: list[str], arch: str = 'tiny', workers: int = 1) -> Iterator[Re
     Where backbone and neck show that the heads get the same as before, the heads are not run.
 
     Args:
-        names: Configs.
         arch: Size of MILA. Defaults to 'tiny'.
         workers: Processes. Defaults to 1.
 
@@ -123,9 +122,6 @@ def _general(reason: str, name: str) -> str:
 def representatives(records: list[Record]) -> dict[str, str]:
     """Choose for each family a swapped config to train.
 
-    Args:
-        records: Of a sweep.
-
     Returns:
         Family to the name of its first swapped config; families without one are left out, and so are fragments.
     """
@@ -141,7 +137,6 @@ def step_in_process(script: FilePath, name: str, limit: float) -> dict[str, Any]
 
     Args:
         script: The command that runs ``--step NAME`` and prints JSON.
-        name: The config.
         limit: Seconds.
 
     Returns:
