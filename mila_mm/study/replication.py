@@ -55,7 +55,6 @@ def run_row(plan: Plan, row: str, switches: Mapping[str, Any], seed: int) -> dic
 
     Args:
         plan: What all rows share.
-        row: Name of the row.
         switches: Arguments of the backbone that make the row.
         seed: Seed of weights, order of the images and flips.
 
@@ -218,8 +217,6 @@ def verdict(row: Row, baseline: Row, margin: float | None) -> str:
     """Say whether a row moved from the baseline as in the paper.
 
     Args:
-        row: The row.
-        baseline: The baseline's row.
         margin: What :func:`noise` returned.
 
     Returns:

@@ -54,9 +54,6 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     Args:
         results: What :func:`mila_mm.study.replication.run_row` returned, of some or all rows.
 
-    Returns:
-        The page.
-
     Raises:
         UserError: If the baseline has not been run: there is nothing to compare with.
     """

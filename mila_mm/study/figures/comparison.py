@@ -68,7 +68,6 @@ def save_comparison(panels: Sequence[Panel], families: Sequence[str], path: str 
         panels: At least one.
         families: All families, so that each keeps its looks from picture to picture; the first one is drawn last and
             strongest.
-        path: Picture to write.
         note: Small text at the foot, for the sources.
     """
     figure = Figure(figsize=(4.6 * len(panels) + 1.7, 4.2), dpi=170, layout='constrained')

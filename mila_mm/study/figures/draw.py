@@ -80,8 +80,6 @@ def save_layer_curves(
 
     Args:
         curves: Label to the values of all blocks; the blocks must be the same for all.
-        path: Picture to write.
-        ylabel: Name of the number.
         log: Whether the axis is logarithmic. Defaults to False.
         limits: Ends of the axis. Defaults to what fits.
 
@@ -128,7 +126,6 @@ def save_gate_maps(images: np.ndarray, gates: Sequence[GateMap], path: str | Pat
     Args:
         images: (B, H, W, 3) uint8 RGB.
         gates: Blocks, in columns.
-        path: Picture to write.
     """
     height, width = images.shape[1:3]
     panel = 1.15
@@ -164,7 +161,6 @@ def save_decay_windows(
     """Draw what a constant forget gate means: token j weighs A^(i - j) in the state at token i.
 
     Args:
-        path: Picture to write.
         gates: Values of A, in (0, 1).
         length: Tokens in the matrices. Defaults to 24.
         negligible: Weight below which a token counts as forgotten. Defaults to 0.01.
@@ -228,7 +224,6 @@ def save_receptive_fields(
 
     Args:
         fields: Label to (H, W), at least 0.
-        path: Picture to write.
         scale: 'log' from a ten-thousandth of the largest contribution on, or 'gamma' for its fourth root.
         thresholds: Shares whose area is written below.
         per_row: Pictures in a row at most. Defaults to 4.

@@ -59,9 +59,6 @@ def open_feature_model(spec: str) -> FeatureModel:
             WEIGHTS a checkpoint of that whole model, or of a MILA backbone, a ``mila://`` name, or with timm
             ``pretrained``. Without weights they are random.
 
-    Returns:
-        The model.
-
     Raises:
         UserError: If there is no such model or the weights do not fit.
     """

@@ -16,11 +16,7 @@ def save_plots(published: Published, folder: str | Path) -> list[Path]:
     """Draw and write the plots.
 
     Args:
-        published: The figures.
         folder: Where to; made if it is missing.
-
-    Returns:
-        The pictures.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

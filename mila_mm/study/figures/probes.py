@@ -145,9 +145,6 @@ def input_gates(backbone: nn.Module, features: Callable[[Tensor], Any], images: 
         features: Runs the backbone on images.
         images: (B, 3, H, W), normalised.
 
-    Returns:
-        The maps of each block.
-
     Raises:
         UserError: If no block has an input gate.
     """

@@ -79,9 +79,7 @@ class StudyAttention(nn.Module):
 
     Args:
         dim: Width of the tokens and of v.
-        num_heads: Heads.
         qk_dim: Width of q, and of k, over all heads.
-        design: The switches.
         project_v: Whether v is a projection of the tokens, as in a Transformer's block, or the tokens.
         attn_backend: For what :func:`mila_mm.ops.mila_attention` covers.
     """

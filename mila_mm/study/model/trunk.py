@@ -19,30 +19,14 @@ from mila_mm.study.model.layers import AbsolutePositions, MambaBlock, PatchEmbed
 class LinearAttentionTrunk(Trunk):
     """Swin's layout with linear attention and any of Mamba's designs (arXiv 2405.16605, section 4).
 
+    ``block`` to ``gate_reduction`` are those of :class:`Design`, ``in_channels`` to ``norm_layer`` those of MILA.
+
     :class:`mila_mm.LinearAttentionTransformer` adds OpenMMLab's contract; see there for the arguments.
 
     Args:
         arch: 'nano', 'tiny', or dict(embed_dim, depths, num_heads); MILA's names on MILA's layout.
         layout: 'swin' or 'mila'.
-        block: 'transformer', 'mamba' or 'mila'.
-        input_gate: Switch.
-        forget_gate: Switch.
-        shortcut: Switch.
-        normalization: Switch.
-        single_head: Switch.
-        positional_encoding: Any of 'ape', 'lepe', 'cpe' and 'rope'.
-        expansion: E of Mamba's block.
-        qk_ratio: Width of q, and of k, over that of the tokens.
-        conv_kernel_size: Of the depthwise convolution in Mamba's block.
-        gate_reduction: Width of the tokens over C_0.
         img_size: Side, or (height, width), of the image that the tables of APE are made for.
-        in_channels: As for MILA, like all that follow.
-        out_indices: See there.
-        mlp_ratio: See there.
-        drop_path_rate: See there.
-        with_cp: See there.
-        attn_backend: See there.
-        norm_layer: See there; only MILA's layout has such norms.
         **kwargs: For the next class in the method resolution order.
 
     Raises:
@@ -165,8 +149,6 @@ class LinearAttentionClassifier(nn.Module):
     """The model of the study with the head that its costs are counted with: norm, mean over tokens, Linear.
 
     Args:
-        arch: As for :class:`LinearAttentionTrunk`.
-        num_classes: Outputs.
         **options: As for :class:`LinearAttentionTrunk`.
     """
 
