@@ -44,9 +44,6 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report a wrong command line.
 
-        Args:
-            message: What argparse found wrong.
-
         Raises:
             UserError: Always.
         """
@@ -54,11 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that ``train.py`` and ``test.py`` share, under OpenMMLab's names.
-
-    Args:
-        parser: Parser to add to.
-    """
+    """Add the flags that ``train.py`` and ``test.py`` share, under OpenMMLab's names."""
     parser.add_argument(
         '--work-dir', metavar='DIR', help='folder for logs and checkpoints [./work_dirs/NAME_OF_THE_CONFIG]'
     )
@@ -74,11 +67,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--cfg-options``; ``mila_mm.engine.load_config`` takes what it collects.
-
-    Args:
-        parser: Parser to add to.
-    """
+    """Add ``--cfg-options``; ``mila_mm.engine.load_config`` takes what it collects."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',

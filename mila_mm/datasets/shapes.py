@@ -45,9 +45,6 @@ def write_shapes(root: str | Path, num_train: int, num_val: int, size: int = 128
         size: Side of the square images in pixels, at least 32.
         seed: Seed of the set, at least 0.
 
-    Returns:
-        The folder.
-
     Raises:
         ValueError: If an argument is out of range or not a whole number.
         UserError: If there is something else at ``root``.

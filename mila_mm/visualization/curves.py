@@ -40,7 +40,6 @@ def save_curves(
         training: Entries with ``step``, ``loss`` and any number of its parts, whose names hold 'loss'.
         validation: Entries with ``step`` (the iteration) and the metrics.
         metrics: Key of a metric to the name it is drawn under. Those that no entry has are left out.
-        path: Picture to write.
         title: Line above both. Defaults to none.
     """
     figure = Figure(figsize=(12, 4.6), dpi=110, layout='constrained')

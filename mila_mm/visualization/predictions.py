@@ -54,7 +54,6 @@ def save_predictions(
         samples: What to draw, at least one.
         class_names: Names by class index, for the legend.
         palette: RGB colour of each class, 0 to 255.
-        path: Picture to write.
         title: Line above the grid. Defaults to none.
     """
     per_row = min(_SAMPLES_PER_ROW, len(samples))
