@@ -64,9 +64,6 @@ def disarm(content: Any) -> Any:
     Checkpoints of mmdet 2 and mmseg 0 keep their config as text in ``meta['config']``; to compare the
     number of GPUs, mmengine runs that text.
 
-    Args:
-        content: What was read.
-
     Returns:
         The same, with ``meta['config']`` as ``meta['config_text']``.
     """
@@ -90,7 +87,6 @@ def load_backbone(
     """Load a MILA backbone from an ImageNet classifier, another backbone, a detector or a segmentor.
 
     Args:
-        backbone: The model.
         source: A name, address or path, or what :func:`read_checkpoint` returned.
         prefix: What stands before the backbone's keys. Defaults to what the file itself shows.
         strict: Raise on anything unexplained; ``False`` loads what fits and reports the rest.
@@ -143,13 +139,10 @@ def load_model(
 ) -> LoadReport:
     """Load a whole detector, segmentor or any other model.
 
+    The other arguments are those of :func:`load_backbone`.
+
     Args:
         model: The model; wrappers for distributed training and test-time augmentation are looked through.
-        source: A name, address or path, or what :func:`read_checkpoint` returned.
-        strict: Raise on anything unexplained; ``False`` loads what fits and reports the rest.
-        adapt_in_channels: Change the stem's first convolution to the model's number of input channels.
-        key: See :func:`read_checkpoint`.
-        label: What messages call the source. Defaults to the source itself.
 
     Returns:
         The report, already logged.

@@ -5,6 +5,8 @@ with torch.hub, which unpickles fully at once. Its ``CheckpointLoader`` is a reg
 prefix, made to be extended: registering ours for every prefix is the one seam through which
 ``load_from``, ``--resume``, ``init_cfg=dict(type='Pretrained')``, ``init_detector`` and the
 inferencers all read. ``mila_mm`` registers them as soon as mmengine's module is imported.
+
+In all of them ``map_location`` is that of :func:`torch.load`, and ``None`` means the CPU.
 """
 
 from __future__ import annotations
@@ -51,7 +53,6 @@ def load_from_mila(filename: str, map_location: Any = None) -> Any:
 
     Args:
         filename: ``mila://`` and a name.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
 
     Returns:
         The checkpoint with our names under ``state_dict``.
@@ -67,10 +68,6 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
     Args:
         filename: Path; ``~`` is expanded.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -84,12 +81,8 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: str | Non
 
     Args:
         filename: http or https address.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
         model_dir: Ignored; files go to the cache.
         progress: Whether to show a progress bar; ``None`` shows it on terminals.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         UserError: If it cannot be fetched or read.
@@ -103,10 +96,6 @@ def load_from_torchvision(filename: str, map_location: Any = None) -> Any:
 
     Args:
         filename: ``torchvision://`` (or ``modelzoo://``) and a name.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         UserError: If it is unknown, cannot be fetched or cannot be read.
@@ -121,10 +110,6 @@ def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
 
     Args:
         filename: ``open-mmlab://`` (or ``openmmlab://``) and a name.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         UserError: If it is unknown, cannot be fetched or cannot be read.
@@ -143,7 +128,6 @@ def load_from_mmcls(filename: str, map_location: Any = None) -> Any:
 
     Args:
         filename: ``mmcls://`` and a name.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
 
     Returns:
         The backbone's state dict, without prefix.
@@ -167,11 +151,6 @@ def load_from_ceph(filename: str, map_location: Any = None, backend: str = 'petr
 
     Args:
         filename: Address that starts with ``s3://`` or ``petrel://``, possibly after a cluster's name.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
-        backend: Name of mmengine's backend.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         CheckpointError: If it cannot be read safely.
@@ -189,7 +168,6 @@ def load_from_pavi(filename: str, map_location: Any = None) -> Any:
 
     Args:
         filename: ``pavi://`` address.
-        map_location: Ignored.
 
     Raises:
         CheckpointError: Always.
@@ -209,11 +187,7 @@ def safe_torch_load(file: Any, map_location: Any = None, weights_only: bool | No
 
     Args:
         file: Path, or a file that is open for reading in binary mode.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
         weights_only: Ignored: nothing but weights is ever read.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         CheckpointError: If it cannot be read safely.
@@ -232,10 +206,6 @@ def load_url(url: str, model_dir: str | None = None, map_location: Any = None, *
     Args:
         url: http or https address.
         model_dir: Ignored; files go to the cache.
-        map_location: As for :func:`torch.load`; ``None`` means the CPU.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         UserError: If it cannot be fetched or read.
@@ -296,11 +266,7 @@ def init_pretrained(backbone: nn.Module, base_init: Callable[[], None]) -> None:
 
 
 class _Pretrained:
-    """Takes the place of mmengine's initialiser of that name.
-
-    Args:
-        options: The user's ``init_cfg``.
-    """
+    """Takes the place of mmengine's initialiser of that name."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options

@@ -33,10 +33,8 @@ def unwrap(content: Any, *, key: str | None = None, source: str = 'checkpoint') 
     """Find the state dict in what a file holds.
 
     Args:
-        content: What was read.
         key: The entry to take, e.g. ``'state_dict_ema'``; by default the first of
             ``state_dict``, ``model``, ``state_dict_ema`` that there is, else the content itself.
-        source: What messages call the file.
 
     Returns:
         The state dict, and the key that held it ('' for a bare one).
@@ -69,9 +67,6 @@ def _tensors_only(state_dict: Mapping[Any, Any], source: str) -> Mapping[str, An
 
 def backbone_prefix(keys: Mapping[str, Any]) -> str | None:
     """Return what stands before the keys of a MILA backbone.
-
-    Args:
-        keys: A state dict.
 
     Returns:
         ``''``, ``'backbone.'`` or the like; ``None`` if there is no MILA in it.
@@ -131,9 +126,6 @@ def to_released(
             this size (224 for its dense backbones too). ``None`` leaves them out; the released code then
             reports them as missing and computes them itself.
 
-    Returns:
-        What to save.
-
     Raises:
         UserError: If there is no MILA in it, or the image size is not a multiple of 32.
     """
@@ -186,10 +178,6 @@ def rope_tables(state_dict: Mapping[str, Any], prefix: str, image_size: int) -> 
 
 def describe(state_dict: Mapping[str, Any], prefix: str = '') -> str:
     """Name the MILA that a state dict belongs to.
-
-    Args:
-        state_dict: Weights or a model's own state dict.
-        prefix: What stands before the backbone's keys.
 
     Returns:
         E.g. ``'MILA tiny (width 64, depths 2 4 8 4)'``.

@@ -15,10 +15,6 @@ _SHOWN = 6
 def listed(keys: Iterable[str], shown: int = _SHOWN) -> str:
     """Join names, shortening long lists.
 
-    Args:
-        keys: The names.
-        shown: How many to show.
-
     Returns:
         'a, b, ... 3 more'.
     """
@@ -95,11 +91,6 @@ class MismatchError(CheckpointError):
 
 def advice(report: LoadReport, tensors: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Say what to do about weights that do not fit.
-
-    Args:
-        report: What did not fit.
-        tensors: The weights.
-        own: The model's state dict.
 
     Returns:
         One sentence.

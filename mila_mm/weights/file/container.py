@@ -44,9 +44,6 @@ _DIRECTORY = 0x10
 def sniff(path: Path) -> str:
     """Tell the format of a checkpoint from its first bytes.
 
-    Args:
-        path: The file.
-
     Returns:
         ``'zip'`` (torch.save since 1.6), ``'legacy'`` (before) or ``'safetensors'``.
 
@@ -89,9 +86,6 @@ def sniff(path: Path) -> str:
 def check(path: Path) -> str:
     """Check that a file is a whole checkpoint which declares no more than it holds.
 
-    Args:
-        path: The file.
-
     Returns:
         Its format, as :func:`sniff`.
 
@@ -112,9 +106,6 @@ def check_zip(path: Path) -> zipfile.ZipInfo:
 
     torch stores its records uncompressed, so a compressed record is either a foreign zip or a bomb:
     refusing it bounds everything that can be read by the size of the file.
-
-    Args:
-        path: The file.
 
     Returns:
         The record that holds the pickle.
@@ -169,9 +160,6 @@ def check_zip(path: Path) -> zipfile.ZipInfo:
 
 def check_safetensors(path: Path) -> None:
     """Check the header of a safetensors file.
-
-    Args:
-        path: The file.
 
     Raises:
         CheckpointError: If the header is damaged or the tensors do not fill the file exactly.

@@ -82,7 +82,6 @@ def read_file(
     """Read a checkpoint of any format that torch or safetensors writes.
 
     Args:
-        path: The file.
         map_location: As for :func:`torch.load`, but ``None`` means the CPU.
         mmap: Map the file instead of copying it; for files that nobody writes to while the tensors live.
 

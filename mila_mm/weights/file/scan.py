@@ -87,9 +87,6 @@ class Scan:
     def run(self) -> Scan:
         """Walk to the end.
 
-        Returns:
-            Itself.
-
         Raises:
             ValueError: If it uses what torch.save never writes, or asks for far more than it holds.
             IndexError: If it is damaged or ends too early, like the errors below.

@@ -110,11 +110,7 @@ class _Text:
 
 
 class Named:
-    """A function or type that a file mentions and nobody may call.
-
-    Attributes:
-        name: What the file called it.
-    """
+    """A function or type that a file mentions and nobody may call."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -204,10 +200,6 @@ def new_array(*_: Any) -> Array:
 def scalar(dtype: Any, raw: Any) -> Any:
     """Stand in for ``numpy.core.multiarray.scalar``.
 
-    Args:
-        dtype: A :class:`Dtype`.
-        raw: The bytes of one value.
-
     Returns:
         The numpy scalar.
 
@@ -290,12 +282,6 @@ class _Plain:
 
     def convert(self, value: Any) -> Any:
         """Convert one value and all that it holds.
-
-        Args:
-            value: Anything that an unpickler made.
-
-        Returns:
-            The same without stand-ins.
 
         Raises:
             UnpicklingError: If it is nested too deeply, or contains itself.

@@ -60,12 +60,11 @@ def configure(
 ) -> Settings:
     """Change how weights are fetched in this process; what is not given stays.
 
+    The arguments are the attributes of :class:`Settings`.
+
     Args:
         mirrors: See :class:`Settings`; ``MILA_MIRRORS`` comes before these.
         offline: Never open a connection; ``MILA_OFFLINE=1`` does the same.
-        timeout: Seconds without a byte.
-        attempts: Tries per source.
-        backoff: Seconds before the second try.
 
     Returns:
         The settings in force.
@@ -88,9 +87,6 @@ def configure(
 
 def settings() -> Settings:
     """Return what :func:`configure` set, joined with the environment.
-
-    Returns:
-        The settings in force.
 
     Raises:
         UserError: If ``MILA_OFFLINE`` is neither true nor false.
@@ -138,9 +134,6 @@ class Record:
 def sha256_of(path: Path) -> str:
     """Hash a file.
 
-    Args:
-        path: The file.
-
     Returns:
         Its sha256, hexadecimal.
     """
@@ -154,9 +147,6 @@ def sha256_of(path: Path) -> str:
 def record_path(path: Path) -> Path:
     """Return where the record of a cached file lies.
 
-    Args:
-        path: The cached file.
-
     Returns:
         ``path`` with ``.json`` appended.
     """
@@ -165,9 +155,6 @@ def record_path(path: Path) -> Path:
 
 def read_record(path: Path) -> Record | None:
     """Read the record of a cached file.
-
-    Args:
-        path: The cached file.
 
     Returns:
         The record, or ``None`` where there is none.
@@ -193,10 +180,6 @@ def read_record(path: Path) -> Record | None:
 
 def write_record(path: Path, record: Record) -> None:
     """Write the record of a cached file, atomically.
-
-    Args:
-        path: The cached file.
-        record: What to write.
 
     Raises:
         OSError: If the folder cannot be written.

@@ -160,14 +160,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         """Refuse a downgrade; otherwise as urllib does (which keeps the Range header).
 
-        Args:
-            req: The request that was answered.
-            fp: The answer.
-            code: Its status.
-            msg: Its reason.
-            headers: Its headers.
-            newurl: Where it points.
-
         Returns:
             The next request.
 
@@ -190,9 +182,6 @@ def _check_address(source: str) -> None:
 
 def is_plain_http(source: str) -> bool:
     """Tell whether anyone on the way could change what this address sends.
-
-    Args:
-        source: An address.
 
     Returns:
         Whether it is http to another machine.

@@ -65,9 +65,6 @@ def wanted(source: str | PublishedFile) -> Wanted:
     Args:
         source: A published file, its name (``mila://`` optional), or an http(s) address.
 
-    Returns:
-        What to fetch and where it goes.
-
     Raises:
         UserError: If no published file has that name, or the address cannot be one.
     """
@@ -234,11 +231,7 @@ def verify(target: Wanted, *, full: bool = False) -> Record:
     """Check a file in the cache against its record, making the record if there is none.
 
     Args:
-        target: The file.
         full: Hash it even where size and time say that it is unchanged.
-
-    Returns:
-        Its record.
 
     Raises:
         FileNotFoundError: If it is not in the cache.
@@ -273,9 +266,6 @@ def local_path(source: str, *, progress: bool | None = None) -> Path:
     Args:
         source: ``mila://name``, an http(s) address, or a path.
         progress: See :func:`fetch`.
-
-    Returns:
-        The file.
 
     Raises:
         MissingCheckpointError: If a path does not exist (a FileNotFoundError as well).

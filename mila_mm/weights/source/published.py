@@ -106,9 +106,6 @@ def find(name: str) -> PublishedFile:
     Args:
         name: With or without ``mila://``, e.g. ``'tiny-in1k'``.
 
-    Returns:
-        Its entry.
-
     Raises:
         UserError: If there is none of that name; suggests the nearest.
     """
