@@ -35,10 +35,6 @@ def restore_random_state(state: dict[str, Any], rank: int = 0) -> None:
     A checkpoint is written by rank 0 and holds its state alone. The other ranks start streams of their
     own that follow from that state and the rank, instead of repeating those of their first epoch.
 
-    Args:
-        state: What was captured.
-        rank: Rank of this process.
-
     Raises:
         CheckpointError: If the state cannot be understood.
     """

@@ -47,9 +47,6 @@ def test(
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
         cfg_options: Overrides as ``key.of.entry=value``.
 
-    Returns:
-        The metrics.
-
     Raises:
         UserError: For anything in the arguments, the config or the data that does not work.
     """
@@ -85,8 +82,6 @@ def _add_dump(cfg: Config, scope: str, out: str) -> None:
     """Add the writing of predictions to a config.
 
     Args:
-        cfg: Config to change.
-        scope: 'mmdet', 'mmseg' or 'mmpretrain'.
         out: A path that ends with ``.pkl`` or ``.pickle``; for mmseg also a folder.
 
     Raises:
@@ -111,13 +106,6 @@ def _add_dump(cfg: Config, scope: str, out: str) -> None:
 
 def _add_drawing(cfg: Config, scope: str, show: bool, show_dir: str | None, wait_time: float) -> None:
     """Add the drawing of predictions to a config.
-
-    Args:
-        cfg: Config to change.
-        scope: 'mmdet' or 'mmseg'.
-        show: Whether to open windows.
-        show_dir: Folder for pictures, or None.
-        wait_time: Seconds that a window stays.
 
     Raises:
         UserError: If there is no display to show on, the folder is a file, or there is nothing to draw.
@@ -144,9 +132,6 @@ def _add_drawing(cfg: Config, scope: str, show: bool, show_dir: str | None, wait
 
 def _use_tta(cfg: Config) -> None:
     """Wrap a config's model and pipeline for test-time augmentation.
-
-    Args:
-        cfg: Config with ``tta_model`` and ``tta_pipeline`` to change.
 
     Raises:
         UserError: If it lacks them, or its model predicts masks, which mmdet cannot merge.
@@ -200,7 +185,6 @@ class DumpSegResults(DumpResults):
         """Keep the predictions of a batch on the CPU.
 
         Args:
-            data_batch: The batch, not used.
             data_samples: Samples as dicts, with ``pred_sem_seg``.
         """
         kept = [

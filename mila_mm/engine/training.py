@@ -104,7 +104,6 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
     """Settle where the run starts from: a checkpoint to resume, weights to load, or neither.
 
     Args:
-        cfg: Config to change.
         resume: 'auto', a checkpoint, or None for what the config says.
 
     Raises:
@@ -123,9 +122,6 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
 
 def _use_auto_scale_lr(cfg: Config) -> None:
     """Turn on the scaling of the learning rate to the total batch.
-
-    Args:
-        cfg: Config to change.
 
     Raises:
         UserError: If the config does not say for which batch its learning rate is meant.
@@ -148,9 +144,6 @@ def _set_max_nonfinite(cfg: Config, number: int) -> None:
 def _add_tensorboard(cfg: Config) -> None:
     """Let the visualizer write TensorBoard's event files beside the JSON log.
 
-    Args:
-        cfg: Config to change.
-
     Raises:
         UserError: If tensorboard is not installed.
     """
@@ -169,7 +162,6 @@ def use_pretrained(cfg: Config, weights: str) -> None:
     """Let the backbone start from weights.
 
     Args:
-        cfg: Config to change.
         weights: ``mila://NAME`` or a file.
 
     Raises:
@@ -187,9 +179,6 @@ def use_pretrained(cfg: Config, weights: str) -> None:
 
 def starts_from_scratch(cfg: Config) -> str | None:
     """Say so where a published size of MILA is about to be trained from random weights.
-
-    Args:
-        cfg: Config of the run.
 
     Returns:
         One line for the log, or None where there is nothing to say.
@@ -209,9 +198,6 @@ def starts_from_scratch(cfg: Config) -> str | None:
 def nothing_to_resume(cfg: Config) -> str | None:
     """Say so where a run was to be resumed and the work folder holds no checkpoint.
 
-    Args:
-        cfg: Config of the run, with ``work_dir``.
-
     Returns:
         One line for the log, or None where there is nothing to say.
     """
@@ -225,9 +211,6 @@ def without_testing(cfg: Config) -> Config:
 
     Args:
         cfg: Config, left as it is.
-
-    Returns:
-        The copy.
     """
     copy = deepcopy(cfg)
     for name in ('test_dataloader', 'test_cfg', 'test_evaluator'):
@@ -241,11 +224,7 @@ def _is_mila(backbone: Mapping[str, Any]) -> bool:
 
 @HOOKS.register_module()
 class NoticeHook(Hook):
-    """Log lines as warnings after everything that a start logs, hundreds of lines in mmengine.
-
-    Args:
-        notices: The lines.
-    """
+    """Log lines as warnings after everything that a start logs, hundreds of lines in mmengine."""
 
     priority = 'LOWEST'
 
@@ -253,10 +232,6 @@ class NoticeHook(Hook):
         self.notices = tuple(notices)
 
     def before_train(self, runner: Runner) -> None:
-        """Log the lines.
-
-        Args:
-            runner: The runner.
-        """
+        """Log the lines."""
         for notice in self.notices:
             runner.logger.warning(notice)

@@ -30,12 +30,6 @@ def building(what: str) -> Iterator[None]:
 
     Args:
         what: What is being built, the first words of the message.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UserError: As described.
     """
     try:
         yield
@@ -67,9 +61,6 @@ def reading(what: str, ann_files: list[Path]) -> Iterator[None]:
     Args:
         what: What is being built, the first words of the message.
         ann_files: Annotation files that it reads.
-
-    Yields:
-        Nothing.
 
     Raises:
         UserError: If one of the files is broken, or as :func:`building` says.
@@ -141,9 +132,6 @@ _LOST_PEER = re.compile(
 def plain_failures() -> Iterator[None]:
     """Turn a full disk, a dead dataloader worker and a lost peer into one message each.
 
-    Yields:
-        Nothing.
-
     Raises:
         UserError: In these cases; everything else passes as it is.
     """
@@ -214,11 +202,7 @@ def _watch(handler: logging.FileHandler) -> None:
 
 
 class _NamedLoading:
-    """A loading transform that tells which file it failed on, also from a dataloader's worker.
-
-    Args:
-        transform: The transform to call.
-    """
+    """A loading transform that tells which file it failed on, also from a dataloader's worker."""
 
     def __init__(self, transform: BaseTransform) -> None:
         self.transform = transform
@@ -228,9 +212,6 @@ class _NamedLoading:
 
         Args:
             results: Sample with ``img_path`` and, for label maps, ``seg_map_path``.
-
-        Returns:
-            What the transform returns.
 
         Raises:
             UserError: If the transform fails and the image or the label map is at fault.

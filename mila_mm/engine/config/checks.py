@@ -148,7 +148,6 @@ def check_pretrained(model: Any, key: str = 'model') -> None:
     """Check that the local files named by ``init_cfg=dict(type='Pretrained', checkpoint=...)`` exist.
 
     Args:
-        model: Config of a model or a part of it.
         key: Where it stands in the config. Defaults to 'model'.
 
     Raises:

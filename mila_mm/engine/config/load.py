@@ -68,9 +68,6 @@ def load_config(name: str, cfg_options: Sequence[str] = (), import_custom_module
 def resolve_config(name: str) -> Path:
     """Find the file that a config's name stands for.
 
-    Args:
-        name: As for :func:`load_config`.
-
     Returns:
         Path of an existing file.
 
@@ -99,9 +96,6 @@ def resolve_config(name: str) -> Path:
 def parse_cfg_options(items: Sequence[str]) -> dict[str, Any]:
     """Parse ``key=value`` strings by mmengine's rules.
 
-    Args:
-        items: Strings of the command line.
-
     Returns:
         Dotted key to value.
 
@@ -127,10 +121,6 @@ def _merge_cfg_options(cfg: Config, items: Sequence[str]) -> None:
     A first part of a key that neither the config nor the runner knows is refused: it would
     be merged and never be read.
 
-    Args:
-        cfg: Config to change.
-        items: Overrides as ``key.of.entry=value``.
-
     Raises:
         UserError: If an override does not parse or does not fit the config.
     """
@@ -152,9 +142,6 @@ def _merge_cfg_options(cfg: Config, items: Sequence[str]) -> None:
 
 def scope_of(cfg: Config) -> str:
     """Tell which library a config is for.
-
-    Args:
-        cfg: A config with a model.
 
     Returns:
         'mmdet', 'mmseg' or 'mmpretrain'.
@@ -180,7 +167,6 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """Return the message of an exception on one line.
 
     Args:
-        error: Any exception.
         limit: Length after which it is cut. Defaults to 300.
 
     Returns:
@@ -193,11 +179,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def _install_hint() -> str:
-    """Return how to install what is missing.
-
-    Returns:
-        A short instruction.
-    """
+    """Return how to install what is missing."""
     return 'pip install -r requirements.txt'
 
 

@@ -22,12 +22,7 @@ _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
 def set_work_dir(cfg: Config, work_dir: str | None) -> None:
-    """Settle the work folder: the argument, else the config's, else one named after the config.
-
-    Args:
-        cfg: Config to change.
-        work_dir: Folder, or None.
-    """
+    """Settle the work folder: the argument, else the config's, else one named after the config."""
     if work_dir is not None:
         cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:
@@ -58,9 +53,6 @@ def prepare(cfg: Config, scope: str) -> None:
 
 def configure_weights(cfg: Config) -> None:
     """Apply ``mila_weights=dict(mirrors=[...], offline=True, ...)`` of a config to how weights are fetched.
-
-    Args:
-        cfg: Config.
 
     Raises:
         UserError: If an entry is unknown or of a wrong type.
@@ -95,9 +87,6 @@ def make_safe(cfg: Config) -> None:
     """Put the parts of this package in the place of mmengine's; a second call changes nothing.
 
     Parts of another type than mmengine's own are left as they are.
-
-    Args:
-        cfg: Config of a training run.
     """
     register_atomic_backend()
     _use_hooks(cfg)
@@ -161,7 +150,6 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
     that is there already it leaves it alone.
 
     Args:
-        cfg: Config to change.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:

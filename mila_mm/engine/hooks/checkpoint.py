@@ -26,7 +26,6 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
     Args:
         path: The file; its folder is made if need be.
-        content: All of it.
 
     Raises:
         UserError: If it cannot be written; what was there before is untouched.
@@ -78,12 +77,7 @@ class AtomicLocalBackend(LocalBackend):
     """mmengine's local file backend, except that binary files, as checkpoints are, are whole or not there."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes.
-
-        Args:
-            obj: The content.
-            filepath: The file.
-        """
+        """Write bytes."""
         write_atomically(filepath, obj)
 
 
@@ -113,11 +107,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     _meta: Mapping[str, int] = MappingProxyType({})
 
     def before_train(self, runner: Runner) -> None:
-        """Find out where to write, and clear away what a killed run left half written.
-
-        Args:
-            runner: The runner.
-        """
+        """Find out where to write, and clear away what a killed run left half written."""
         register_atomic_backend()  # also where a config with this hook is trained by other tools
         super().before_train(runner)
         if is_main_process() and self._is_local():
@@ -126,35 +116,20 @@ class CheckpointHook(MMEngineCheckpointHook):
             self._remove_surplus()  # the run was killed before it could
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Remember which iteration was validated.
-
-        Args:
-            runner: The runner.
-            checkpoint: Has been read.
-        """
+        """Remember which iteration was validated."""
         if getattr(runner, '_resume', False):
             self._validated_iter = checkpoint.get('validated_iter')
             self._surplus = checkpoint.get('surplus_ckpt_id')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the position and the last validation.
-
-        Args:
-            runner: The runner.
-            checkpoint: Is about to be written.
-        """
+        """Add the position and the last validation."""
         # FlexibleRunner works the position out anew, and wrongly outside of after_train_iter and after_train_epoch
         checkpoint['meta'].update(self._meta)
         checkpoint['validated_iter'] = self._validated_iter
         checkpoint['surplus_ckpt_id'] = self._surplus
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Save the best checkpoint.
-
-        Args:
-            runner: The runner.
-            metrics: Result of the validation.
-        """
+        """Save the best checkpoint."""
         self._validated_iter = runner.iter
         super().after_val_epoch(runner, metrics)
 
@@ -164,7 +139,6 @@ class CheckpointHook(MMEngineCheckpointHook):
         The checkpoint is removed once a later one is whole.
 
         Args:
-            runner: The runner.
             meta: 'epoch' and 'iter' that the run continues from.
 
         Returns:

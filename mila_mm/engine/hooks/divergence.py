@@ -43,9 +43,6 @@ class DivergenceHook(Hook):
         """Count a loss that is not finite.
 
         Args:
-            runner: The runner.
-            batch_idx: Number of the batch.
-            data_batch: Not used.
             outputs: What the step returned, with 'loss'.
 
         Raises:

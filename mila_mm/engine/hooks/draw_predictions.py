@@ -50,14 +50,7 @@ class PredictionDrawHook(Hook):
         data_batch: Any = None,
         outputs: Sequence[BaseDataElement] | None = None,
     ) -> None:
-        """Draw the images of a batch.
-
-        Args:
-            runner: The runner that tests.
-            batch_idx: Index of the batch.
-            data_batch: The batch, not used.
-            outputs: Samples with predictions.
-        """
+        """Draw the images of a batch."""
         for sample in outputs or ():
             image = mmcv.imfrombytes(get(sample.img_path), channel_order='rgb')
             target = None if self.out_dir is None else str(self.out_dir / self._name_for(Path(sample.img_path)))

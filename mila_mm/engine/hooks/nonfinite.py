@@ -27,9 +27,6 @@ def is_finite(value: Any) -> bool:
 def describe(value: Any) -> str:
     """Describe the tensors in a value in one line each.
 
-    Args:
-        value: A tensor or a nest of them.
-
     Returns:
         For each tensor its shape and dtype, how many elements are not finite, and of the finite ones
         the least, the greatest, mean and standard deviation.
@@ -77,9 +74,6 @@ class Tracer:
     first and is the one that is named. Where an input of a module is not finite already while nothing was found before,
     the code of the module around it is at fault. In the backward the same holds for the gradients of outputs and
     inputs: each module gets an alias of its inputs, so that its own gradient is seen and not the sum with others'.
-
-    Args:
-        model: The model.
     """
 
     model: nn.Module
@@ -94,11 +88,7 @@ class Tracer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hook all modules while the context lasts.
-
-        Yields:
-            Nothing.
-        """
+        """Hook all modules while the context lasts."""
         with ExitStack() as stack:
             for module in self._names:
                 stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
@@ -227,9 +217,6 @@ class NonFiniteHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Watch the optimizer's steps.
 
-        Args:
-            runner: The runner.
-
         Raises:
             UserError: If the model is sharded.
         """
@@ -254,13 +241,7 @@ class NonFiniteHook(Hook):
         wrapper.backward, wrapper.step = backward_and_note, check_and_step
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Note the batch and the random numbers that it will meet.
-
-        Args:
-            runner: The runner.
-            batch_idx: Number of the batch.
-            data_batch: The batch.
-        """
+        """Note the batch and the random numbers that it will meet."""
         self._batches.append((data_batch, capture_random_state()))
 
     def _check(self, runner: Runner) -> None:

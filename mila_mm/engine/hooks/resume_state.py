@@ -48,9 +48,6 @@ class ResumeStateHook(Hook):
 
         Making an iterator draws a number. Iteration-based loops make theirs after a resumed run's generators are back:
         from the common generator, that draw would shift all that follows. So the dataloader gets its own.
-
-        Args:
-            runner: The runner.
         """
         loader = runner.train_dataloader
         if isinstance(loader, DataLoader):
@@ -88,11 +85,7 @@ class ResumeStateHook(Hook):
             runner.val_loop.run()
 
     def gather_for_checkpoint(self, runner: Runner) -> None:
-        """Collect the states of all ranks; called on each of them before a checkpoint is written.
-
-        Args:
-            runner: The runner.
-        """
+        """Collect the states of all ranks; called on each of them before a checkpoint is written."""
         self._gathered = all_gather_object(self._state()) if get_world_size() > 1 else None
 
     def _state(self) -> dict[str, Any]:
@@ -105,12 +98,7 @@ class ResumeStateHook(Hook):
         return state
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the states of the generators and the position in the epoch.
-
-        Args:
-            runner: The runner.
-            checkpoint: Is about to be written.
-        """
+        """Add the states of the generators and the position in the epoch."""
         checkpoint['random_state'] = self._state()
         if self._gathered is not None:
             checkpoint['random_states'], self._gathered = self._gathered, None
@@ -123,10 +111,6 @@ class ResumeStateHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Look at a checkpoint that is resumed.
-
-        Args:
-            runner: The runner.
-            checkpoint: Has been read.
 
         Raises:
             UserError: If it lacks the optimizer's state.
@@ -156,11 +140,7 @@ class ResumeStateHook(Hook):
         _drop_foreign_paths(checkpoint.get('message_hub'), Path(runner.work_dir), out_dir)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Put the generators back, as the last thing before data is drawn.
-
-        Args:
-            runner: The runner.
-        """
+        """Put the generators back, as the last thing before data is drawn."""
         if self._to_restore is not None:
             restore_random_state(self._to_restore, 0 if self._of_this_rank else get_rank())
             ours = self._of_this_rank or get_rank() == 0
@@ -169,19 +149,11 @@ class ResumeStateHook(Hook):
             self._to_restore = None
 
     def before_val(self, runner: Runner) -> None:
-        """Remember the generators.
-
-        Args:
-            runner: The runner.
-        """
+        """Remember the generators."""
         self._outside = capture_random_state()
 
     def after_val(self, runner: Runner) -> None:
-        """Put the generators back where validation found them.
-
-        Args:
-            runner: The runner.
-        """
+        """Put the generators back where validation found them."""
         if self._outside is not None:
             # each rank took its own down
             restore_random_state(self._outside)

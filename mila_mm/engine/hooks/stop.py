@@ -38,11 +38,7 @@ class StopHook(Hook):
         self._common_steps = 0
 
     def before_train(self, runner: Runner) -> None:
-        """Take over from the signal handlers' own way to end, which is at once.
-
-        Args:
-            runner: The runner.
-        """
+        """Take over from the signal handlers' own way to end, which is at once."""
         if get_world_size() > 1:
             seconds = ((runner.cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
             timeout = None if seconds is None else timedelta(seconds=seconds)
@@ -52,12 +48,6 @@ class StopHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Stop where it was asked for.
 
-        Args:
-            runner: The runner.
-            batch_idx: Number of the batch.
-            data_batch: Not used.
-            outputs: Not used.
-
         Raises:
             Stopped: Where the run stops.
         """
@@ -66,11 +56,7 @@ class StopHook(Hook):
             self._stop(runner, dict(epoch=runner.epoch, iter=runner.iter + 1))
 
     def before_val(self, runner: Runner) -> None:
-        """Find out for how many batches all ranks are in the validation together.
-
-        Args:
-            runner: The runner.
-        """
+        """Find out for how many batches all ranks are in the validation together."""
         self._common_steps = len(runner.val_dataloader)
         if self._group is not None:
             steps = torch.tensor([self._common_steps])
@@ -79,12 +65,6 @@ class StopHook(Hook):
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Stop where it was asked for.
-
-        Args:
-            runner: The runner.
-            batch_idx: Number of the batch.
-            data_batch: Not used.
-            outputs: Not used.
 
         Raises:
             Stopped: Where the run stops.
@@ -98,11 +78,7 @@ class StopHook(Hook):
         self._stop(runner, dict(epoch=runner.epoch, iter=runner.iter))
 
     def after_train(self, runner: Runner) -> None:
-        """Hand back to the signal handlers.
-
-        Args:
-            runner: The runner.
-        """
+        """Hand back to the signal handlers."""
         self.request.armed = False
         self._finish_pending()
         self._group = None

@@ -74,11 +74,7 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
             self._scale_update_param = None
 
     def step(self, **kwargs: Any) -> None:
-        """Clip, step and update the loss scale, which goes into the log.
-
-        Args:
-            **kwargs: As for :meth:`torch.optim.Optimizer.step`.
-        """
+        """Clip, step and update the loss scale, which goes into the log."""
         super().step(**kwargs)
         if self.loss_scaler.is_enabled():
             self.message_hub.update_scalar('train/loss_scale', self.loss_scaler.get_scale())
@@ -95,14 +91,7 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Cast inside, and leave gradients unsynchronised where accumulation goes on.
-
-        Args:
-            model: The model, possibly in a wrapper with ``no_sync``.
-
-        Yields:
-            Nothing.
-        """
+        """Cast inside, and leave gradients unsynchronised where accumulation goes on."""
         with OptimWrapper.optim_context(self, model), torch.autocast(self.device_type, dtype=self.cast_dtype):
             yield
 
@@ -137,9 +126,6 @@ def _parse_dtype(dtype: str | torch.dtype, where: str = 'optim_wrapper.dtype') -
 def default_dtype(device: str) -> torch.dtype:
     """Return the 16-bit dtype to train in on a device.
 
-    Args:
-        device: Its type, as :func:`mmengine.device.get_device` says it.
-
     Returns:
         bf16 on a CPU and on a GPU that computes in it (compute capability 8.0 and later), fp16 elsewhere.
     """
@@ -151,9 +137,6 @@ def default_dtype(device: str) -> torch.dtype:
 
 def configured_amp(cfg: Config) -> str | None:
     """Read the ``amp`` of a config, which the fragments ``configs/_base_/amp_*.py`` set.
-
-    Args:
-        cfg: Config.
 
     Returns:
         None where it asks for nothing, else 'auto', 'bf16' or 'fp16'.
@@ -191,9 +174,6 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
 
 def check_precision(cfg: Config) -> None:
     """Check that the device can do what the optimizer wrapper asks for.
-
-    Args:
-        cfg: Config of a training run.
 
     Raises:
         UserError: If it asks for fp16 where there is no accelerator, or for bf16 where the GPU has none.

@@ -18,7 +18,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     All of mmengine's ``paramwise_cfg`` works beside it, ``custom_keys`` with ``lr_mult`` or ``decay_mult`` for one.
 
     Args:
-        optim_wrapper_cfg: As for mmengine's.
         paramwise_cfg: mmengine's options and ``layer_decay_rate`` in (0, 1].
 
     Example:
@@ -41,8 +40,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         Args:
             params: Is extended by a group for each parameter.
             module: The model, or a part of it in the recursion.
-            prefix: Name of the part.
-            **kwargs: As for mmengine's.
 
         Raises:
             UserError: If the model's backbone does not say how deep its parameters lie.

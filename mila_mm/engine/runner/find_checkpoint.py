@@ -45,9 +45,6 @@ class Skipped:
 def candidates(cfg: Config) -> list[Path]:
     """List what the runs of a work folder have saved to be resumed, in no particular order.
 
-    Args:
-        cfg: Config with ``work_dir``.
-
     Returns:
         Files, and folders where every rank writes its shard. Among them is what ``last_checkpoint`` names, whether or
         not it is there. ``best_*`` is not: it holds no optimizer.
@@ -73,9 +70,6 @@ def candidates(cfg: Config) -> list[Path]:
 def last_saved(work_dir: str | Path) -> str | None:
     """Read ``last_checkpoint``.
 
-    Args:
-        work_dir: Folder of a run.
-
     Returns:
         What it names, None without such a file or with an empty one.
     """
@@ -94,7 +88,6 @@ def newest_readable(
     chosen one is read whole, and its checksums are compared.
 
     Args:
-        paths: The checkpoints.
         model: What it must fit; filled with its weights. Defaults to None, which is not compared.
         strict: Whether every key of the model must match. Defaults to True.
 
@@ -240,13 +233,9 @@ def load_checkpoint_into(model: nn.Module, checkpoint: Mapping[str, Any], source
     """Put a checkpoint into a model.
 
     Args:
-        model: The model, possibly inside a wrapper.
         checkpoint: What :func:`mila_mm.weights.load.read_checkpoint` returned.
         source: Where it comes from, for messages.
         strict: Whether every key and shape must match.
-
-    Returns:
-        The report.
 
     Raises:
         UserError: If ``strict`` and a key is missing or unexpected, or a shape differs.

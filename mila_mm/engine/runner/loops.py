@@ -38,12 +38,7 @@ class EpochBasedTrainLoop(MMEngineEpochBasedTrainLoop):
         self._epoch += 1
 
     def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
-        """Do an iteration.
-
-        Args:
-            idx: Number of the batch in the epoch.
-            data_batch: The batch.
-        """
+        """Do an iteration."""
         self.batches_done = idx + 1
         super().run_iter(idx, data_batch)
 
@@ -67,11 +62,7 @@ class IterBasedTrainLoop(MMEngineIterBasedTrainLoop):
     """
 
     def run(self) -> Any:
-        """Train.
-
-        Returns:
-            The model.
-        """
+        """Train."""
         self.dataloader_iterator = _SkippingIterator(self.dataloader)
         return super().run()
 

@@ -18,11 +18,7 @@ def apply_model_options(model: nn.Module, cfg: Config) -> nn.Module:
     own ``compile`` (of the whole training step) breaks the program up and compiles for every batch anew.
 
     Args:
-        model: The model.
         cfg: Config, which may have these entries.
-
-    Returns:
-        The same model.
 
     Raises:
         UserError: If the model has no backbone, or an option is of a wrong type.

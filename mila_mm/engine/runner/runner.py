@@ -54,36 +54,19 @@ class Runner(ShardingRunner):
             raise
 
     def train(self) -> nn.Module:
-        """Train.
-
-        Returns:
-            The trained model.
-        """
+        """Train."""
         return self._clean_unless_started(super().train)
 
     def test(self) -> dict[str, float]:
-        """Test.
-
-        Returns:
-            The metrics.
-        """
+        """Test."""
         return self._clean_unless_started(super().test)
 
     def val(self) -> dict[str, float]:
-        """Validate.
-
-        Returns:
-            The metrics.
-        """
+        """Validate."""
         return self._clean_unless_started(super().val)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """Call all hooks; the first batch marks the run as started.
-
-        Args:
-            fn_name: Name of the hooks' method.
-            **kwargs: Its arguments.
-        """
+        """Call all hooks; the first batch marks the run as started."""
         if not self._started and fn_name in _FIRST_BATCH_HOOKS:
             self._started = True
             self.dump_config()
@@ -97,12 +80,6 @@ class Runner(ShardingRunner):
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
         """Build the model.
 
-        Args:
-            model: A model or its config.
-
-        Returns:
-            The model.
-
         Raises:
             UserError: If a value in the config is refused.
         """
@@ -114,7 +91,6 @@ class Runner(ShardingRunner):
 
         Args:
             model_wrapper_cfg: Config of a wrapper, None for mmengine's ``MMDistributedDataParallel``.
-            model: The model.
 
         Returns:
             The model, wrapped in a distributed job.
@@ -172,9 +148,6 @@ class Runner(ShardingRunner):
         Args:
             evaluator: An evaluator, its config or a list of metrics' configs.
 
-        Returns:
-            The evaluator.
-
         Raises:
             UserError: If a value in the config is refused or an annotation file is broken.
         """
@@ -190,12 +163,8 @@ class Runner(ShardingRunner):
         """Build a dataloader whose dataset names the files that it cannot read.
 
         Args:
-            dataloader: A dataloader or its config.
             seed: Seed of the sampler. Defaults to None.
             diff_rank_seed: Whether ranks get different seeds. Defaults to False.
-
-        Returns:
-            The dataloader.
 
         Raises:
             UserError: If a value in the config is refused, an annotation file is broken, or the
@@ -227,9 +196,6 @@ class Runner(ShardingRunner):
             strict: Whether every key must match. Defaults to the config's ``load_strict``, which defaults to True.
             revise_keys: Not supported.
 
-        Returns:
-            The checkpoint.
-
         Raises:
             UserError: If it cannot be read or does not fit.
         """
@@ -260,8 +226,6 @@ class Runner(ShardingRunner):
 
         Args:
             filename: A checkpoint that training wrote.
-            *args: As for mmengine's runner.
-            **kwargs: As for mmengine's runner.
 
         Raises:
             UserError: If the file holds weights only.

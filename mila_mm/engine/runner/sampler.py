@@ -29,15 +29,7 @@ class Drawn(int):
     place: tuple[int, int, int]
 
     def __new__(cls, index: int, place: tuple[int, int, int]) -> 'Drawn':
-        """Make an index.
-
-        Args:
-            index: The index.
-            place: Where it was drawn.
-
-        Returns:
-            The index.
-        """
+        """Make an index."""
         drawn = super().__new__(cls, index)
         drawn.place = place
         return drawn
@@ -51,7 +43,6 @@ class ResumableBatchSampler(Sampler[list[int]]):
     """A batch sampler that can start in the middle and numbers what it draws.
 
     Args:
-        sampler: Sampler of indices.
         batch_size: Samples per batch.
         batch_sampler: Config of the batch sampler that makes the batches. Defaults to None, batches in the order of
             ``sampler``.
@@ -121,11 +112,6 @@ class SeededFetch:
 
     torch's fetcher calls it as the dataset's ``__getitems__``. The generators are left as they were found: the model
     draws from the same ones where the process loads its data itself.
-
-    Args:
-        dataset: The dataset.
-        seed: Seed of the run.
-        rank: Rank of this process.
     """
 
     def __init__(self, dataset: Any, seed: int, rank: int) -> None:
@@ -138,9 +124,6 @@ class SeededFetch:
 
         Args:
             indices: Indices, :class:`Drawn` ones where a :class:`ResumableBatchSampler` gave them.
-
-        Returns:
-            The samples.
         """
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         whole: Callable | None = getattr(type(self.dataset), '__getitems__', None)

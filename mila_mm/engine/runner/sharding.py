@@ -70,11 +70,7 @@ class FullyShardedModel(MMFullyShardedDataParallel):
 
 
 class WholeModel:
-    """A sharded model as those see it that read and write whole state dicts. Every rank must call alike.
-
-    Args:
-        sharded: The model in its wrapper.
-    """
+    """A sharded model as those see it that read and write whole state dicts. Every rank must call alike."""
 
     def __init__(self, sharded: FullyShardedDataParallel) -> None:
         self.sharded = sharded
@@ -133,10 +129,6 @@ class ShardingRunner(MMEngineRunner):
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
         """Wrap the model; initialise its weights first where it will be cut up.
 
-        Args:
-            model_wrapper_cfg: Config of a wrapper or None.
-            model: The model.
-
         Returns:
             The model, wrapped in a distributed job.
         """
@@ -159,12 +151,6 @@ class ShardingRunner(MMEngineRunner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Build the optimizer; one of a sharded model gathers its state, and clips by the norm over all ranks.
-
-        Args:
-            optim_wrapper: A wrapper or its config.
-
-        Returns:
-            The wrapper.
 
         Raises:
             UserError: If ZeRO is asked for in a job of one process.
@@ -191,7 +177,6 @@ class ShardingRunner(MMEngineRunner):
         """Scale the learning rate to the total batch: ranks times images of each times accumulated batches.
 
         Args:
-            optim_wrapper: The optimizer.
             auto_scale_lr: ``base_batch_size`` and ``enable``, or None.
         """
         counts = getattr(optim_wrapper, '_accumulative_counts', 1)
@@ -202,12 +187,7 @@ class ShardingRunner(MMEngineRunner):
         super().scale_lr(optim_wrapper, auto_scale_lr)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint; all ranks hand over their pieces, rank 0 writes.
-
-        Args:
-            *args: As for mmengine's runner.
-            **kwargs: As for mmengine's runner.
-        """
+        """Save a checkpoint; all ranks hand over their pieces, rank 0 writes."""
         with ExitStack() as stack:
             if isinstance(self.model, FullyShardedDataParallel):
                 stack.enter_context(_answering(self.model.module, WholeModel(self.model).state_dict()))
