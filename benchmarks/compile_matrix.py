@@ -38,6 +38,8 @@ from triton.compiler import ASTSource
 
 from benchmarks import measure
 from mila_mm.ops.attention import backward_kernels, forward_kernels, launch, lepe_kernels
+from mila_mm.ops.rows import kernels as row_kernels
+from mila_mm.ops.rows import launch as row_launch
 from mila_mm.ops.stencil import kernels as stencil_kernels
 from mila_mm.ops.stencil import launch as stencil_launch
 from mila_mm.ops.triton import configs
@@ -61,10 +63,13 @@ KERNELS = (
     (lepe_kernels, 'lepe_backward_kernel'),
     (lepe_kernels, 'lepe_reduce_kernel'),
     (stencil_kernels, 'cpe_norm_kernel'),
-    (stencil_kernels, 'norm_backward_kernel'),
+    (row_kernels, 'layer_norm_kernel'),
+    (row_kernels, 'norm_backward_kernel'),
     (stencil_kernels, 'dwc_silu_kernel'),
     (stencil_kernels, 'silu_backward_kernel'),
     (stencil_kernels, 'stencil_backward_kernel'),
+    (row_kernels, 'column_parts_kernel'),
+    (row_kernels, 'column_reduce_kernel'),
 )
 STENCIL_CHANNELS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -205,6 +210,10 @@ def record_stencils(
         stencil_launch.cpe_norm_backward(x, x, x, *norm, out, mean, rstd, *size)
         stencil_launch.dwc_silu_forward(x, *weights, *size)
         stencil_launch.dwc_silu_backward(x, x, *weights, *size)
+        row_launch.column_sum(x, dtype)
+        for source in {x, x.float()}:  # the residual stream may be wider than what the norm writes
+            _, mean, rstd = row_launch.layer_norm_forward(source, vector, vector, 1e-5, dtype)
+            row_launch.layer_norm_backward(x, source, mean, rstd, vector, vector, None, source.dtype)
     return launches
 
 

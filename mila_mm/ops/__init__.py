@@ -1,5 +1,5 @@
 """The attention ops: ``mila_attention`` of MILA and ``gated_linear_attention`` with Mamba's gates, and their kernels;
-``cpe_norm`` and ``dwc_silu``, what a block does around them.
+``cpe_norm`` and ``dwc_silu``, what a block does around them; ``layer_norm`` in 16 bits; ``column_sum``, bias gradients.
 
 Needs torch alone; Triton is imported when a CUDA tensor comes.
 """
@@ -9,17 +9,23 @@ from mila_mm.ops.attention.reference import mila_attention_reference
 from mila_mm.ops.gated.op import gated_linear_attention
 from mila_mm.ops.gated.reference import gated_linear_attention_reference
 from mila_mm.ops.rope import clear_rope_cache, rope_tables
+from mila_mm.ops.rows.op import column_sum, layer_norm
+from mila_mm.ops.rows.reference import column_sum_reference, layer_norm_reference
 from mila_mm.ops.stencil.op import cpe_norm, dwc_silu, why_not_triton_stencil
 from mila_mm.ops.stencil.reference import cpe_norm_reference, dwc_silu_reference
 
 __all__ = [
     'clear_rope_cache',
+    'column_sum',
+    'column_sum_reference',
     'cpe_norm',
     'cpe_norm_reference',
     'dwc_silu',
     'dwc_silu_reference',
     'gated_linear_attention',
     'gated_linear_attention_reference',
+    'layer_norm',
+    'layer_norm_reference',
     'mila_attention',
     'mila_attention_reference',
     'rope_tables',

@@ -62,6 +62,16 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and _are_functorch_transforms_active()
 
 
+def plain_operators(x: Tensor, backend: str) -> bool:
+    """Whether plain operators must do: asked for, in a trace and torch.func, which need them, and without a kernel."""
+    return (
+        backend == 'reference'
+        or torch.jit.is_tracing()
+        or transformed()
+        or x.device.type not in ('cpu', 'cuda', 'meta')
+    )
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Return the dtype that autocast uses on a type of device, None where it is off or does not exist (meta)."""
     if device == 'meta' or not torch.is_autocast_enabled(device):

@@ -85,6 +85,16 @@ def test_stencils(shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_layer_norm(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    x, grad = (layout(torch.randn(2, 35, 64).to(dtype)) for _ in range(2))
+    vector = torch.randn(64)
+    for y_dtype in (dtype, torch.bfloat16):
+        _, mean, rstd = check(OPS.layer_norm_forward, x, vector, vector, 1e-5, y_dtype)
+    check(OPS.layer_norm_backward, grad, x, vector, vector, mean, rstd)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('tokens', [1, 9, 36, 37, 200])
 def test_gated_scan(tokens: int, layout: Callable[[Tensor], Tensor]) -> None:
     q, v = (layout(torch.rand(2, tokens, width)) for width in (4, 6))

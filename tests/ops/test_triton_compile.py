@@ -31,7 +31,19 @@ KERNELS = {
         'lepe_reduce',
     )
 }
-STENCILS = {f'{name}_kernel' for name in ('cpe_norm', 'norm_backward', 'dwc_silu', 'silu_backward', 'stencil_backward')}
+STENCILS = {
+    f'{name}_kernel'
+    for name in (
+        'cpe_norm',
+        'norm_backward',
+        'layer_norm',
+        'dwc_silu',
+        'silu_backward',
+        'stencil_backward',
+        'column_parts',
+        'column_reduce',
+    )
+}
 
 
 @pytest.fixture(scope='module')

@@ -6,6 +6,7 @@ from torch import Tensor
 from mila_mm.ops.attention import backward_kernels, forward_kernels, lepe_kernels
 from mila_mm.ops.rope import rope_tables
 from mila_mm.ops.triton import configs
+from mila_mm.ops.triton.kept import start
 from mila_mm.ops.triton.tensors import aligned, depthwise_taps, on_device, readable, vector_or
 
 
@@ -74,7 +75,9 @@ class _Plan:
             return state_parts.view(self.batch, self.heads, d, d), mean_parts.view(self.batch, self.heads, d)
         state, mean = self.fp32(self.batch, self.heads, d, d), self.fp32(self.batch, self.heads, d)
         chunks = -(-d * d // configs.REDUCE_CHUNK) + 1
-        forward_kernels.reduce_kernel[(self.batch * self.heads * chunks,)](
+        start(
+            forward_kernels.reduce_kernel,
+            (self.batch * self.heads * chunks,),
             state_parts,
             mean_parts,
             state,
@@ -126,7 +129,8 @@ def attention_forward(
     with on_device(v):
         grid, options = plan.run('state')
         parts = plan.parts()
-        forward_kernels.state_kernel[grid](
+        start(
+            forward_kernels.state_kernel, grid,
             qk, v, plan.cos, plan.sin, *parts,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), plan.table_stride,
             width, plan.tokens, num_heads, plan.tokens_per_split, 1.0 / plan.tokens,
@@ -136,7 +140,8 @@ def attention_forward(
 
         grid, options = plan.tile('output')
         gated = v if gate is None else gate
-        forward_kernels.output_kernel[grid](
+        start(
+            forward_kernels.output_kernel, grid,
             qk, v, depthwise_taps(lepe_weight, v, d), vector_or(lepe_bias, v), gated,
             plan.cos, plan.sin, state, mean, y,
             qk.stride(0), qk.stride(1), v.stride(0), v.stride(1), gated.stride(0), gated.stride(1), plan.table_stride,
@@ -212,7 +217,8 @@ def _gate_backward(
     grad_out = plan.result(plan.batch, plan.tokens, plan.channels)
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grid, options = plan.tile('gate_backward')
-    backward_kernels.gate_backward_kernel[grid](
+    start(
+        backward_kernels.gate_backward_kernel, grid,
         grad_y, qk, v, taps, vector_or(lepe_bias, v), gate, plan.cos, plan.sin, state, key_mean,
         grad_out, grad_gate,
         grad_y.stride(0), grad_y.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
@@ -238,7 +244,8 @@ def _query_key_value_backward(
     """Fill grad_qk and grad_v: the sweep over queries, the sum of its parts, the sweep over keys and values."""
     grid, options = plan.run('query_backward')
     parts = plan.parts()
-    backward_kernels.query_backward_kernel[grid](
+    start(
+        backward_kernels.query_backward_kernel, grid,
         grad_out, qk, plan.cos, plan.sin, state, key_mean, grad_qk, *parts,
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), plan.table_stride,
         plan.width, plan.tokens, plan.heads, plan.tokens_per_split, 1.0 / plan.tokens, eps,
@@ -246,7 +253,8 @@ def _query_key_value_backward(
     )  # fmt: skip
     grad_state, grad_mean = plan.reduce(*parts)
     grid, options = plan.tile('key_value_backward')
-    backward_kernels.key_value_backward_kernel[grid](
+    start(
+        backward_kernels.key_value_backward_kernel, grid,
         grad_out, qk, v, taps, plan.cos, plan.sin, grad_state, grad_mean, grad_qk, grad_v,
         grad_out.stride(0), grad_out.stride(1), qk.stride(0), qk.stride(1), v.stride(0), v.stride(1),
         plan.table_stride, plan.height, plan.width, plan.heads,
@@ -265,7 +273,8 @@ def _lepe_backward(
     splits = -(-tiles // run)
     blocks = -(-plan.channels // configs.LEPE_CHANNELS)
     parts = plan.fp32(plan.batch * splits, 10, plan.channels)
-    lepe_kernels.lepe_backward_kernel[(blocks, splits, plan.batch)](
+    start(
+        lepe_kernels.lepe_backward_kernel, (blocks, splits, plan.batch),
         grad_out, v, parts, grad_out.stride(0), grad_out.stride(1), v.stride(0), v.stride(1),
         plan.height, plan.width, plan.channels, tiles, across, run,
         ROWS=setting.rows, COLUMNS=setting.columns, CHANNELS=configs.LEPE_CHANNELS, ALIGNED=aligned(plan.channels),
@@ -273,7 +282,9 @@ def _lepe_backward(
     )  # fmt: skip
     grad_weight = torch.empty(lepe_weight.shape, dtype=lepe_weight.dtype, device=v.device)
     grad_bias = torch.empty(lepe_bias.shape, dtype=lepe_bias.dtype, device=v.device)
-    lepe_kernels.lepe_reduce_kernel[(10 * blocks,)](
+    start(
+        lepe_kernels.lepe_reduce_kernel,
+        (10 * blocks,),
         parts,
         grad_weight,
         grad_bias,

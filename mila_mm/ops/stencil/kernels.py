@@ -13,7 +13,6 @@ With c(x)_n = sum_t w_t x_{n+t} over the nine taps t, and c^T its transpose, for
 kernel                  reads                 writes
 ======================  ====================  ==============================================
 cpe_norm                x (halo)              x', y, mean, rstd
-norm_backward           x', dy, dx'           g, parts of dgamma and dbeta
 dwc_silu                x (halo)              u
 silu_backward           x (halo), du          g
 stencil_backward        x, g (halo)           dx, parts of dw and db
@@ -44,16 +43,12 @@ from mila_mm.ops.triton.common import (
 SIZES = [
     'height',
     'width',
-    'tokens',
     'tiles',
     'tiles_across',
     'blocks',
-    'tokens_per_split',
     'tiles_per_split',
     'x_batch_stride',
-    'grad_out_batch_stride',
     'grad_y_batch_stride',
-    'out_batch_stride',
 ]
 
 
@@ -93,57 +88,6 @@ def cpe_norm_kernel(
     beta = tl.load(beta_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
     y = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
     tl.store(y_ptr + first * CHANNELS + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def norm_backward_kernel(
-    grad_out_ptr, grad_y_ptr, out_ptr, mean_ptr, rstd_ptr, gamma_ptr, grad_ptr, gamma_parts_ptr, beta_parts_ptr,
-    grad_out_batch_stride, grad_out_token_stride, grad_y_batch_stride, grad_y_token_stride,
-    out_batch_stride, out_token_stride, tokens, tokens_per_split,
-    CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Gradient g of x' from both its uses, and parts (batch * splits, CHANNELS) of dgamma and dbeta.
-
-    Grid: splits, 1, batch, each a run of tokens of one image.
-    """
-    batch = tl.program_id(2).to(tl.int64)
-    program = batch * tl.num_programs(0) + tl.program_id(0)
-    first = tl.program_id(0).to(tl.int64) * tokens_per_split
-    count = tl.minimum(tokens_per_split, tokens - first)
-    channel = tl.arange(0, PADDED)
-    channel_live = channel < CHANNELS
-    grad_out_ptr += image_offset(batch, grad_out_batch_stride, ALIGNED) + first * grad_out_token_stride
-    grad_y_ptr += image_offset(batch, grad_y_batch_stride, ALIGNED) + first * grad_y_token_stride
-    out_ptr += image_offset(batch, out_batch_stride, ALIGNED) + first * out_token_stride
-    first += batch * tokens
-    gamma = tl.load(gamma_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
-
-    gamma_sum = tl.zeros((BLOCK, PADDED), tl.float32)
-    beta_sum = tl.zeros((BLOCK, PADDED), tl.float32)
-    for begin in tl.range(0, count.to(tl.int32), BLOCK, num_stages=1):
-        local = begin + tl.arange(0, BLOCK)
-        live = local < count
-        mask = live[:, None] & channel_live[None, :]
-        grad_y = widen(
-            tl.load(grad_y_ptr + local[:, None] * grad_y_token_stride + channel[None, :], mask=mask, other=0.0)
-        )
-        out = tl.load(out_ptr + local[:, None] * out_token_stride + channel[None, :], mask=mask, other=0.0)
-        mean = tl.load(mean_ptr + first + local, mask=live, other=0.0)
-        rstd = tl.load(rstd_ptr + first + local, mask=live, other=0.0)
-        normal = tl.where(mask, (widen(out) - mean[:, None]) * rstd[:, None], 0.0)
-        beta_sum += grad_y
-        gamma_sum += grad_y * normal
-        inner = grad_y * gamma[None, :]
-        constant = tl.sum(inner, axis=1) / CHANNELS
-        slope = tl.sum(inner * normal, axis=1) / CHANNELS
-        inner = (inner - constant[:, None] - normal * slope[:, None]) * rstd[:, None]
-        grad = tl.load(grad_out_ptr + local[:, None] * grad_out_token_stride + channel[None, :], mask=mask, other=0.0)
-        inner += widen(grad)
-        target = grad_ptr + first * CHANNELS + local[:, None] * CHANNELS + channel[None, :]
-        tl.store(target, inner.to(grad_ptr.dtype.element_ty), mask=mask)
-
-    tl.store(gamma_parts_ptr + program * CHANNELS + channel, tl.sum(gamma_sum, axis=0), mask=channel_live)
-    tl.store(beta_parts_ptr + program * CHANNELS + channel, tl.sum(beta_sum, axis=0), mask=channel_live)
 
 
 @triton.jit

@@ -4,14 +4,11 @@ import torch
 from torch import Tensor
 
 from mila_mm.ops.attention import lepe_kernels
+from mila_mm.ops.rows import launch as row_launch
 from mila_mm.ops.stencil import kernels as stencil_kernels
 from mila_mm.ops.triton import configs
-from mila_mm.ops.triton.tensors import aligned, depthwise_taps, on_device, readable
-
-
-def _fp32(like: Tensor, *shape: int) -> Tensor:
-    """Uninitialised fp32 memory: every kernel writes all of its result."""
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+from mila_mm.ops.triton.kept import start
+from mila_mm.ops.triton.tensors import aligned, depthwise_taps, fp32_like, on_device, readable
 
 
 def _tiles(setting: configs.Launch, height: int, width: int) -> tuple[int, int]:
@@ -47,14 +44,15 @@ def cpe_norm_forward(
     batch, tokens, channels = x.shape
     out = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     y = torch.empty((batch, tokens, channels), dtype=dtype, device=x.device)
-    mean, rstd = _fp32(x, batch, tokens), _fp32(x, batch, tokens)
+    mean, rstd = fp32_like(x, batch, tokens), fp32_like(x, batch, tokens)
     if x.numel() == 0:
         return out, y, mean, rstd
     x = readable(x, width)
     setting = configs.norm_launch(channels)
     across, down = _tiles(setting, height, width)
     with on_device(x):
-        stencil_kernels.cpe_norm_kernel[(across, down, batch)](
+        start(
+            stencil_kernels.cpe_norm_kernel, (across, down, batch),
             x, depthwise_taps(conv_weight, x, channels), conv_bias.contiguous(), norm_weight.contiguous(),
             norm_bias.contiguous(), out, y, mean, rstd,
             x.stride(0), x.stride(1), height, width, eps,
@@ -87,26 +85,11 @@ def cpe_norm_backward(
     Returns:
         Gradients of x, conv_weight, conv_bias, norm_weight and norm_bias, contiguous, each in the dtype of its input.
     """
-    batch, tokens, channels = x.shape
     if x.numel() == 0:
         params = (conv_weight, conv_bias, norm_weight, norm_bias)
         return torch.empty_like(x), *(torch.zeros_like(p) for p in params)
-    grad_out, grad_y, out = readable(grad_out, width), readable(grad_y, width), readable(out, width)
-    grad = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    run = configs.norm_tokens_per_split(channels)
-    splits = -(-tokens // run)
-    gamma_parts, beta_parts = _fp32(x, batch * splits, channels), _fp32(x, batch * splits, channels)
-    setting = configs.norm_launch(channels)
-    with on_device(x):
-        stencil_kernels.norm_backward_kernel[(splits, 1, batch)](
-            grad_out, grad_y, out, mean.contiguous(), rstd.contiguous(), norm_weight.contiguous(), grad,
-            gamma_parts, beta_parts,
-            grad_out.stride(0), grad_out.stride(1), grad_y.stride(0), grad_y.stride(1), out.stride(0), out.stride(1),
-            tokens, run, CHANNELS=channels, PADDED=configs.padded_width(channels),
-            BLOCK=setting.rows * setting.columns, ALIGNED=aligned(channels), **setting.options(),
-        )  # fmt: skip
-    grads = _stencil_backward(grad, x, conv_weight, conv_bias, height, width, residual=True)
-    return *grads, gamma_parts.sum(0).to(norm_weight.dtype), beta_parts.sum(0).to(norm_bias.dtype)
+    norm = row_launch.layer_norm_backward(grad_y, out, mean, rstd, norm_weight, norm_bias, grad_out, x.dtype)
+    return *_stencil_backward(norm[0], x, conv_weight, conv_bias, height, width, residual=True), *norm[1:]
 
 
 def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
@@ -128,7 +111,8 @@ def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width
     across, down = _tiles(setting, height, width)
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     with on_device(x):
-        stencil_kernels.dwc_silu_kernel[(across * blocks, down, batch)](
+        start(
+            stencil_kernels.dwc_silu_kernel, (across * blocks, down, batch),
             x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), bias.contiguous(), y, x.stride(0), x.stride(1),
             channels, height, width, blocks,
             CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
@@ -150,7 +134,8 @@ def dwc_silu_backward(
     across, down = _tiles(setting, height, width)
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     with on_device(x):
-        stencil_kernels.silu_backward_kernel[(across * blocks, down, batch)](
+        start(
+            stencil_kernels.silu_backward_kernel, (across * blocks, down, batch),
             grad_y, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), bias.contiguous(), grad,
             grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), channels, height, width, blocks,
             CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
@@ -172,16 +157,19 @@ def _stencil_backward(
     splits = -(-tiles // run)
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     grad_x = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    parts = _fp32(x, batch * splits, 10, channels)
+    parts = fp32_like(x, batch * splits, 10, channels)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     with on_device(x):
-        stencil_kernels.stencil_backward_kernel[(blocks, splits, batch)](
+        start(
+            stencil_kernels.stencil_backward_kernel, (blocks, splits, batch),
             grad, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), grad_x, parts, x.stride(0), x.stride(1),
             channels, height, width, tiles, across, run,
             RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), **_tile_options(setting),
         )  # fmt: skip
-        lepe_kernels.lepe_reduce_kernel[(10 * -(-channels // configs.LEPE_CHANNELS),)](
+        start(
+            lepe_kernels.lepe_reduce_kernel,
+            (10 * -(-channels // configs.LEPE_CHANNELS),),
             parts,
             grad_weight,
             grad_bias,

@@ -14,8 +14,8 @@ from mila_mm.ops.common import (
     autocast_dtype,
     check_map,
     compute_dtype,
+    plain_operators,
     register,
-    transformed,
 )
 from mila_mm.ops.stencil.reference import cpe_norm_reference, depthwise, depthwise_backward, dwc_silu_reference
 
@@ -239,16 +239,6 @@ def _check(
         raise RuntimeError(f"{name}: backend='triton' cannot run here: {reason}; take backend='auto'")
 
 
-def _plain(x: Tensor, backend: str) -> bool:
-    """Whether plain operators must do: asked for, in a trace and torch.func, which need them, and without a kernel."""
-    return (
-        backend == 'reference'
-        or torch.jit.is_tracing()
-        or transformed()
-        or x.device.type not in ('cpu', 'cuda', 'meta')
-    )
-
-
 def cpe_norm(
     x: Tensor,
     conv_weight: Tensor,
@@ -288,7 +278,7 @@ def cpe_norm(
     low = autocast_dtype(x.device.type)
     dtype = x.dtype if low is None or x.dtype == torch.float64 else low
     tensors = (x, conv_weight, conv_bias, norm_weight, norm_bias)
-    if _plain(x, backend):
+    if plain_operators(x, backend):
         return cpe_norm_reference(*tensors, spatial_shape, eps=eps, dtype=dtype)
     return torch.ops.mila_mm.cpe_norm_forward(*tensors, *spatial_shape, eps, dtype)[:2]
 
@@ -316,6 +306,6 @@ def dwc_silu(
     _check('dwc_silu', x, weight, {'bias': bias}, spatial_shape, backend)
     if (low := autocast_dtype(x.device.type)) is not None and x.dtype != torch.float64:
         x = x.to(low)
-    if _plain(x, backend):
+    if plain_operators(x, backend):
         return dwc_silu_reference(x, weight, bias, spatial_shape)
     return torch.ops.mila_mm.dwc_silu_forward(x, weight, bias, *spatial_shape)

@@ -19,6 +19,7 @@ from mila_mm.ops.triton.configs import (
     DTYPES,
     HEAD_WIDTHS,
     MAX_GRID,
+    MAX_ROW,
     MAX_SIDE,
     MAX_STENCIL_CHANNELS,
     interpreted,
@@ -143,3 +144,14 @@ def why_not_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> 
     if x.shape[-1] > MAX_STENCIL_CHANNELS:
         return f'expected at most {MAX_STENCIL_CHANNELS} channels, got {x.shape[-1]}'
     return _why_not_size(x.shape[0], spatial_shape, x.shape[2])
+
+
+def why_not_rows(x: Tensor) -> str | None:
+    """Say why the kernels that walk rows of x (..., C), whatever map they form, cannot take it; None where they can."""
+    if (reason := _why_not_here(x.device)) is not None:
+        return reason
+    if x.dtype not in DTYPES:
+        return f'expected float32, float16 or bfloat16, got {x.dtype}'
+    if x.shape[-1] > MAX_ROW or x.numel() >= 2**31 * 16:
+        return f'expected rows of at most {MAX_ROW} channels, and fewer than 2**35 numbers, got more'
+    return None

@@ -15,6 +15,8 @@ MAX_GRID = 65535
 """Programs on CUDA's second and third axes of a grid: splits or rows of tiles, and images."""
 MAX_SIDE = 65535
 """Tokens on a side of a map: rows of tiles fit the grid, and rows and columns of tokens are exact in fp32."""
+MAX_ROW = 2**17
+"""Channels of the rows of a column sum: the offsets in one program's run stay below 2**31."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -239,3 +241,15 @@ def norm_tokens_per_split(channels: int) -> int:
 STENCIL = Launch(8, 8, 4)
 STENCIL_BACKWARD = Launch(4, 8, 4)
 """Ten sums, two rows of x and of results: eight elements a thread is what registers hold."""
+
+COLUMN_SUM = Launch(64, 64, 4)
+"""Rows of one step and channels of one program: 32 elements a thread."""
+COLUMN_REDUCE = Launch(128, 32, 4)
+_COLUMN_PROGRAMS = 1024
+
+
+def column_rows_per_split(rows: int, channels: int) -> int:
+    """Rows that one program of a column sum takes: enough programs for any GPU, whole steps, the same on all GPUs."""
+    splits = max(1, _COLUMN_PROGRAMS // -(-channels // COLUMN_SUM.columns), rows // 8192)  # offsets below 2**31
+    step = COLUMN_SUM.rows
+    return -(-rows // (splits * step)) * step

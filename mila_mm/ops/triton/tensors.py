@@ -7,10 +7,18 @@ from torch import Tensor
 
 from mila_mm.ops.triton import configs
 
+_HERE = nullcontext()
+
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the one that holds ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    # Changing the device to what it is costs as much as a launch.
+    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _HERE
+
+
+def fp32_like(x: Tensor, *shape: int) -> Tensor:
+    """Uninitialised fp32 memory beside ``x``: every kernel writes all of its result."""
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def aligned(channels: int) -> bool:
@@ -33,6 +41,19 @@ def readable(x: Tensor, width: int) -> Tensor:
     if channel_stride == 1 and configs.offsets_fit(width, token_stride) and (placed or not aligned(x.shape[2])):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` (..., C) as (M, C) with adjacent channels, a copy only where its rows are not one distance apart.
+
+    As in :func:`readable`, tensors of one shape are loaded in one way, however they lie in memory.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    row_stride, channel_stride = rows.stride()
+    placed = row_stride % 16 == 0 and rows.data_ptr() % 16 == 0
+    if channel_stride == 1 and (placed or not aligned(rows.shape[1])) and row_stride >= rows.shape[1]:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def vector_or(x: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""Launching kernels by hand: what Triton compiled for a kind of arguments is kept, and started without Triton's JIT.
+
+At every call the JIT binds and specialises the arguments, looks its binary up, compares globals and calls hooks, in
+Python; beside a kernel of ten microseconds that is what a small image waits for. Our launchers make arguments uniform
+(see :mod:`mila_mm.ops.triton.tensors`), so what the JIT would specialise on is known without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+CHECKED_TRITON = ((3, 5), (3, 6), (3, 7), (3, 8))
+"""Versions in which a compiled kernel is known to be started as :func:`start` does; with others the JIT starts it."""
+_KNOWN = tuple(int(part) for part in triton.__version__.split('.')[:2]) in CHECKED_TRITON
+_INT32_MAX = 2**31 - 1
+# Kernel -> what is specialised on -> compiled kernel, its function and its packed metadata, and constants in the order
+# of the kernel's signature, which its C launcher skips over.
+_Kept = tuple[Any, Any, Any, tuple[object, ...]]
+_kept: dict[int, dict[tuple[object, ...], _Kept]] = {}
+_sizes: dict[int, frozenset[int]] = {}
+
+
+def clear() -> None:
+    """Forget all kept kernels, as after a reset of the device."""
+    _kept.clear()
+    _sizes.clear()
+
+
+def _hooked(chain: Any) -> bool:
+    """Whether somebody watches launches (a profiler of Triton's)."""
+    return chain is not None and bool(getattr(chain, 'calls', True))
+
+
+def _specialised_on(kernel: JITFunction, args: tuple[object, ...]) -> tuple[tuple[object, ...], list[object]] | None:
+    """What of the arguments a binary depends on, and the arguments with addresses for tensors; None where unusual.
+
+    A binary depends on the dtypes, on whether an integer is 1 or a multiple of 16 (unless the kernel declines), on
+    integers that need 64 bits, and on whether addresses are multiples of 16. The last two are unusual here.
+    """
+    sizes = _sizes[id(kernel)]
+    key: list[object] = []
+    values: list[object] = []
+    addresses = 0
+    for index, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            addresses |= address
+            values.append(address)
+            key.append(arg.dtype)
+        elif type(arg) is int:
+            if not -_INT32_MAX <= arg <= _INT32_MAX:
+                return None
+            values.append(arg)
+            if index not in sizes:
+                key.append(arg)
+        elif type(arg) is float:
+            values.append(arg)
+        else:
+            return None
+    return None if addresses % 16 else (tuple(key), values)
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **constants: object) -> None:
+    """Do what ``kernel[grid](*args, **constants)`` does, on the current device and stream, in less time.
+
+    The first launch of a kind goes through Triton's JIT, and so does every one in Triton's interpreter, with hooks on
+    launches, with a Triton unknown to this module, and with arguments that are not uniform.
+
+    Args:
+        kernel: Of ``triton.jit``; all its compile-time arguments follow the others.
+        grid: One to three numbers of programs.
+        args: The run-time arguments in their order: tensors on the current device, integers, floats.
+        constants: The compile-time arguments, and options of the launch such as num_warps.
+    """
+    watched = _hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook)
+    if not _KNOWN or type(kernel) is not JITFunction or watched:
+        kernel[grid](*args, **constants)
+        return
+    kept = _kept.get(id(kernel))
+    if kept is None:
+        kept = _kept[id(kernel)] = {}
+        _sizes[id(kernel)] = frozenset(p.num for p in kernel.params if p.do_not_specialize)
+    described = _specialised_on(kernel, args)
+    if described is None:
+        kernel[grid](*args, **constants)
+        return
+    key, values = described
+    active = driver.active
+    device = active.get_current_device()
+    key = (device, *key, *constants.items())
+    found = kept.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **constants)
+        skipped = tuple(constants.get(p.name) for p in kernel.params[len(args) :])
+        # The grid's numbers do not enter a binary; a kernel that was only asked for and not launched has no function.
+        if getattr(compiled, 'function', None) is not None:
+            kept[key] = compiled.run, compiled.function, compiled.packed_metadata, skipped
+        return
+    run, function, metadata, skipped = found
+    one, two, three = (*grid, 1, 1)[:3]
+    run(one, two, three, active.get_current_stream(device), function, metadata, None, None, None, *values, *skipped)
