@@ -20,7 +20,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob('*.py'))}
 
 
-def room(module: str) -> str:
+def subpackage(module: str) -> str:
     """Return the row of the table that a module of the package stands in."""
     parts = module.split('.')
     if len(parts) == 1:
@@ -33,11 +33,11 @@ def named(cell: str) -> set[str]:
 
 
 def table() -> dict[str, tuple[set[str], set[str]]]:
-    """Read room -> (rooms, libraries) from ARCHITECTURE.md."""
+    """Read room -> (subpackages, libraries) from ARCHITECTURE.md."""
     lines = (ROOT / 'ARCHITECTURE.md').read_text(encoding='utf-8').split('\n')
-    start = lines.index('| room | may import | libraries |') + 2
+    start = lines.index('| subpackage | may import | libraries |') + 2
     rows = [line.strip('|').split('|') for line in lines[start:] if line.startswith('|')]
-    return {name.strip(' `'): (named(rooms), named(libraries)) for name, rooms, libraries in rows}
+    return {name.strip(' `'): (named(allowed), named(libraries)) for name, allowed, libraries in rows}
 
 
 TABLE = table()
@@ -63,17 +63,17 @@ def imports(path: Path) -> Iterator[str]:
         yield from targets(node)
 
 
-@pytest.mark.parametrize('name', sorted({room(module) for module in MODULES}))
-def test_a_room_imports_what_the_table_allows(name: str) -> None:
-    rooms, libraries = TABLE[name]
+@pytest.mark.parametrize('name', sorted({subpackage(module) for module in MODULES}))
+def test_a_subpackage_imports_what_the_table_allows(name: str) -> None:
+    others, libraries = TABLE[name]
     for module, path in MODULES.items():
-        if room(module) != name:
+        if subpackage(module) != name:
             continue
         for target in imports(path):
             top = target.partition('.')[0]
             if top == 'mila_mm':
-                allowed = 'everything' in rooms or room(target) in rooms | {name}
-                assert allowed, f'{module} imports {target}, but {name} may import {sorted(rooms)}'
+                allowed = 'everything' in others or subpackage(target) in others | {name}
+                assert allowed, f'{module} imports {target}, but {name} may import {sorted(others)}'
             elif top not in sys.stdlib_module_names:
                 allowed = 'everything' in libraries or top in libraries
                 assert allowed, f'{module} imports {top}, but {name} may import {sorted(libraries)}'
@@ -81,8 +81,8 @@ def test_a_room_imports_what_the_table_allows(name: str) -> None:
 
 def test_the_table_has_no_arrow_up() -> None:
     below: set[str] = set()
-    for name, (rooms, _) in reversed(list(TABLE.items())):
-        assert rooms <= below | {'everything'}, f'{name} may import {sorted(rooms - below)}, which stand above it'
+    for name, (others, _) in reversed(list(TABLE.items())):
+        assert others <= below | {'everything'}, f'{name} may import {sorted(others - below)}, which stand above it'
         below.add(name)
 
 
@@ -90,7 +90,7 @@ def test_only_the_registry_of_the_ground_imports_a_library() -> None:
     foreign = {
         module
         for module, path in MODULES.items()
-        if room(module) == 'ground'
+        if subpackage(module) == 'ground'
         for target in imports(path)
         if target.partition('.')[0] not in sys.stdlib_module_names | {'mila_mm'}
     }

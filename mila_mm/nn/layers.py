@@ -206,7 +206,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Mamba's block around an attention, and an MLP: the block of MILA (arXiv 2405.16605, figure 3) unless told other.
+    """Mamba's block around an attention, and an MLP: by default the block of MILA (arXiv 2405.16605, figure 3).
 
     Args:
         dim: Width C of the tokens.

@@ -1,4 +1,4 @@
-"""Errors of the weights room, each one naming the file and the cause."""
+"""Errors of reading and loading weights, each one naming the file and the cause."""
 
 from __future__ import annotations
 

@@ -44,9 +44,7 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
         metavar='FILE',
         help='JSON to write [benchmarks/results/swap_sweep.json]',
     )
-    parser.add_argument(
-        '--docs', type=Path, metavar='FILE', help='Markdown file whose generated part to write, say docs/swap.md'
-    )
+    parser.add_argument('--docs', type=Path, metavar='FILE', help='page to write, say docs/swap_results.md')
     parser.add_argument('--from', dest='source', type=Path, metavar='FILE', help='JSON to write --docs from; no sweep')
     parser.add_argument('--steps-of', type=Path, metavar='FILE', help='keep the swaps of this JSON, do the steps anew')
     parser.add_argument('--failed', action='store_true', help='of --steps-of: only the steps that failed anew')
@@ -74,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.write_text(_sweep(args))
         print(f'written: {args.out}')
     if args.docs is not None:
-        from mila_mm.swap.sweep.docs import write_generated
+        from mila_mm.swap.sweep.docs import write_page
 
-        write_generated(args.docs, json.loads((args.source or args.out).read_text()))
+        write_page(args.docs, json.loads((args.source or args.out).read_text()))
         print(f'written: {args.docs}')
 
 

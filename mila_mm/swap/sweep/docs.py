@@ -1,4 +1,4 @@
-"""The generated part of docs/swap.md: what became of each family of configs."""
+"""docs/swap_results.md: what became of each family of configs."""
 
 from __future__ import annotations
 
@@ -9,32 +9,30 @@ from typing import Any
 
 from mila_mm.errors import UserError
 
-BEGIN = '<!-- Made by tools/analysis_tools/sweep_swaps.py; do not edit until the end mark. -->'
-END = '<!-- End of the made part. -->'
+MARK = '<!-- Made by tools/analysis_tools/sweep_swaps.py; do not edit. -->'
 _MOST_NAMES = 3
 
 
-def write_generated(path: FilePath, results: Mapping[str, Any]) -> None:
-    """Put a sweep's results between the marks of a Markdown file.
+def write_page(path: FilePath, results: Mapping[str, Any]) -> None:
+    """Write a sweep's results as a Markdown page.
 
     Args:
+        path: A new file, or one that an earlier sweep made; no other is overwritten.
         results: As :func:`mila_mm.swap.sweep.sweep.to_json` writes them.
 
     Raises:
-        UserError: If the file or its marks are missing.
+        UserError: If there is another file.
     """
-    if not path.is_file():
-        raise UserError(f'--docs {path}: file does not exist')
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise UserError(f'--docs {path}: expected the marks "{BEGIN}" and "{END}"')
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    path.write_text('\n'.join([head + BEGIN, '', *generated(results), '', END]) + tail)
+    if path.exists() and not (path.is_file() and path.read_text(encoding='utf-8').startswith(MARK)):
+        raise UserError(
+            f'--docs {path}: expected a new file, or a page of an earlier sweep that starts with the mark "{MARK}"; '
+            'nothing was written'
+        )
+    path.write_text('\n'.join([MARK, '', '# MILA in every config of mmdet and mmseg', '', *generated(results)]))
 
 
 def generated(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of the generated part."""
+    """Yield the lines of the page below its title."""
     about, total, steps = results['about'], results['total'], results['steps']
     files = sum(total.values())
     settled = files - total.get('failed', 0)
@@ -51,7 +49,7 @@ def generated(results: Mapping[str, Any]) -> Iterator[str]:
             f'small generated images and annotations, nothing compiled: {done} did ({done / len(steps):.1%}).'
         )
         yield ''
-    yield '### By family'
+    yield '## By family'
     yield ''
     yield '| family | swapped | refused | failed | one training step and prediction |'
     yield '| --- | --- | --- | --- | --- |'
@@ -60,9 +58,9 @@ def generated(results: Mapping[str, Any]) -> Iterator[str]:
         cells = ' | '.join(str(counts.get(status, 0) or '') for status in ('swapped', 'refused', 'failed'))
         yield f'| {family} | {cells} | {_step_cell(by_family.get(family))} |'
     yield ''
-    yield from _reasons('### Refused', results['reasons'], 'refused')
-    yield from _reasons('### Failed', results['reasons'], 'failed')
-    yield from _reasons('### Swapped, with heads that could not be run here', results['reasons'], 'swapped')
+    yield from _reasons('## Refused', results['reasons'], 'refused')
+    yield from _reasons('## Failed', results['reasons'], 'failed')
+    yield from _reasons('## Swapped, with heads that could not be run here', results['reasons'], 'swapped')
     yield from _failed_steps(steps)
 
 
@@ -99,7 +97,7 @@ def _failed_steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     failed = [step for step in steps if not step['ok']]
     if not failed:
         return
-    yield '### Representatives that did not train a step or predict'
+    yield '## Representatives that did not train a step or predict'
     yield ''
     yield '| config | reason |'
     yield '| --- | --- |'

@@ -177,7 +177,7 @@ def _screen_legacy(path: Path) -> None:
 
 
 def _screen(path: Path, scans: list[Scan]) -> list[Scan]:
-    """Walk pickles that follow one another; all names that are not allowed are told at once."""
+    """Walk pickles that follow one another; all names that are not allowed are named at once."""
     names: set[str] = set()
     problem: BaseException | None = None
     start = 0

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mila_mm.errors import UserError
-from mila_mm.swap.sweep.docs import BEGIN, END, write_generated
+from mila_mm.swap.sweep.docs import MARK, write_page
 from mila_mm.swap.sweep.sweep import Record, all_configs, representatives, sweep, to_json
 
 NAMES = [
@@ -42,18 +42,27 @@ def test_page_says_what_the_results_say(records, tmp_path) -> None:
     failed = [Record('mmdet::x/y.py', 'failed', 'no idea')]
     about = dict(arch='nano', date='2026-01-01', machine='m', versions='v')
     results = json.loads(to_json([*records, *failed], steps, about))
-    page = tmp_path / 'swap.md'
-    page.write_text(f'before\n{BEGIN}\nlast year\n{END}\nafter\n')
-    write_generated(page, results)
+    page = tmp_path / 'swap_results.md'
+    page.write_text(f'{MARK}\nlast year\n')
+    write_page(page, results)
     text = page.read_text()
-    assert text.startswith('before\n') and text.endswith('after\n') and 'last year' not in text
+    assert text.startswith(f'{MARK}\n\n# ') and text.endswith('|\n') and 'last year' not in text
     assert 'swapped or refused: 83.3%' in text and '1 did (50.0%)' in text
     assert '| mmdet/atss | 2 |  |  | yes |' in text and 'a \\| b &lt;c>' in text and 'no idea' in text
-    write_generated(page, results)
+    write_page(page, results)
     assert page.read_text() == text
-    (tmp_path / 'bare.md').write_text('nothing')
-    with pytest.raises(UserError, match='marks'):
-        write_generated(tmp_path / 'bare.md', results)
+    page.unlink()
+    write_page(page, results)
+    assert page.read_text() == text
+
+
+def test_a_page_of_other_content_is_not_overwritten(records, tmp_path) -> None:
+    page = tmp_path / 'swap.md'
+    page.write_text('mine')
+    results = json.loads(to_json(records, [], dict(arch='nano', date='2026-01-01', machine='m', versions='v')))
+    with pytest.raises(UserError, match='starts with the mark'):
+        write_page(page, results)
+    assert page.read_text() == 'mine'
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
