@@ -15,6 +15,9 @@ BACKENDS = ('auto', 'triton', 'reference')
 # define + impl costs less Python time for each call than torch.library.custom_op; at batch 1 it exceeds the GPU's time.
 _library = torch.library.Library('mila_mm', 'DEF')
 
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""The functions behind ``torch.ops.mila_mm``, for who needs neither autograd nor the dispatcher around them."""
+
 
 def register(
     name: str,
@@ -37,6 +40,7 @@ def register(
         setup_context: Keeps what the backward needs.
         once: For an op that is a backward itself: what to say where somebody differentiates it again.
     """
+    IMPLEMENTATIONS[name] = function
     _library.define(f'{name}{schema}')
     for key in ('CPU', 'CUDA'):
         _library.impl(name, function, key)
