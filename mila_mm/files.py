@@ -1,12 +1,14 @@
-"""Files that are whole or not there, also after a crash or a power failure."""
+"""Files that are whole or not there, also after a power failure; reading where others may have put what is no file."""
 
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 UNFINISHED = '.unfinished'
 
@@ -62,3 +64,37 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """
     with replacing(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it; a pipe, which would be waited for, or a device, which never ends, is none.
+
+    Raises:
+        OSError: If it cannot be opened, or is no regular file.
+    """
+    # O_NONBLOCK: opening a pipe waits for a writer; for files it means nothing
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_CLOEXEC', 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(None, 'a folder, a pipe or a device, expected a file', str(path))
+        return os.fdopen(descriptor, 'rb')
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Read a file that should be small.
+
+    Args:
+        path: The file.
+        most: Bytes.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file, or holds more than ``most`` bytes.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(None, f'more than {most:,} bytes', str(path))
+    return content

@@ -72,8 +72,8 @@ def inspect_file(args: argparse.Namespace) -> None:
     """Say what is in a checkpoint, without running any of it."""
     from torch import Tensor
 
+    from mila_mm.errors import printable
     from mila_mm.weights import names
-    from mila_mm.weights.errors import printable
     from mila_mm.weights.file.container import sniff
     from mila_mm.weights.file.reader import read_file
     from mila_mm.weights.load import is_finite

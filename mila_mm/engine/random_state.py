@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mila_mm.engine.resumed_state import check_random_state
 from mila_mm.weights.errors import CheckpointError
 
 
@@ -48,12 +49,13 @@ def restore_random_state(state: dict[str, Any], rank: int = 0) -> None:
             return
         version, words, gauss = state['python']
         random.setstate((version, tuple(words), gauss))
+        check_random_state(state)
         name, words, *rest = state['numpy']
         np.random.set_state((name, words.cpu().numpy().astype(np.uint32), *rest))
         torch.set_rng_state(state['torch'].cpu())
         if 'cuda' in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state['cuda'].cpu())
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f'random_state of the checkpoint cannot be restored ({type(error).__name__}: {error}); '
             'was the file written by this version?'

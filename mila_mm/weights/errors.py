@@ -4,36 +4,12 @@ from __future__ import annotations
 
 from mila_mm.errors import UserError
 
-_SHOWN = 120
 
-
-def printable(text: str, limit: int = _SHOWN) -> str:
-    """Take from what stands in a file or comes from a server what would steer a terminal or fill it.
-
-    Args:
-        text: Any text.
-        limit: Characters to keep; the middle of longer texts is left out.
-
-    Returns:
-        The text, with escapes for what cannot be printed.
-    """
-    if len(text) > limit:
-        text = f'{text[: limit - 23]}...{text[-20:]}'
-    return ''.join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-class _Told(UserError):
-    """An error whose message may quote a file or a server: no more than its lines reach the terminal."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__('\n'.join(printable(line, len(line)) for line in message.split('\n')))
-
-
-class DownloadError(_Told):
+class DownloadError(UserError):
     """A file that could not be fetched; says what to fetch by hand and where to put it."""
 
 
-class CheckpointError(_Told):
+class CheckpointError(UserError):
     """A file that is not a usable checkpoint: truncated, a web page, a foreign format, ..."""
 
 

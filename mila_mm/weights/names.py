@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mila_mm.errors import UserError
-from mila_mm.weights.errors import CheckpointError, printable
+from mila_mm.errors import UserError, printable
+from mila_mm.weights.errors import CheckpointError
 
 STEM = 'patch_embed.conv1.conv.weight'
 LAYOUTS = ('state_dict', 'model', 'state_dict_ema')

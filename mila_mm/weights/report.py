@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mila_mm.errors import printable
 from mila_mm.weights import names
-from mila_mm.weights.errors import CheckpointError, printable
+from mila_mm.weights.errors import CheckpointError
 
 _SHOWN = 6
 

@@ -30,7 +30,18 @@ from running import KINDS, ROOT, Ended, Run, check, say, start
 HERE = Path(__file__).resolve().parent
 # What differs between two runs that do the same; the dataloader's own generator counts how often it was started, and
 # nothing is drawn from it that a sample depends on.
-VOLATILE = {'time', 'data_time', 'eta', 'memory', 'experiment_name', 'cfg', 'last_ckpt', 'best_ckpt', 'loader'}
+VOLATILE = {
+    'run_id',
+    'time',
+    'data_time',
+    'eta',
+    'memory',
+    'experiment_name',
+    'cfg',
+    'last_ckpt',
+    'best_ckpt',
+    'loader',
+}
 
 
 @dataclass

@@ -247,3 +247,42 @@ def test_safe_files_of_any_kind_as_load_from(tmp_path):
     run.load_or_resume()
     assert all(torch.equal(run.model.state_dict()[name], value) for name, value in weights.items())
     assert Path(run.work_dir) == tmp_path / 'work'
+
+
+LIES = {
+    'iteration': lambda content: content['meta'].update(iter=float('inf')),
+    'seed': lambda content: content['meta'].update(seed=-5),
+    'schedulers': lambda content: content['param_schedulers'][0].update(last_step='x'),
+    'no schedulers': lambda content: content.update(param_schedulers=[3]),
+    'optimizer': lambda content: content['optimizer']['state'][0].update(exp_avg=torch.ones(7)),
+    'no optimizer': lambda content: content.update(optimizer=[]),
+    'message hub': lambda content: content.update(message_hub=5),
+    'random state': lambda content: content['random_state'].update(numpy=('MT19937', torch.ones(2), 10**9, 0, 0.0)),
+    'position': lambda content: content.update(position=dict(batches=-1, length=3)),
+}
+
+
+@pytest.mark.parametrize('lie', LIES)
+def test_state_of_the_wrong_kind_is_refused(stopped, lie):
+    rewrite(stopped, LIES[lie])
+    with pytest.raises(UserError) as caught:
+        resume(stopped, load_from=str(checkpoint_of(stopped, True)))
+    assert len(str(caught.value)) < 400
+
+
+def test_what_a_scheduler_has_not_is_dropped(stopped):
+    rewrite(stopped, lambda content: content['param_schedulers'][0].update(step='no method', new=1))
+    run = resume(stopped)
+    assert run.iter == 9 and not hasattr(run.param_schedulers[0], 'new')
+
+
+def test_names_in_the_message_hub_do_not_reach_the_log(stopped, capsys):
+    def change(content):
+        hub = content['message_hub']
+        hub['log_scalars']['train/\x1b[2J\nforged'] = HistoryBuffer([1.0], [1])
+        hub['resumed_keys'].update({'\x1b]0;title\x07': True})
+
+    rewrite(stopped, change)
+    resume(stopped)
+    logs = [path.read_text() for path in stopped.rglob('*.log')] + [*capsys.readouterr()]
+    assert not any('\x1b' in log or 'forged' in log for log in logs)

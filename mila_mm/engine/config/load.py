@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
-from mila_mm.errors import UserError
+from mila_mm.errors import UserError, printable
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 # mmengine up to 0.10 puts this before the message of whatever a constructor raised, once per level
@@ -164,7 +164,7 @@ def scope_of(cfg: Config) -> str:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the message of an exception on one line.
+    """Return the message of an exception on one line, without control characters.
 
     Args:
         limit: Length after which it is cut. Defaults to 300.
@@ -175,6 +175,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     # str(KeyError('x')) carries quotes
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = ' '.join(text.split()) or type(error).__name__
+    text = printable(text, len(text))
     return text if len(text) <= limit else text[: limit - 3] + '...'
 
 

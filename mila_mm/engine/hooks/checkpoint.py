@@ -13,6 +13,8 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.runner import Runner
 
+from mila_mm.engine.resumed_state import check_resumed
+from mila_mm.engine.runner.own_checkpoints import is_of_run, new_run_id, own_best, own_steps, run_id_of
 from mila_mm.errors import UserError
 from mila_mm.files import UNFINISHED, replacing
 from mila_mm.registry import HOOKS
@@ -95,13 +97,16 @@ class CheckpointHook(MMEngineCheckpointHook):
     """mmengine's hook, which never removes a checkpoint before the one that replaces it is whole.
 
     It also writes ``last_checkpoint`` atomically, saves when a run is stopped between two regular checkpoints,
-    and notes in a checkpoint whether its validation has been done.
+    and notes in a checkpoint whether its validation has been done and which run wrote it. A run that continues removes
+    only what carries its id; what a resumed checkpoint lists is not believed.
 
     Takes the arguments of :class:`mmengine.hooks.CheckpointHook`.
     """
 
     saved_iter: int | None = None
     _validated_iter: int | None = None
+    _run_id: str | None = None
+    _best: Mapping[str, Any] = MappingProxyType({})
     _surplus: int | None = None
     _position: dict[str, int] | None = None
     _meta: Mapping[str, int] = MappingProxyType({})
@@ -109,24 +114,52 @@ class CheckpointHook(MMEngineCheckpointHook):
     def before_train(self, runner: Runner) -> None:
         """Find out where to write, and clear away what a killed run left half written."""
         register_atomic_backend()  # also where a config with this hook is trained by other tools
+        info = runner.message_hub.runtime_info
+        for key in [key for key in info if key.startswith(('keep_ckpt_ids', 'best_ckpt'))]:
+            del info[key]  # by which mmengine's hook would remove files
         super().before_train(runner)
+        inherited, self._run_id = self._run_id, self._run_id or new_run_id()
         if is_main_process() and self._is_local():
             for folder in {str(self.out_dir), runner.work_dir}:
                 remove_unfinished(folder)
-            self._remove_surplus()  # the run was killed before it could
+            if inherited:
+                self._take_over(runner, inherited)
+
+    def _take_over(self, runner: Runner, run_id: str) -> None:
+        """Find what earlier starts of this run have written, and remove what a kill left too many of."""
+        folder = Path(self.out_dir)
+        if self.max_keep_ckpts > 0:
+            steps = own_steps(folder, self.filename_tmpl, run_id, runner.epoch if self.by_epoch else runner.iter)
+            self.keep_ckpt_ids.extend(steps)  # which keeps as many as it may
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+            for step in steps[: -self.max_keep_ckpts]:
+                self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step)))
+        if self.save_best is None:
+            return
+        for key_indicator in self.key_indicators:
+            key = 'best_ckpt' if len(self.key_indicators) == 1 else f'best_ckpt_{key_indicator}'
+            best = own_best(self._best.get(key), [folder, Path(runner.work_dir)], run_id)
+            if best is not None:
+                runner.message_hub.update_info(key, str(best))
+                if len(self.key_indicators) == 1:
+                    self.best_ckpt_path = str(best)
+                else:
+                    self.best_ckpt_path_dict[key_indicator] = str(best)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Remember which iteration was validated."""
+        """Remember which iteration was validated, by which run, and what it calls its best checkpoint."""
         if getattr(runner, '_resume', False):
+            check_resumed(checkpoint, f'--resume: {runner._load_from}')
             self._validated_iter = checkpoint.get('validated_iter')
-            self._surplus = checkpoint.get('surplus_ckpt_id')
+            self._run_id = run_id_of(checkpoint)
+            self._best = checkpoint['named_best']
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add the position and the last validation."""
         # FlexibleRunner works the position out anew, and wrongly outside of after_train_iter and after_train_epoch
         checkpoint['meta'].update(self._meta)
+        checkpoint['meta']['run_id'] = self._run_id
         checkpoint['validated_iter'] = self._validated_iter
-        checkpoint['surplus_ckpt_id'] = self._surplus
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Save the best checkpoint."""
@@ -199,7 +232,8 @@ class CheckpointHook(MMEngineCheckpointHook):
             for path in Path(self.out_dir).glob(STOPPED_TEMPLATE.format('*')):
                 match = _STOPPED.fullmatch(path.name)
                 # names, not paths: both lie in out_dir, which may be written as ./x, x//y or through a link
-                if match and int(match[1]) <= iteration and path.name != Path(self.last_ckpt).name:
+                earlier = match and int(match[1]) <= iteration and path.name != Path(self.last_ckpt).name
+                if earlier and is_of_run(path, self._run_id):
                     self._remove(str(path))
 
     def _remove(self, path: str) -> None:

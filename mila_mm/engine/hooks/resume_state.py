@@ -1,18 +1,17 @@
 """What mmengine's checkpoints lack for a run to continue as if it had never stopped."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mila_mm.engine.hooks.checkpoint import checkpoint_folders
 from mila_mm.engine.random_state import capture_random_state, restore_random_state
+from mila_mm.engine.resumed_state import check_resumed
 from mila_mm.engine.runner.sampler import seed_samples
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
@@ -30,7 +29,8 @@ class ResumeStateHook(Hook):
       otherwise a checkpoint written before it could not be continued.
     - A validation that belongs to the checkpoint and that the earlier run did not get to is done first.
     - A checkpoint without the optimizer's state is refused: mmengine would start a fresh one and say nothing.
-    - mmengine removes files that ``best_ckpt`` in a checkpoint names; paths outside the work folder are dropped.
+    - Positions, counts and seeds are checked, and what mmengine would remove files by is dropped
+      (:func:`mila_mm.engine.resumed_state.check_resumed`).
     """
 
     priority = 'LOWEST'
@@ -122,6 +122,7 @@ class ResumeStateHook(Hook):
                 '--resume: the checkpoint holds no optimizer state (save_optimizer=False?): training '
                 'cannot continue from it\nTo start anew from its weights: --cfg-options load_from=FILE'
             )
+        check_resumed(checkpoint, f'--resume: {runner._load_from}')
         states = checkpoint.get('random_states')
         self._of_this_rank = isinstance(states, list) and len(states) == get_world_size()
         self._to_restore = states[get_rank()] if self._of_this_rank else checkpoint.get('random_state')
@@ -136,8 +137,6 @@ class ResumeStateHook(Hook):
                 logger='current',
                 level=logging.WARNING,
             )
-        out_dir = next((hook.out_dir for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
-        _drop_foreign_paths(checkpoint.get('message_hub'), Path(runner.work_dir), out_dir)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Put the generators back, as the last thing before data is drawn."""
@@ -164,30 +163,3 @@ def _seeded_sampler(loader: Any) -> Any:
     """Return the sampler of a dataloader if it shuffles by a seed of its own, else None."""
     sampler = getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)
     return sampler if type(getattr(sampler, 'seed', None)) is int else None
-
-
-def _drop_foreign_paths(hub: Any, work_dir: Path, out_dir: str | None) -> None:
-    """Remove what would make ``CheckpointHook`` delete files that this run has not written."""
-    info = hub.get('runtime_info') if isinstance(hub, dict) else None
-    if not isinstance(info, dict):
-        return
-    folders = checkpoint_folders(work_dir, out_dir)
-    remote = f'{str(out_dir).rstrip("/")}/{work_dir.name}/' if '://' in str(out_dir) else None
-    for key in [key for key in info if str(key).startswith('best_ckpt')]:
-        name = Path(info[key]).name if isinstance(info[key], str) else ''
-        if remote and name.startswith('best_') and info[key] == remote + name:
-            continue
-        # the name counts, not where it was: folders are moved. What a run wrote last lies in the last of them.
-        own = [folder / name for folder in reversed(folders) if name.startswith('best_') and (folder / name).exists()]
-        if own:
-            info[key] = str(own[0])
-        elif not name or not any(folder.resolve() in Path(info[key]).resolve().parents for folder in folders):
-            print_log(
-                f'{key} of the checkpoint lies outside {folders[-1]} and is left alone: {info[key]!r}',
-                logger='current',
-                level=logging.WARNING,
-            )
-            del info[key]
-    ids = info.get('keep_ckpt_ids')
-    if ids is not None and not (isinstance(ids, list) and all(type(step) is int for step in ids)):
-        del info['keep_ckpt_ids']

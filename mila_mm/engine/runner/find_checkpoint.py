@@ -1,5 +1,7 @@
 """Finding the checkpoint that a run continues from: the newest one that can be read."""
 
+import logging
+import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -9,14 +11,17 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mila_mm.engine.config.load import one_line
 from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE, checkpoint_folders
+from mila_mm.engine.resumed_state import count
 from mila_mm.engine.runner.finite import broken_weights
-from mila_mm.errors import UserError
+from mila_mm.errors import UserError, printable, printable_path
+from mila_mm.files import read_small
 from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file import container
 from mila_mm.weights.file.reader import read_file
@@ -39,7 +44,7 @@ class Skipped:
     reason: str
 
     def __str__(self) -> str:
-        return f'{self.path}: {self.reason}'
+        return f'{printable_path(self.path)}: {self.reason}'
 
 
 def candidates(cfg: Config) -> list[Path]:
@@ -50,7 +55,7 @@ def candidates(cfg: Config) -> list[Path]:
         not it is there. ``best_*`` is not: it holds no optimizer.
     """
     work_dir = Path(cfg.work_dir)
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    hook = _checkpoint_options(cfg)
     templates = {*_TEMPLATES, hook.get('filename_tmpl') or _TEMPLATES[0]}
     found = []
     for folder in checkpoint_folders(work_dir, hook.get('out_dir')):
@@ -61,22 +66,43 @@ def candidates(cfg: Config) -> list[Path]:
     if named and '://' not in named:
         # a work folder that was moved: the name counts, not where it was
         moved = (work_dir / Path(named).name).absolute()
-        path = moved if moved.exists() else Path(named).absolute()
+        path = moved if os.path.lexists(moved) else Path(named).absolute()
         if path not in found:
             found.append(path)
     return found
+
+
+def _checkpoint_options(cfg: Config) -> Mapping[str, Any]:
+    return (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+
+
+_MAX_PATH, _MAX_NAME = 4096, 255  # bytes, of Linux
 
 
 def last_saved(work_dir: str | Path) -> str | None:
     """Read ``last_checkpoint``.
 
     Returns:
-        What it names, None without such a file or with an empty one.
+        What it names; None without such a file, with an empty one, and with one that names nothing that could be
+        a path or an address: what else lies in the folder counts then.
     """
+    path = Path(work_dir) / 'last_checkpoint'
     try:
-        return (Path(work_dir) / 'last_checkpoint').read_text(errors='replace').strip() or None
-    except OSError:
+        named = read_small(path, _MAX_PATH).decode().strip()
+        if not named:
+            return None
+        if not named.isprintable() or max(len(part.encode()) for part in named.split('/')) > _MAX_NAME:
+            raise ValueError('what it says is no path')
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        print_log(
+            f'{printable_path(path)} is of no use and left alone: {getattr(error, "strerror", None) or error}',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return None
+    return named
 
 
 def newest_readable(
@@ -99,7 +125,7 @@ def newest_readable(
     for path in paths:
         try:
             known.append((*_position(path), path))
-        except (CheckpointError, FileNotFoundError, OSError) as error:
+        except (CheckpointError, OSError) as error:
             skipped.append(Skipped(path, _reason(error, path)))
     for *_, path in sorted(known, reverse=True):
         try:
@@ -131,8 +157,14 @@ def settle_resume(runner: Any) -> None:
         return
     remote = last_saved(runner.work_dir)
     if remote and '://' in remote:
-        runner._load_from = remote
-        return
+        out_dir = str((_checkpoint_options(runner.cfg)).get('out_dir'))
+        if '://' in out_dir and remote.startswith(f'{out_dir.rstrip("/")}/') and '..' not in remote.split('/'):
+            runner._load_from = remote
+            return
+        runner.logger.warning(
+            f'--resume: last_checkpoint names {remote}, which is not where this config saves '
+            '(default_hooks.checkpoint.out_dir): it is left alone'
+        )
     message: list[str | None] = [None, None]
     if is_main_process():
         # FlexibleRunner builds its model later, and a sharded one can only be filled by all ranks together
@@ -157,7 +189,8 @@ def settle_resume(runner: Any) -> None:
 
 
 def _nothing_readable(work_dir: str, skipped: Sequence[Skipped]) -> str:
-    listed = '; '.join(f'{each.path.name}: {each.reason}' for each in skipped)
+    listed = '; '.join(f'{printable(each.path.name)}: {each.reason}' for each in skipped[:_SHOWN_KEYS])
+    listed += f'; ... {len(skipped) - _SHOWN_KEYS} more' if len(skipped) > _SHOWN_KEYS else ''
     return (
         f'--resume: none of the {len(skipped)} checkpoints in {work_dir} can be resumed ({listed})\n'
         'Nothing was changed. To start anew: another --work-dir, or move them away.'
@@ -173,10 +206,9 @@ def _position(path: Path) -> tuple[int, int]:
         raise CheckpointError(f'{path}: holds weights but no state of a training run')
     if 'optimizer' not in content:
         raise CheckpointError(f'{path}: holds no optimizer state')
-    try:
-        return int(meta['iter']), int(meta['epoch'])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f'{path}: does not say which iteration it is of') from error
+    if 'iter' not in meta or 'epoch' not in meta:
+        raise CheckpointError(f'{path}: does not say which iteration it is of')
+    return count(meta['iter'], f'{path}: its meta.iter'), count(meta['epoch'], f'{path}: its meta.epoch')
 
 
 def _check_whole(path: Path) -> None:

@@ -13,14 +13,16 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from mila_mm.engine.config.build_errors import building, fault_of_annotations, name_unreadable_files, reading
 from mila_mm.engine.optimizers.groups import merge_groups, regroup, use_fused
+from mila_mm.engine.resumed_state import check_groups, check_optimizer, check_resumed, check_schedulers
 from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into, settle_resume
 from mila_mm.engine.runner.model_options import apply_model_options
 from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
-from mila_mm.errors import UserError
+from mila_mm.errors import UserError, printable_path
 from mila_mm.weights.load import read_checkpoint
 
 # What comes of it when mmengine's dataset packs an empty list.
@@ -202,6 +204,10 @@ class Runner(ShardingRunner):
         if revise_keys is not None:
             raise NotImplementedError('revise_keys: rename the keys before loading')
         checkpoint = read_checkpoint(filename, map_location)
+        source = f'--resume: {printable_path(filename)}'
+        if self._resume:
+            _check_training_state(checkpoint, source)
+            check_resumed(checkpoint, source)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model = whole_model(self.model)
         strict = self.cfg.get('load_strict', True) if strict is None else strict
@@ -209,7 +215,23 @@ class Runner(ShardingRunner):
         self._has_loaded = True
         # Of a run that loads before it has an optimizer nothing is asked but weights.
         groupings = getattr(self, '_groupings', None)
-        return checkpoint if groupings is None else regroup(checkpoint, self.optim_wrapper, groupings)
+        if groupings is None:
+            return checkpoint
+        if self._resume:
+            check_groups(checkpoint, source)
+        checkpoint = regroup(checkpoint, self.optim_wrapper, groupings)
+        if self._resume:
+            self._check_fitting(checkpoint, source)
+        return checkpoint
+
+    def _check_fitting(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Check what schedulers and optimizer are about to take."""
+        if self.param_schedulers and 'param_schedulers' in checkpoint:
+            states = check_schedulers(checkpoint['param_schedulers'], self.param_schedulers, source)
+            checkpoint['param_schedulers'] = states
+        optimizer = getattr(self.optim_wrapper, 'optimizer', None)
+        if 'optimizer' in checkpoint and isinstance(optimizer, Optimizer):
+            check_optimizer(checkpoint['optimizer'], optimizer, source)
 
     def load_or_resume(self) -> None:
         """Load or resume as the config says; a run that resumes by itself takes the newest readable checkpoint.
@@ -220,25 +242,6 @@ class Runner(ShardingRunner):
         if not self._has_loaded:
             settle_resume(self)
         super().load_or_resume()
-
-    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
-        """Resume training from a checkpoint.
-
-        Args:
-            filename: A checkpoint that training wrote.
-
-        Raises:
-            UserError: If the file holds weights only.
-        """
-        try:
-            super().resume(filename, *args, **kwargs)
-        except KeyError as error:
-            if error.args[0] not in ('meta', 'message_hub', 'epoch', 'iter'):
-                raise
-            raise UserError(
-                f'--resume: {filename} holds weights but no state of a training run (no {error.args[0]!r})\n'
-                'To start a new training from these weights: --cfg-options load_from=FILE'
-            ) from error
 
     def _clean_unless_started(self, step: Any) -> Any:
         try:
@@ -258,6 +261,15 @@ class Runner(ShardingRunner):
         for folder in self._made_folders:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _check_training_state(checkpoint: dict[str, Any], source: str) -> None:
+    absent = [name for name in ('meta', 'message_hub') if not checkpoint.get('meta') or name not in checkpoint]
+    if absent:
+        raise UserError(
+            f'{source} holds weights but no state of a training run (no {absent[0]!r})\n'
+            'To start a new training from these weights: --cfg-options load_from=FILE'
+        )
 
 
 def _missing_folders(path: Path) -> list[Path]:

@@ -14,7 +14,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from mila_mm.weights.errors import CheckpointError, MissingCheckpointError, printable
+from mila_mm.errors import printable
+from mila_mm.files import open_regular
+from mila_mm.weights.errors import CheckpointError, MissingCheckpointError
 
 ZIP, LEGACY, SAFETENSORS = 'zip', 'legacy', 'safetensors'
 _HEAD = 512
@@ -54,10 +56,12 @@ def sniff(path: Path) -> str:
     if path.is_dir():
         raise CheckpointError(f'{path}: a folder, expected a checkpoint file (.pth or .safetensors)')
     try:
-        with path.open('rb') as file:
+        with open_regular(path) as file:
             head = file.read(_HEAD)
     except FileNotFoundError as error:
         raise MissingCheckpointError(f'{path}: no such file') from error
+    except ValueError as error:  # a NUL byte in the name
+        raise CheckpointError(f'{path}: not a path ({error})') from error
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from error
     if not head:

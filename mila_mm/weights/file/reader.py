@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError, printable
+from mila_mm.errors import printable
+from mila_mm.weights.errors import CheckpointError, UnsafeCheckpointError
 from mila_mm.weights.file import container
 from mila_mm.weights.file.scan import Scan
 from mila_mm.weights.file.standins import REGISTRATIONS, STAND_INS, plain

@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from mila_mm.errors import printable
 from mila_mm.version import __version__
-from mila_mm.weights.errors import DownloadError, printable
+from mila_mm.weights.errors import DownloadError
 from mila_mm.weights.source.cache import Settings
 
 _CHUNK = 1 << 18

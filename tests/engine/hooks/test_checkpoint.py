@@ -136,6 +136,8 @@ class Recorder:
         self.seen: list[set[str]] = []
         self.logger = self
         self.fail = False
+        self.hooks: list[CheckpointHook] = []
+        self._resume, self._load_from = False, None
 
     def info(self, message: str) -> None:
         """Log nothing."""
@@ -148,7 +150,12 @@ class Recorder:
         self.seen.append({name for name in names(self.folder) if name.endswith('.pth')})
         if self.fail:
             raise UserError('no room')
-        (Path(out_dir) / filename).touch()
+        content = dict(
+            meta=dict(kwargs['meta'], iter=self.iter + 1), message_hub=dict(runtime_info=dict(self.message_hub))
+        )
+        for hook in self.hooks:
+            hook.before_save_checkpoint(self, content)
+        torch.save(content, Path(out_dir) / filename)
 
 
 @pytest.fixture
@@ -158,8 +165,27 @@ def recorder(tmp_path) -> Recorder:
 
 def hook_of(recorder: Recorder, **options) -> CheckpointHook:
     hook = CheckpointHook(interval=1, by_epoch=False, **options)
+    recorder.hooks = [hook]
     hook.before_train(recorder)
     return hook
+
+
+def resumed(recorder: Recorder, file: Path, change=None, **options) -> CheckpointHook:
+    """Let a new process continue from a checkpoint, in which a stranger may have changed something."""
+    content = torch.load(file)
+    if change is not None:
+        change(content)
+    hook = CheckpointHook(interval=1, by_epoch=False, **options)
+    recorder._resume, recorder.hooks, recorder.message_hub = True, [hook], Hub()
+    hook.after_load_checkpoint(recorder, content)
+    recorder.iter = content['meta']['iter']
+    recorder.message_hub.update(content['message_hub']['runtime_info'])
+    hook.before_train(recorder)
+    return hook
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {name for name in names(folder) if name.endswith('.pth')}
 
 
 def save(hook: CheckpointHook, recorder: Recorder, step: int) -> None:
@@ -177,18 +203,121 @@ def test_an_old_checkpoint_goes_after_the_new_one_has_come(tmp_path, recorder) -
 
 
 def test_a_run_killed_before_it_could_remove_the_old_one_removes_it_later(tmp_path, recorder) -> None:
-    hook, saved = hook_of(recorder, max_keep_ckpts=2), {}
+    hook = hook_of(recorder, max_keep_ckpts=2)
     for step in (1, 2):
         save(hook, recorder, step)
-    hook._remove_surplus = lambda: hook.before_save_checkpoint(recorder, saved)
-    saved['meta'] = {}
+    hook._remove_surplus = lambda: None
     save(hook, recorder, 3)
     assert (tmp_path / 'iter_1.pth').exists()
-    recorder._resume = True
-    resumed = CheckpointHook(interval=1, by_epoch=False, max_keep_ckpts=2)
-    resumed.after_load_checkpoint(recorder, saved)
-    resumed.before_train(recorder)
-    assert {name for name in names(tmp_path) if name.endswith('.pth')} == {'iter_2.pth', 'iter_3.pth'}
+    hook = resumed(recorder, tmp_path / 'iter_3.pth', max_keep_ckpts=2)
+    assert checkpoints(tmp_path) == {'iter_2.pth', 'iter_3.pth'}
+    save(hook, recorder, 4)
+    assert checkpoints(tmp_path) == {'iter_3.pth', 'iter_4.pth'}
+
+
+LISTS = {
+    'surplus': lambda content: content.update(surplus_ckpt_id=1),
+    'kept, of paths': lambda content: content['message_hub']['runtime_info'].update(keep_ckpt_ids=['../x', '/etc', 1]),
+    'kept': lambda content: content['message_hub']['runtime_info'].update(keep_ckpt_ids=[1, 2, 3, -4, True, 10**30]),
+    'best': lambda content: content['message_hub']['runtime_info'].update(best_ckpt='iter_1.pth'),
+    'named': lambda content: content.update(named_best={'best_ckpt': 'best_other.pth', 3: 4}),
+    'no list': lambda content: content['message_hub']['runtime_info'].update(keep_ckpt_ids='123', best_ckpt=7),
+}
+
+
+@pytest.mark.parametrize('lie', LISTS)
+def test_what_a_strangers_checkpoint_lists_stays(tmp_path, recorder, lie) -> None:
+    """Also where the stranger names files of this very folder: they are not of his run."""
+    mine = hook_of(recorder)
+    for step in (1, 2, 3):
+        save(mine, recorder, step)
+    torch.save(torch.load(tmp_path / 'iter_3.pth'), tmp_path / 'best_other.pth')
+    content = torch.load(tmp_path / 'iter_3.pth')
+    content['meta'].update(run_id='0' * 32, iter=9)
+    torch.save(content, tmp_path / 'stranger.pth')
+    before = checkpoints(tmp_path)
+    hook = resumed(recorder, tmp_path / 'stranger.pth', LISTS[lie], max_keep_ckpts=1, save_best='s', rule='greater')
+    hook.after_val_epoch(recorder, {'s': 0.5})
+    for step in (10, 11):
+        save(hook, recorder, step)
+    assert checkpoints(tmp_path) == before | {'iter_11.pth', 'best_s_iter_9.pth'}
+
+
+@pytest.mark.parametrize('run_id', [None, '', '../..', 'f' * 31, 'F' * 32, 5, ['f' * 32], '\x1b' * 32])
+def test_an_id_that_is_none_inherits_nothing(tmp_path, recorder, run_id) -> None:
+    mine = hook_of(recorder)
+    for step in (1, 2):
+        save(mine, recorder, step)
+    hook = resumed(recorder, tmp_path / 'iter_2.pth', lambda c: c['meta'].update(run_id=run_id), max_keep_ckpts=1)
+    save(hook, recorder, 3)
+    assert checkpoints(tmp_path) == {'iter_1.pth', 'iter_2.pth', 'iter_3.pth'}
+    content = torch.load(tmp_path / 'iter_3.pth')
+    assert len(content['meta']['run_id']) == 32 and content['meta']['run_id'] != mine._run_id
+
+
+def test_checkpoints_of_another_run_in_the_folder_and_later_ones_stay(tmp_path, recorder) -> None:
+    other = hook_of(recorder)
+    save(other, recorder, 1)
+    mine = hook_of(recorder)
+    for step in (2, 3, 4):
+        save(mine, recorder, step)
+    hook = resumed(recorder, tmp_path / 'iter_3.pth', max_keep_ckpts=1)
+    assert checkpoints(tmp_path) == {'iter_1.pth', 'iter_3.pth', 'iter_4.pth'}
+    save(hook, recorder, 4)
+    assert checkpoints(tmp_path) == {'iter_1.pth', 'iter_4.pth'}
+
+
+@pytest.mark.parametrize('spelling', ['{}', '{}/', './{}', '{}/../out', '{}//'])
+def test_the_best_checkpoint_goes_after_a_resume_too(tmp_path, monkeypatch, recorder, spelling) -> None:
+    """Also where checkpoints lie in a folder of their own, and where that was moved."""
+    monkeypatch.chdir(tmp_path)
+    out = dict(out_dir=spelling.format('out'), save_best='score', rule='greater')
+    recorder.work_dir = str(tmp_path / 'work')
+    folder = tmp_path / 'out/work'
+    folder.mkdir(parents=True)
+    recorder.folder = folder
+    hook = hook_of(recorder, **out)
+    hook.after_val_epoch(recorder, {'score': 0.1})
+    save(hook, recorder, 2)
+
+    def moved(content) -> None:
+        info = content['message_hub']['runtime_info']
+        assert Path(info['best_ckpt']).samefile(folder / 'best_score_iter_0.pth')
+        info['best_ckpt'] = '/where/it/was/best_score_iter_0.pth'
+
+    hook = resumed(recorder, folder / 'iter_2.pth', moved, **out)
+    hook.after_val_epoch(recorder, {'score': 0.3})
+    assert checkpoints(folder) == {'iter_2.pth', 'best_score_iter_2.pth'}
+
+
+def test_the_best_checkpoints_by_several_scores(tmp_path, recorder) -> None:
+    options = dict(save_best=['a', 'b'], rule='greater')
+    hook = hook_of(recorder, **options)
+    hook.after_val_epoch(recorder, {'a': 0.1, 'b': 0.2})
+    save(hook, recorder, 2)
+    hook = resumed(recorder, tmp_path / 'iter_2.pth', **options)
+    hook.after_val_epoch(recorder, {'a': 0.3, 'b': 0.1})
+    assert checkpoints(tmp_path) == {'iter_2.pth', 'best_a_iter_2.pth', 'best_b_iter_0.pth'}
+
+
+def test_a_best_checkpoint_of_another_place_or_run_stays(tmp_path, recorder) -> None:
+    hook = hook_of(recorder, save_best='score', rule='greater')
+    save(hook, recorder, 1)
+    content = torch.load(tmp_path / 'iter_1.pth')
+    (tmp_path / 'other').mkdir()
+    elsewhere = [tmp_path / 'other/best_score_iter_0.pth', tmp_path.parent / f'best_{tmp_path.name}.pth']
+    for path in elsewhere:
+        torch.save(content, path)  # of this very run
+    torch.save(dict(meta=dict(run_id='1' * 32)), tmp_path / 'best_of_another.pth')
+    elsewhere.append(tmp_path / 'best_of_another.pth')
+    for path in elsewhere:
+
+        def named(content, path=path) -> None:
+            content['message_hub']['runtime_info'].update(best_ckpt=str(path), best_score=-1.0)
+
+        hook = resumed(recorder, tmp_path / 'iter_1.pth', named, save_best='score', rule='greater')
+        hook.after_val_epoch(recorder, {'score': 0.5})
+    assert all(path.exists() for path in elsewhere)
 
 
 def test_a_failed_save_removes_nothing(tmp_path, recorder) -> None:

@@ -1,6 +1,12 @@
 """Which checkpoint a run continues from."""
 
+import contextlib
+import logging
+import os
+import socket
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +15,7 @@ from hypothesis import strategies as st
 from mmengine.config import Config
 from torch import nn
 
-from mila_mm.engine.runner.find_checkpoint import candidates, newest_readable
+from mila_mm.engine.runner.find_checkpoint import candidates, last_saved, newest_readable, settle_resume
 
 
 @pytest.fixture
@@ -55,6 +61,63 @@ def test_last_checkpoint_names_one_of_any_name_in_a_folder_that_was_moved(tmp_pa
     write(tmp_path / 'other.pth', 1)
     (tmp_path / 'last_checkpoint').write_text('/where/it/was/other.pth')
     assert candidates(Config(dict(work_dir=str(tmp_path)))) == [tmp_path / 'other.pth']
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'/there\0/iter_4.pth',
+        b'x' * 5000,
+        b'a/' * 3000,
+        b'y' * 300,
+        b'\xff\xfe',
+        b'\x1b[2J',
+        b'iter_4.pth\n2026 - mmengine - INFO - all is well',
+        b'iter_4.pth\x00',
+    ],
+    ids=repr,
+)
+def test_a_last_checkpoint_that_names_nothing_is_left_alone(tmp_path, model, content, capsys) -> None:
+    sound = write(tmp_path / 'iter_4.pth', 4)
+    (tmp_path / 'last_checkpoint').write_bytes(content)
+    assert last_saved(tmp_path) is None
+    assert newest_readable(candidates(Config(dict(work_dir=str(tmp_path)))), model) == (sound, [])
+    said = capsys.readouterr()
+    assert 'last_checkpoint is of no use' in said.out + said.err
+    assert '\x1b' not in said.out + said.err and 'all is well' not in said.out + said.err
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'device', 'folder', 'link to itself'])
+def test_a_last_checkpoint_that_is_no_file_is_left_alone(tmp_path, kind) -> None:
+    path = tmp_path / 'last_checkpoint'
+    make = {
+        'pipe': os.mkfifo,
+        'device': lambda path: path.symlink_to('/dev/zero'),
+        'folder': Path.mkdir,
+        'link to itself': lambda path: path.symlink_to(path),
+    }
+    make[kind](path)
+    assert found(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ('named', 'taken'),
+    [
+        ('s3://bucket/run/iter_4.pth', True),
+        ('https://elsewhere/iter_4.pth', False),
+        ('s3://bucket-of-another/iter_4.pth', False),
+        ('s3://bucket/../other/iter_4.pth', False),
+    ],
+)
+def test_an_address_counts_where_the_config_saves(tmp_path, named, taken) -> None:
+    (tmp_path / 'last_checkpoint').write_text(named)
+    hooks = dict(checkpoint=dict(type='CheckpointHook', out_dir='s3://bucket/'))
+    logger = logging.getLogger('test_an_address')
+    runner = SimpleNamespace(
+        _resume=True, _load_from=None, work_dir=str(tmp_path), cfg=Config(dict(default_hooks=hooks)), logger=logger
+    )
+    settle_resume(runner)
+    assert runner._load_from == (named if taken else None)
 
 
 def test_nothing(tmp_path) -> None:
@@ -107,6 +170,14 @@ def marked_as_folders(path: Path) -> None:
     path.write_bytes(content)
 
 
+def bind(path: Path) -> None:
+    """Leave a socket; its name is short, since that of the folder may be too long for one."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
+        link = Path(tempfile.mkdtemp()) / 's'
+        listening.bind(str(link))
+        link.rename(path)
+
+
 DAMAGE = {
     'truncated': (truncated, 'truncated'),
     'empty': (lambda path: path.write_bytes(b''), 'empty'),
@@ -124,6 +195,15 @@ DAMAGE = {
         lambda path: torch.save(dict(state_dict={}, meta={}, message_hub={}, optimizer={}), path),
         'which iteration',
     ),
+    **{
+        f'iteration {repr(value)[:20]}': (lambda path, value=value: write(path, value), 'meta.iter is')
+        for value in (float('inf'), float('nan'), -1, True, 3.0, 10**30, 10**400, '7', [7], None, '\x1b[2J\n')
+    },
+    'epoch': (lambda path: write(path, 9, -1), 'meta.epoch is -1'),
+    'a pipe': (lambda path: (path.unlink(), os.mkfifo(path)), 'a pipe or a device'),
+    'a device': (lambda path: (path.unlink(), path.symlink_to('/dev/zero')), 'a pipe or a device'),
+    'a link to itself': (lambda path: (path.unlink(), path.symlink_to(path)), 'symbolic links'),
+    'a socket': (lambda path: (path.unlink(), bind(path)), 'cannot be read'),
     'another model': (lambda path: write(path, 9, model=nn.Linear(3, 2)), 'does not fit'),
     'a weight that is no number': (lambda path: write(path, 9, model=broken()), '1 weights are not finite'),
     'a model with more': (lambda path: write(path, 9, model=nn.Sequential(nn.Linear(2, 2))), 'does not fit'),
@@ -139,6 +219,7 @@ def test_what_cannot_be_resumed_is_skipped_and_named(tmp_path, model, damage) ->
     assert chosen == sound
     assert [each.path for each in skipped] == [bad]
     assert words in skipped[0].reason
+    assert str(skipped[0]).isprintable() and len(str(skipped[0])) < 600
     assert newest_readable([bad], model)[0] is None
 
 
