@@ -13,6 +13,12 @@ from mmcv.ops import (
     modulated_deform_conv2d,
 )
 
+Size = int | tuple[int, int]
+
+
+def pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
 
 def sample(plane: np.ndarray, y: float, x: float) -> float:
     """Bilinear sample of a map that is 0 everywhere outside."""
@@ -29,12 +35,13 @@ def deform_conv_by_loops(
     offset: np.ndarray,
     mask: np.ndarray | None,
     weight: np.ndarray,
-    stride: int,
-    padding: int,
-    dilation: int,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
     groups: int,
     deform_groups: int,
 ) -> np.ndarray:
+    (down, across), (above, left), (dy, dx) = (pair(size) for size in (stride, padding, dilation))
     batch, channels = maps.shape[:2]
     outputs, per_group, kh, kw = weight.shape
     high, wide = offset.shape[2:]
@@ -44,30 +51,38 @@ def deform_conv_by_loops(
         for c, i, j in np.ndindex(per_group, kh, kw):
             channel = group * per_group + c
             tap = (channel // (channels // deform_groups)) * kh * kw + i * kw + j
-            at_y = y * stride - padding + i * dilation + offset[b, 2 * tap, y, x]
-            at_x = x * stride - padding + j * dilation + offset[b, 2 * tap + 1, y, x]
+            at_y = y * down - above + i * dy + offset[b, 2 * tap, y, x]
+            at_x = x * across - left + j * dx + offset[b, 2 * tap + 1, y, x]
             value = sample(maps[b, channel], at_y, at_x)
             out[b, o, y, x] += weight[o, c, i, j] * value * (1 if mask is None else mask[b, tap, y, x])
     return out
 
 
-CASES = {
+# Stride, padding, dilation, groups, deformable groups; a kernel of 3 x 3, of 3 x 2 where the name says so.
+CASES: dict[str, tuple[Size, Size, Size, int, int]] = {
     'plain': (1, 1, 1, 1, 1),
     'strided': (2, 1, 1, 1, 1),
     'dilated': (1, 2, 2, 1, 1),
     'grouped': (1, 1, 1, 2, 1),
     'deform-grouped': (2, 0, 1, 1, 2),
     'both': (1, 1, 1, 2, 2),
+    'rectangular': ((2, 1), (0, 1), (1, 2), 1, 2),
+    'rectangular-across': ((1, 2), (1, 0), (2, 1), 2, 1),
 }
 
 
 def operands(case: str, dtype: torch.dtype = torch.double) -> tuple[torch.Tensor, ...]:
-    stride, padding, dilation, groups, deform_groups = CASES[case]
+    *sizes, groups, deform_groups = CASES[case]
+    kernel = (3, 2) if 'rectangular' in case else (3, 3)
     maps = torch.randn(2, 4, 5, 6, dtype=dtype)
-    weight = torch.randn(4, 4 // groups, 3, 3, dtype=dtype)
-    high, wide = ((n + 2 * padding - 2 * dilation - 1) // stride + 1 for n in (5, 6))
-    offset = torch.randn(2, 2 * deform_groups * 9, high, wide, dtype=dtype) * 1.5  # some reach far outside
-    mask = torch.rand(2, deform_groups * 9, high, wide, dtype=dtype)
+    weight = torch.randn(4, 4 // groups, *kernel, dtype=dtype)
+    high, wide = (
+        (n + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        for n, taps, stride, padding, dilation in zip((5, 6), kernel, *map(pair, sizes), strict=True)
+    )
+    taps = math.prod(kernel)
+    offset = torch.randn(2, 2 * deform_groups * taps, high, wide, dtype=dtype) * 1.5  # some reach far outside
+    mask = torch.rand(2, deform_groups * taps, high, wide, dtype=dtype)
     return maps, offset, mask, weight, torch.randn(4, dtype=dtype)
 
 
@@ -88,7 +103,7 @@ def test_v2_equals_loops(case: str) -> None:
     torch.testing.assert_close(without, torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize('case', ['strided', 'both'])
+@pytest.mark.parametrize('case', ['strided', 'both', 'rectangular', 'rectangular-across'])
 def test_gradients(case: str) -> None:
     maps, offset, mask, weight, bias = (t.requires_grad_() for t in operands(case))
     v1 = lambda *t: deform_conv2d(*t, *CASES[case])  # noqa: E731
@@ -98,13 +113,14 @@ def test_gradients(case: str) -> None:
 
 
 @pytest.mark.parametrize('wanted', ['maps', 'offset', 'weight'])
-def test_v1_gradient_of_one_operand_alone(wanted: str) -> None:
-    maps, offset, _, weight, _ = operands('plain')
+@pytest.mark.parametrize('case', ['plain', 'rectangular'])
+def test_v1_gradient_of_one_operand_alone(case: str, wanted: str) -> None:
+    maps, offset, _, weight, _ = operands(case)
     named = dict(maps=maps, offset=offset, weight=weight)
     every = [t.clone().requires_grad_() for t in named.values()]
-    deform_conv2d(*every, *CASES['plain']).square().sum().backward()
+    deform_conv2d(*every, *CASES[case]).square().sum().backward()
     named[wanted] = alone = named[wanted].clone().requires_grad_()
-    deform_conv2d(*named.values(), *CASES['plain']).square().sum().backward()
+    deform_conv2d(*named.values(), *CASES[case]).square().sum().backward()
     torch.testing.assert_close(alone.grad, every[list(named).index(wanted)].grad)
 
 

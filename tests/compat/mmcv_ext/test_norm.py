@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -48,3 +49,43 @@ def test_half_precision() -> None:
     half = layer(given.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), layer(given), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_each_process_of_a_group_has_its_part_of_the_whole_batch(processes: int, stand_in: ModuleType) -> None:
+    """What mmcv's Python does between the pieces (means over the processes) is done here by hand."""
+    layer = torch.nn.BatchNorm1d(4, momentum=0.3, dtype=torch.float32)
+    torch.nn.init.uniform_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    whole = (torch.randn(2 * processes, 4, 3) * 2 + 1).requires_grad_()
+    direction = torch.randn_like(whole)
+    expected = layer(whole)
+    expected.backward(direction)
+    parts, directions = whole.detach().chunk(processes), direction.chunk(processes)
+
+    def mean_of(function, tensors) -> torch.Tensor:
+        results = [torch.empty(4) for _ in range(processes)]
+        for result, given in zip(results, tensors, strict=True):
+            function(*given, result)
+        return torch.stack(results).mean(0)
+
+    mean = mean_of(stand_in.sync_bn_forward_mean, [(part,) for part in parts])
+    var = mean_of(stand_in.sync_bn_forward_var, [(part, mean) for part in parts])
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    norms, gradients = [], []
+    for part, grad, wanted in zip(parts, directions, expected.detach().chunk(processes), strict=True):
+        running, norm, std, out = (torch.zeros(4), torch.ones(4)), torch.empty_like(part), torch.empty(4), part.clone()
+        stand_in.sync_bn_forward_output(
+            part, mean, var, weight, bias, *running, norm, std, out, eps=layer.eps, momentum=0.3, group_size=processes
+        )
+        torch.testing.assert_close(out, wanted)
+        torch.testing.assert_close(running, (layer.running_mean, layer.running_var))
+        norms.append(norm)
+        gradients.append([torch.empty(4), torch.empty(4)])
+        stand_in.sync_bn_backward_param(grad, norm, *gradients[-1])
+    by_weight, by_bias = (torch.stack(side) for side in zip(*gradients, strict=True))
+    torch.testing.assert_close((by_weight.sum(0), by_bias.sum(0)), (layer.weight.grad, layer.bias.grad))
+    for norm, grad, wanted in zip(norms, directions, whole.grad.chunk(processes), strict=True):
+        got = torch.empty_like(grad)
+        stand_in.sync_bn_backward_data(grad, weight, by_weight.mean(0), by_bias.mean(0), norm, std, got)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
