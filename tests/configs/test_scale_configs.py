@@ -106,31 +106,6 @@ def test_trains_and_evaluates(name, data, tmp_path):
         assert 0 <= metrics['mIoU'] <= 100
 
 
-def test_lsj_1536_is_1024_at_another_size():
-    configs = [Config.fromfile(SCALE / f'mask_rcnn_mila_t_lsj_{side}.py') for side in (1024, 1536)]
-    for side, cfg in zip((1024, 1536), configs, strict=True):
-        text = str(cfg.train_dataloader.to_dict()) + str(cfg.test_dataloader.to_dict())
-        assert f'({side}, {side})' in text and f'({2560 - side}, {2560 - side})' not in text
-        assert cfg.model.data_preprocessor.batch_augments[0].size == (side, side)
-        assert cfg.model.backbone.with_cp == 'block' and cfg.amp == 'auto'
-    types = [[t.type for t in cfg.train_dataloader.dataset.dataset.pipeline] for cfg in configs]
-    assert types[0] == types[1]
-
-
-@pytest.mark.parametrize(
-    ('name', 'total'),
-    [
-        ('mask_rcnn_mila_t_lsj_1024.py', 64),
-        ('mask_rcnn_mila_t_lsj_1536.py', 64),
-        ('upernet_mila_t_cityscapes_1024x2048.py', 16),
-    ],
-)
-def test_batches_of_eight_gpus_add_up(name, total):
-    cfg = Config.fromfile(SCALE / name)
-    assert 8 * cfg.train_dataloader.batch_size * cfg.optim_wrapper.accumulative_counts == total
-    assert cfg.auto_scale_lr.base_batch_size == total
-
-
 def test_amp_fragments_stand_beside_the_other_parts(tmp_path):
     base = SCALE.parent / '_base_'
     for name, expected in (('amp', 'auto'), ('amp_bf16', 'bf16'), ('amp_fp16', 'fp16')):

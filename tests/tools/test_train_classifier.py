@@ -11,7 +11,6 @@ pytest.importorskip('mmpretrain', reason="needs mmpretrain: pip install 'mila-mm
 
 import timm
 import torch
-from mmengine.config import Config
 
 from mila_mm import MILAClassifier
 from mila_mm.engine import MESAHook
@@ -137,25 +136,6 @@ def test_tools_test_a_checkpoint(command, config, trained, tmp_path, monkeypatch
 def test_pictures_of_a_classifier_are_refused(command, refused, config, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(command('test.py', config, trained[0] / 'epoch_3.pth', '--show-dir', 'pictures'), '--show-dir', '--out')
-
-
-@pytest.mark.parametrize(('name', 'drop_path', 'ratio'), [('t', 0.2, 1.0), ('s', 0.3, 1.5), ('b', 0.5, 2.0)])
-def test_the_recipe_is_the_papers(root, name, drop_path, ratio):
-    cfg = Config.fromfile(root / 'configs' / 'imagenet' / f'mila_{name}_in1k.py')
-    assert cfg.model.arch[0] == name and cfg.model.drop_path_rate == drop_path and cfg.model.label_smoothing == 0.1
-    optimizer, (warmup, cosine) = cfg.optim_wrapper.optimizer, cfg.param_scheduler
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 4e-3, 0.05)
-    assert cfg.optim_wrapper.clip_grad.max_norm == 5 and cfg.optim_wrapper.paramwise_cfg.bias_decay_mult == 0
-    assert (warmup.end, cosine.begin, cosine.end, cfg.train_cfg.max_epochs) == (20, 20, 300, 300)
-    assert cfg.auto_scale_lr.base_batch_size == 4096 == 8 * cfg.train_dataloader.batch_size
-    steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
-    assert (steps['RandAugment'].magnitude_level, steps['RandAugment'].magnitude_std) == (9, 0.5)
-    assert steps['RandomErasing'].erase_prob == 0.25
-    assert [(a.type, a.alpha) for a in cfg.model.data_preprocessor.batch_augments.augments] == [
-        ('Mixup', 0.8),
-        ('CutMix', 1.0),
-    ]
-    assert [(h.type, h.ratio, h.begin_mesa_epoch) for h in cfg.custom_hooks] == [('mila_mm.MESAHook', ratio, 75)]
 
 
 def test_mesa_loss_is_the_divergence_from_the_average():

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
 from mila_mm.datasets import ADE_CLASSES, COCO_CLASSES, write_shapes
@@ -116,6 +117,33 @@ def test_nothing_predicted_is_drawn_too(tmp_path):
     path = tmp_path / 'grid.png'
     save_predictions([Sample(np.zeros((8, 8, 3), np.uint8), nothing, nothing)], ADE_CLASSES, [RED] * 7, path)
     assert cv2.imread(str(path)) is not None
+
+
+def drawn_lines(monkeypatch, *args):
+    """The points of the lines that ``save_curves`` draws: on the left and on the right, by their labels."""
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, path: figures.append(figure))
+    save_curves(*args)
+    return [
+        {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
+        for axes in figures[0].axes
+    ]
+
+
+def test_points_lie_at_their_iterations(tmp_path, monkeypatch):
+    training = [
+        {'loss': 3.0, 'loss_cls': 2.0, 'step': 50},
+        {'loss': 2.0, 'loss_mask': 0.5, 'step': 120},
+        {'loss': 1.0, 'loss_cls': 0.25, 'loss_mask': 0.125, 'step': 700},
+    ]
+    validation = [{'mIoU': 20.0, 'step': 300}, {'aAcc': 40.0, 'step': 450}, {'mIoU': 60.0, 'aAcc': 80.0, 'step': 700}]
+    left, right = drawn_lines(monkeypatch, training, validation, {'mIoU': 'IoU', 'aAcc': 'acc'}, tmp_path / 'x.png')
+    assert left == {
+        'loss': [(50, 3.0), (120, 2.0), (700, 1.0)],
+        'loss_cls': [(50, 2.0), (700, 0.25)],
+        'loss_mask': [(120, 0.5), (700, 0.125)],
+    }
+    assert right == {'IoU, at the end 60': [(300, 20.0), (700, 60.0)], 'acc, at the end 80': [(450, 40.0), (700, 80.0)]}
 
 
 def test_curves_show_what_the_log_holds(tmp_path):
