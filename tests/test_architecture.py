@@ -23,7 +23,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob('*.py'))}
 def subpackage(module: str) -> str:
     """Return the row of the table that a module of the package stands in."""
     parts = module.split('.')
-    if len(parts) == 1:
+    if len(parts) == 1 or parts[1] == '__main__':
         return '(root)'
     return 'ground' if parts[1] in GROUND else parts[1]
 

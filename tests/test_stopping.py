@@ -76,7 +76,7 @@ def test_exit_status_and_message(capfd, signum, status) -> None:
     def stopped(_) -> None:
         raise Stopped(signum, 'run/stop_iter_7.pth')
 
-    assert cli.run(stopped) == status
+    assert cli.execute(stopped) == status
     name = signal.Signals(signum).name
     assert capfd.readouterr().err == f'stopped by {name}: --resume continues from run/stop_iter_7.pth\n'
 
@@ -89,7 +89,7 @@ def test_a_rank_that_had_nothing_to_save_ends_the_job(monkeypatch, capfd) -> Non
     def stopped(_) -> None:
         raise Stopped(signal.SIGTERM)
 
-    assert cli.run(stopped) == EXIT_REQUEUE
+    assert cli.execute(stopped) == EXIT_REQUEUE
     assert 'before the training began' in capfd.readouterr().err
 
 
@@ -219,7 +219,7 @@ def test_other_ranks_leave_the_first_word_to_rank_0(monkeypatch, capfd, error, l
     def fail(_) -> None:
         raise error
 
-    assert cli.run(fail) == cli.EXIT_USER_ERROR
+    assert cli.execute(fail) == cli.EXIT_USER_ERROR
     assert capfd.readouterr().err == said
     assert bool(waited) == waits
 
@@ -234,7 +234,7 @@ def test_the_process_group_is_left_after_a_success(tmp_path, error, left) -> Non
             raise error
 
     try:
-        cli.run(main)
+        cli.execute(main)
         assert torch.distributed.is_initialized() is not left
     finally:
         if torch.distributed.is_initialized():

@@ -1,61 +1,10 @@
 #!/usr/bin/env python
-"""Put MILA in place of the backbone of a config: ``python tools/swap_backbone.py CONFIG --out FILE``."""
+"""Put MILA in place of the backbone of a config: ``mila swap`` from a checkout."""
 
 import sys
-from collections.abc import Sequence
 
-import mila_mm  # noqa: F401  installs the stand-in for mmcv._ext before anything imports mmcv
 from mila_mm import cli
-
-
-def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
-    Returns:
-        The arguments.
-    """
-    parser = cli.ArgumentParser(
-        description='Put MILA in place of the backbone of a detector (mmdet) or a segmentor (mmseg), and rewire what '
-        'reads its maps. Writes a short config that inherits from CONFIG.'
-    )
-    parser.add_argument('config', metavar='CONFIG', help='config file, or mmdet::FOLDER/FILE, mmseg::FOLDER/FILE')
-    parser.add_argument('--arch', default='tiny', help='tiny, small, base, or nano for tests [tiny]')
-    parser.add_argument('--out', metavar='FILE', required=True, help='config to write, a .py file')
-    parser.add_argument(
-        '--weights', metavar='WEIGHTS', help='weights to start from: mila://tiny-in1k (small, base) or a file'
-    )
-    parser.add_argument(
-        '--recipe',
-        choices=['keep', 'mila'],
-        default='keep',
-        help="keep the optimizer, or put MILA's AdamW recipe in place of SGD [keep]",
-    )
-    parser.add_argument(
-        '--drop-path-rate',
-        type=float,
-        metavar='RATE',
-        help="stochastic depth [the old backbone's, or that of MILA's recipes]",
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Swap as the command line says.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
-    args = parse_args(argv)
-    from mila_mm.swap import check_out, plan_swap, report, write_child
-
-    check_out(args.out, args.config)  # a swap takes up to a minute
-    result = plan_swap(args.config, args.arch, args.weights, args.recipe, args.drop_path_rate)
-    write_child(result, args.out)
-    print(f'{report(result)}\nwritten: {args.out}')
-
+from mila_mm.cli.swap import main
 
 if __name__ == '__main__':
-    sys.exit(cli.run(main))
+    sys.exit(cli.execute(main))

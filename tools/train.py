@@ -1,101 +1,10 @@
 #!/usr/bin/env python
-"""Train a detector or segmentor: ``python tools/train.py CONFIG``."""
+"""Train a detector or segmentor: ``mila train`` from a checkout."""
 
 import sys
-from collections.abc import Sequence
 
-import mila_mm  # noqa: F401  installs the stand-in for mmcv._ext before anything imports mmcv
 from mila_mm import cli
-from mila_mm.stopping import StopRequest, stop_signals
-
-
-def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
-    Returns:
-        The arguments.
-    """
-    parser = cli.ArgumentParser(description='Train a detector (mmdet) or a segmentor (mmseg).')
-    parser.add_argument('config', metavar='CONFIG', help='config file, or mmdet::FOLDER/FILE, mmseg::FOLDER/FILE')
-    cli.add_run_arguments(parser)
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CHECKPOINT',
-        help='continue from CHECKPOINT, without one from the newest in the work dir',
-    )
-    parser.add_argument(
-        '--pretrained',
-        metavar='WEIGHTS',
-        help='start the backbone from these weights: mila://tiny-in1k (small, base) or a file; '
-        'tools/weights.py list names all',
-    )
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
-    parser.add_argument(
-        '--amp-dtype',
-        choices=['bf16', 'fp16'],
-        help='dtype of --amp, which it implies [bf16 where the device has it, else fp16 with dynamic loss scaling]',
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help='scale the learning rate by total batch / auto_scale_lr.base_batch_size of the config',
-    )
-    parser.add_argument(
-        '--tensorboard', action='store_true', help='also log for TensorBoard; see it by: tensorboard --logdir WORK_DIR'
-    )
-    parser.add_argument(
-        '--debug-nonfinite',
-        action='store_true',
-        help='stop at the first loss or gradient that is not finite, and name the module that it comes from',
-    )
-    parser.add_argument(
-        '--max-nonfinite',
-        type=int,
-        metavar='N',
-        help='end with status 65 after N losses in a row that are NaN or infinite [10]',
-    )
-    args = parser.parse_args(argv)
-    if args.max_nonfinite is not None and args.max_nonfinite < 1:
-        parser.error(f'--max-nonfinite: expected a number of iterations above 0, got {args.max_nonfinite}')
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
-    args = parse_args(argv)
-    cli.export_local_rank(args)
-    with stop_signals() as stop:
-        _train(args, stop)
-
-
-def _train(args: cli.argparse.Namespace, stop: StopRequest) -> None:
-    from mila_mm.engine import train
-
-    train(
-        args.config,
-        work_dir=args.work_dir,
-        resume=args.resume,
-        pretrained=args.pretrained,
-        amp=args.amp or args.amp_dtype is not None,
-        amp_dtype=args.amp_dtype,
-        auto_scale_lr=args.auto_scale_lr,
-        tensorboard=args.tensorboard,
-        debug_nonfinite=args.debug_nonfinite,
-        max_nonfinite=args.max_nonfinite,
-        launcher=args.launcher,
-        cfg_options=args.cfg_options,
-        stop=stop,
-    )
-
+from mila_mm.cli.train import main
 
 if __name__ == '__main__':
-    sys.exit(cli.run(main))
+    sys.exit(cli.execute(main))

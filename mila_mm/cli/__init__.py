@@ -1,6 +1,8 @@
-"""What the commands in ``tools/`` share: their parser, and how a failed run ends.
+"""The command ``mila``: a module for each subcommand, and what they share: their parser, and how a failed run ends.
 
-Nothing here imports torch or mmengine, so that ``--help`` and a wrong flag answer at once.
+``mila NAME`` is the module ``mila_mm.cli.NAME`` (dashes as underscores) with ``add_arguments(parser)`` and
+``main(argv=None)``; the first line of its docstring is its line in ``mila --help``. :mod:`mila_mm.cli.command` finds
+it. Neither of them imports torch or mmengine before it is needed, so that ``--help`` and a wrong flag answer at once.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mila_mm.errors import LostPeerError, UserError
 from mila_mm.stopping import EXIT_INTERRUPTED, Stopped
@@ -39,7 +41,16 @@ _NOISE = (
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are a :class:`UserError` instead of a page of usage."""
+    """A parser whose errors are a :class:`UserError` instead of a page of usage.
+
+    Attributes:
+        program: What messages call the program where a parser is not told; None for the name of the script.
+    """
+
+    program: str | None = None
+
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
+        super().__init__(prog=prog or self.program, **options)
 
     def error(self, message: str) -> NoReturn:
         """Report a wrong command line.
@@ -48,6 +59,33 @@ class ArgumentParser(argparse.ArgumentParser):
             UserError: Always.
         """
         raise UserError(f'{message}\nRun {self.prog} --help for the arguments.')
+
+
+def parse(
+    add_arguments: Callable[[argparse.ArgumentParser], None], argv: Sequence[str] | None, **options: Any
+) -> argparse.Namespace:
+    """Parse the command line of a subcommand.
+
+    Args:
+        add_arguments: Adds the subcommand's arguments to a parser.
+        argv: Arguments, None for ``sys.argv[1:]``.
+        options: For :class:`ArgumentParser`, the description among them.
+
+    Raises:
+        UserError: If an argument is wrong.
+    """
+    parser = ArgumentParser(**options)
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add CONFIG, which ``mila_mm.engine.load_config`` takes."""
+    parser.add_argument(
+        'config',
+        metavar='CONFIG',
+        help='config file; mask_rcnn_mila_t_3x or another name of this package; mmdet::FOLDER/FILE, mmseg::FOLDER/FILE',
+    )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +126,7 @@ def export_local_rank(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
 
 
-def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Run a command; turn the user's mistakes into one message and an exit status.
 
     Anything that is not a :class:`UserError` is a bug and keeps its traceback.

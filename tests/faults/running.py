@@ -74,7 +74,7 @@ def child(argv: list[str], pipes: tuple[int, int], announce: bool) -> NoReturn:
 
     if announce:
         instrument(*pipes)
-    status = cli.run(load_train().main, argv)
+    status = cli.execute(load_train().main, argv)
     sys.stdout.flush()
     sys.stderr.flush()
     multiprocessing.util._exit_function()  # what an interpreter does at its end: the workers are told to go

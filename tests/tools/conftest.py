@@ -147,7 +147,7 @@ def command(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Ca
             if '_instance_dict' in vars(kind):
                 kind._instance_dict.clear()
         capfd.readouterr()
-        status = cli.run(load_tool(path).main, [str(word) for word in argv])
+        status = cli.execute(load_tool(path).main, [str(word) for word in argv])
         return Ended(status, *capfd.readouterr())
 
     monkeypatch.setenv('LOCAL_RANK', '0')  # restored afterwards, where the tools set it
@@ -228,7 +228,9 @@ def segmentor(workspace: Path, shapes: Path, write_config: Callable[..., Path]) 
 
 def train_once(folder: Path, text: str, data: Path, write: Callable[..., Path]) -> Path:
     """Train a config for its two iterations and return the work folder."""
-    status = cli.run(load_tool('train.py').main, [str(write(folder, text, data)), '--work-dir', str(folder / 'run')])
+    status = cli.execute(
+        load_tool('train.py').main, [str(write(folder, text, data)), '--work-dir', str(folder / 'run')]
+    )
     assert status == 0
     return folder / 'run'
 

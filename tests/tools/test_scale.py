@@ -182,7 +182,7 @@ def main(argv):
         os.environ['SPY_OUT'] = job['work_dir']
         train(launcher='pytorch', **job)
 
-sys.exit(cli.run(main))
+sys.exit(cli.execute(main))
 """
 
 

@@ -21,7 +21,7 @@ def tool(root, capsys):
 
     def run(*argv):
         capsys.readouterr()
-        status = cli.run(module.main, [str(arg) for arg in argv])
+        status = cli.execute(module.main, [str(arg) for arg in argv])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

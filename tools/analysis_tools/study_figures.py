@@ -146,4 +146,4 @@ def draw_receptive_fields(args: cli.argparse.Namespace, out: Path) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(cli.run(main))
+    sys.exit(cli.execute(main))

@@ -134,4 +134,4 @@ def _about(arch: str) -> dict[str, str]:
 
 
 if __name__ == '__main__':
-    sys.exit(cli.run(main))
+    sys.exit(cli.execute(main))

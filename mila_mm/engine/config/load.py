@@ -11,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
+from mila_mm import zoo
 from mila_mm.errors import UserError, printable
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
@@ -40,8 +41,8 @@ def load_config(name: str, cfg_options: Sequence[str] = (), import_custom_module
     """Read a config and apply the overrides of the command line.
 
     Args:
-        name: Path of a config file, or ``mmdet::FOLDER/FILE`` / ``mmseg::FOLDER/FILE`` for one
-            that comes with the installed package (``.py`` may be left out).
+        name: Path of a config file, the name of one of this package's (:mod:`mila_mm.zoo`), or
+            ``mmdet::FOLDER/FILE`` / ``mmseg::FOLDER/FILE`` for one that comes with those (``.py`` may be left out).
         cfg_options: Overrides as ``key.of.entry=value``.
         import_custom_modules: Whether to import what ``custom_imports`` names. Defaults to True.
 
@@ -78,11 +79,17 @@ def resolve_config(name: str) -> Path:
         path = Path(name).expanduser()
         if path.is_file():
             return path
+        own = zoo.find_config(name)
+        if own is not None:
+            return own
         what = 'is a folder' if path.is_dir() else 'does not exist'
-        raise UserError(f'config {name} {what} (looked in {Path.cwd()}){_did_you_mean(path)}')
+        hint = _did_you_mean(path) or zoo.did_you_mean(path.name)
+        raise UserError(f'config {name} {what} (looked in {Path.cwd()}){hint}')
+    if name.startswith(zoo.SCHEME):
+        return zoo.require_config(name)
     scope, _, inner = name.partition('::')
     if scope not in SCOPES:
-        raise UserError(f'config {name}: unknown package {scope!r}, expected one of {", ".join(SCOPES)}')
+        raise UserError(f'config {name}: unknown package {scope!r}, expected one of mila_mm, {", ".join(SCOPES)}')
     spec = importlib.util.find_spec(scope)
     if spec is None or spec.origin is None:
         raise UserError(f'config {name} needs the package {scope}, which is not installed: {_install_hint()}')

@@ -2,7 +2,7 @@
 
 A file ``X`` in the cache has a record ``X.json`` beside it: size, sha256, modification time and
 source as they were when the file was taken in. A load compares size and time, which costs nothing,
-and hashes only when they differ; ``tools/weights.py verify`` hashes always. The record outlives its
+and hashes only when they differ; ``mila weights verify`` hashes always. The record outlives its
 file: what is fetched again must be what was fetched first.
 """
 

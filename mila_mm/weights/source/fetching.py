@@ -277,7 +277,6 @@ def local_path(source: str, *, progress: bool | None = None) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
         raise MissingCheckpointError(
-            f'{path}: no such checkpoint; published ones are named {SCHEME}tiny-in1k and so '
-            'on (`tools/weights.py list`)'
+            f'{path}: no such checkpoint; published ones are named {SCHEME}tiny-in1k and so on (`mila weights list`)'
         )
     return path

@@ -383,7 +383,7 @@ def test_bad_file(write, words, tmp_path, canary, tool, capsys, monkeypatch):
         CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger=None)
     capsys.readouterr()
     for command in (['inspect', str(path)], ['export', str(path), str(tmp_path / 'out.pth')]):
-        assert cli.run(tool.main, command) == 2
+        assert cli.execute(tool.main, command) == 2
         error = capsys.readouterr().err
         assert str(path) in error
         assert 'Traceback' not in error

@@ -248,8 +248,10 @@ def test_entries_that_are_no_tensors_do_not_break_the_tools(tmp_path, root, caps
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     torch.save({'state_dict': {'a._extra_state': {'x': 1}, 'weight': torch.ones(2)}}, tmp_path / 'a.pth')
-    assert cli.run(tool.main, ['inspect', '--keys', str(tmp_path / 'a.pth')]) == 0
-    assert cli.run(tool.main, ['export', '--names', 'project', str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')]) == 0
+    assert cli.execute(tool.main, ['inspect', '--keys', str(tmp_path / 'a.pth')]) == 0
+    assert (
+        cli.execute(tool.main, ['export', '--names', 'project', str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')]) == 0
+    )
     assert list(torch.load(tmp_path / 'b.pth', weights_only=True)['state_dict']) == ['weight']
     assert 'Traceback' not in capsys.readouterr().err
 
