@@ -33,7 +33,7 @@ def named(cell: str) -> set[str]:
 
 
 def table() -> dict[str, tuple[set[str], set[str]]]:
-    """Read room -> (subpackages, libraries) from ARCHITECTURE.md."""
+    """Read subpackage -> (others, libraries) from ARCHITECTURE.md."""
     lines = (ROOT / 'ARCHITECTURE.md').read_text(encoding='utf-8').split('\n')
     start = lines.index('| subpackage | may import | libraries |') + 2
     rows = [line.strip('|').split('|') for line in lines[start:] if line.startswith('|')]
@@ -120,3 +120,40 @@ def test_imports_are_looked_for_inside_functions_and_calls(tmp_path: Path) -> No
     path = tmp_path / 'a.py'
     path.write_text("def f():\n  from mila_mm.swap import api\n  import_module('mila_mm.study')\nimport numpy.linalg\n")
     assert sorted(imports(path)) == ['mila_mm.study', 'mila_mm.swap.api', 'numpy.linalg']
+
+
+MAX_FILE, MAX_FUNCTION = 350, 60
+# what mmcv's Python asks for, name by name
+TABLES = {'mila_mm/compat/mmcv_ext/table.py'}
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any('triton.jit' in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def function_lines(function: ast.FunctionDef) -> int:
+    """Return its lines, the docstring apart."""
+    docstring = function.body[0] if ast.get_docstring(function, clean=False) is not None else None
+    described = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+    return function.end_lineno - function.lineno + 1 - described
+
+
+def test_files_and_functions_stay_readable() -> None:
+    too_long = []
+    for path in MODULES.values():
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding='utf-8')
+        lines = len(text.splitlines())
+        if lines > MAX_FILE and name not in TABLES:
+            too_long.append(f'{name}: {lines} lines, expected at most {MAX_FILE}')
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and not is_kernel(node):
+                lines = function_lines(node)
+                if lines > MAX_FUNCTION:
+                    too_long.append(f'{name}: {node.name} has {lines} lines, expected at most {MAX_FUNCTION}')
+    assert not too_long, '\n'.join(too_long)
+
+
+def test_the_lines_of_a_function_are_counted_without_its_docstring() -> None:
+    source = '@triton.jit(a=1)\ndef f(\n    a,\n):\n    """One.\n\n    Two.\n    """\n    return a\n'
+    function = ast.parse(source).body[0]
+    assert function_lines(function) == 4 and is_kernel(function)

@@ -158,24 +158,32 @@ def _differentiate(
     if lepe_weight is None:
         grad_v = torch.zeros_like(values, memory_format=torch.contiguous_format)
     else:
-        grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            to_image(grad_out, height, width),
-            to_image(values, height, width),
-            lepe_weight.to(values.dtype),
-            [channels],
-            [1, 1],
-            [1, 1],
-            [1, 1],
-            False,
-            [0, 0],
-            channels,
-            [True, True, True],
-        )
-        grad_v = grad_image.permute(0, 2, 3, 1).flatten(1, 2)
+        grad_v, grad_weight, grad_bias = _lepe_gradients(grad_out, values, lepe_weight, height, width)
     _multiply(rotated_k, grad_state, _heads(grad_v, num_heads), add=True)
     # f'(x) = min(f(x), 1), into the memory of what is used up.
     grad_qk.mul_(torch.clamp(features, max=1, out=rotated))
     return grad_qk.flatten(2), grad_v, grad_weight, grad_bias, grad_gate
+
+
+def _lepe_gradients(
+    grad: Tensor, values: Tensor, weight: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of the values (B, N, C), weight and bias of the depthwise 3x3 convolution over the map."""
+    channels = values.shape[-1]
+    grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        to_image(grad, height, width),
+        to_image(values, height, width),
+        weight.to(values.dtype),
+        [channels],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        channels,
+        [True, True, True],
+    )
+    return grad_image.permute(0, 2, 3, 1).flatten(1, 2), grad_weight, grad_bias
 
 
 def attention_forward(

@@ -102,6 +102,16 @@ def _check(
             fail('causal to be True or None with a forget gate', causal)
 
 
+def _causal_sums(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, forget_gate: tuple[Tensor, Tensor] | None, chunk_size: int
+) -> Tensor:
+    """Compute q_i S_i (B, N, C) for every token i."""
+    if forget_gate is None:
+        return parallel.causal_sums(q, k, v, num_heads)
+    delta, rate = (t.to(v.dtype) for t in forget_gate)
+    return torch.ops.mila_mm.gated_scan_forward(q, k, v, delta, rate.contiguous(), num_heads, chunk_size)[0]
+
+
 def gated_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -197,11 +207,7 @@ def gated_linear_attention(
         if forget_gate is None and not causal:
             y = parallel.global_attention(q, k, v, num_heads, normalize, norm_q, norm_k, eps)
         else:
-            if forget_gate is None:
-                y = parallel.causal_sums(q, k, v, num_heads)
-            else:
-                delta, rate = (t.to(dtype) for t in forget_gate)
-                y = torch.ops.mila_mm.gated_scan_forward(q, k, v, delta, rate.contiguous(), num_heads, chunk_size)[0]
+            y = _causal_sums(q, k, v, num_heads, forget_gate, chunk_size)
             if normalize:
                 divisor = parallel.causal_normalizer(norm_q, norm_k, num_heads, eps)
                 y = (y.unflatten(-1, (num_heads, -1)) / divisor.unsqueeze(-1)).flatten(2)

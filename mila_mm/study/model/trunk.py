@@ -78,9 +78,7 @@ class LinearAttentionTrunk(Trunk):
             normalization=normalization,
             single_head=single_head,
         )
-        sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(sizes) != 2 or min(sizes) < 1:
-            raise ValueError(f'{NAME}: expected img_size to be a side or (height, width), got {img_size!r}')
+        sizes = _height_and_width(img_size)
         if layout == 'swin':
             make_stem, make_downsample = partial(PatchEmbed, in_channels, spec.embed_dim), PatchMerging
         else:
@@ -103,6 +101,14 @@ class LinearAttentionTrunk(Trunk):
         for module in self.modules():
             if isinstance(module, Delta):
                 module.reset_bias()
+
+
+def _height_and_width(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Check the size of the image; a number stands for both sides."""
+    sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f'{NAME}: expected img_size to be a side or (height, width), got {img_size!r}')
+    return sizes
 
 
 def _make_block(
