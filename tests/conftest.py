@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,41 @@ def sample_data() -> Path:
     if not (SAMPLE_DATA / 'coco8').is_dir():
         pytest.skip(f'no sample images at {SAMPLE_DATA}; MILA_MM_SAMPLE_DATA names another folder')
     return SAMPLE_DATA
+
+
+@pytest.fixture(scope='session')
+def weighted_sum() -> Callable[..., torch.Tensor]:
+    """A loss that depends on every number of a model's maps.
+
+    The mean square of what a LayerNorm gives is constant by construction: gradients of such a loss are rounding errors,
+    and comparing them shows nothing.
+    """
+
+    def total(maps: Iterable[torch.Tensor]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(7)
+        weights = (torch.randn(m.shape, generator=generator, dtype=torch.float64) for m in maps)
+        return sum((m.double() * w.to(m.device)).sum() / m.shape[0] for m, w in zip(maps, weights, strict=True))
+
+    return total
+
+
+@pytest.fixture(scope='session')
+def same_gradients() -> Callable[..., None]:
+    """Compare gradients by name, each relative to its largest entry, and see that there is something to compare."""
+
+    def check(
+        got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float, share: float = 0.9
+    ) -> None:
+        assert got.keys() == expected.keys()
+        largest = {name: grad.abs().max().item() for name, grad in expected.items()}
+        telling = [name for name, size in largest.items() if size > 1e-3]
+        assert len(telling) >= share * len(largest), f'only {len(telling)} of {len(largest)} gradients tell anything'
+        floor = 0.01 * max(largest.values())  # a bias before a BatchNorm has the rounding errors of a large sum
+        for name, grad in expected.items():
+            error = (got[name] - grad).abs().max().item()
+            assert error <= tolerance * max(largest[name], floor), f'{name}: {error:.1e} of {largest[name]:.1e}'
+
+    return check
 
 
 @pytest.fixture(scope='session')
