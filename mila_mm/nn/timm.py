@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +55,13 @@ def _checkpoint_filter(state_dict: dict[str, Any], model: Any) -> dict[str, Tens
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MILAClassifier:
     # Deferred: this module is imported as soon as timm is, and most programs with timm in them build no MILA.
+    from mila_mm.nn import layers
     from mila_mm.nn.classifier import MILAClassifier
 
+    # What asks for sizes, dtypes or the mode is one node of a torch.fx graph and decides when the graph runs.
+    register_notrace_module(layers.DepthwiseConv)
+    for leaf in ('_may_overwrite', 'add_branch', 'cpe_norm', 'dwc_silu', 'mila_attention', 'pad_to_multiple'):
+        register_notrace_function(getattr(layers, leaf))
     return build_model_with_cfg(
         MILAClassifier,
         variant,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +14,7 @@ BACKENDS = ('auto', 'triton', 'reference')
 
 # define + impl costs less Python time for each call than torch.library.custom_op; at batch 1 it exceeds the GPU's time.
 _library = torch.library.Library('mila_mm', 'DEF')
+_plain_only = False
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The functions behind ``torch.ops.mila_mm``, for who needs neither autograd nor the dispatcher around them."""
@@ -71,9 +72,26 @@ def plain_operators(x: Tensor, backend: str) -> bool:
     return (
         backend == 'reference'
         or torch.jit.is_tracing()
+        or needs_plain_operators()
         or transformed()
         or x.device.type not in ('cpu', 'cuda', 'meta')
     )
+
+
+@contextmanager
+def only_plain_operators() -> Iterator[None]:
+    """Let the public functions compute with PyTorch's own operators, for graphs that must run without this package."""
+    global _plain_only  # noqa: PLW0603  the public functions have no other way to know
+    before, _plain_only = _plain_only, True
+    try:
+        yield
+    finally:
+        _plain_only = before
+
+
+def needs_plain_operators() -> bool:
+    """Whether the call is recorded for a runtime that does not know this package's ops: ONNX, or as asked for."""
+    return _plain_only or torch.onnx.is_in_onnx_export()
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

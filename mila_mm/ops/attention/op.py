@@ -8,7 +8,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mila_mm.ops.attention import closed_form
 from mila_mm.ops.attention.reference import mila_attention_reference
-from mila_mm.ops.common import BACKENDS, as_written, autocast_dtype, check_map, register, transformed
+from mila_mm.ops.common import (
+    BACKENDS,
+    as_written,
+    autocast_dtype,
+    check_map,
+    plain_operators,
+    register,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -238,8 +245,8 @@ def mila_attention(
     _check_rest(v, lepe_weight, lepe_bias, gate)
     if backend == 'triton' and (reason := why_not_triton(qk, v, num_heads, spatial_shape)) is not None:
         raise RuntimeError(f"mila_attention: backend='triton' cannot run here: {reason}; take backend='auto'")
-    # A trace for ONNX or for counting operations and torch.func need plain operators; other devices have no kernel.
-    if backend == 'reference' or torch.jit.is_tracing() or transformed() or device not in ('cpu', 'cuda', 'meta'):
+    # A trace, for ONNX or for counting operations, and torch.func need plain operators; other devices have no kernel.
+    if plain_operators(v, backend):
         return mila_attention_reference(
             qk, v, lepe_weight, lepe_bias, spatial_shape, num_heads, gate, eps=eps, rope_base=rope_base
         )

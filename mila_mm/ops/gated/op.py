@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mila_mm.ops.common import register, transformed
+from mila_mm.ops.common import needs_plain_operators, register, transformed
 from mila_mm.ops.gated import parallel
 from mila_mm.ops.gated.reference import gated_linear_attention_reference
 from mila_mm.ops.gated.scan import LENGTH, scan_backward, scan_forward, states_shape
+from mila_mm.ops.gated.unrolled import scan_unrolled
 
 BACKENDS = ('auto', 'reference')
 
@@ -109,7 +110,8 @@ def _causal_sums(
     if forget_gate is None:
         return parallel.causal_sums(q, k, v, num_heads)
     delta, rate = (t.to(v.dtype) for t in forget_gate)
-    return torch.ops.mila_mm.gated_scan_forward(q, k, v, delta, rate.contiguous(), num_heads, chunk_size)[0]
+    scan = (q, k, v, delta, rate.contiguous(), num_heads, chunk_size)
+    return scan_unrolled(*scan) if needs_plain_operators() else torch.ops.mila_mm.gated_scan_forward(*scan)[0]
 
 
 def gated_linear_attention(

@@ -34,7 +34,7 @@ _LEAST_CHUNKS = 4
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How the tokens are cut.
 
     Attributes:
@@ -99,7 +99,7 @@ class _Plan:
         return x.unflatten(1, (self.heads, self.states)).transpose(1, 2).unsqueeze(3)
 
 
-def _lengths(tokens: int, length: int) -> tuple[int, int]:
+def chunk_lengths(tokens: int, length: int) -> tuple[int, int]:
     """Tokens of a chunk, near the square root of few ones, and how many chunks that makes.
 
     Of symbolic sizes it asks nothing, so that a compiled graph does not depend on how many tokens there are.
@@ -108,22 +108,22 @@ def _lengths(tokens: int, length: int) -> tuple[int, int]:
     return length, -(-tokens // length)
 
 
-def _plan(q: Tensor, v: Tensor, num_heads: int, length: int) -> _Plan:
+def _plan(q: Tensor, v: Tensor, num_heads: int, length: int) -> Plan:
     batch, tokens, channels = v.shape
     states = q.shape[-1] // num_heads
-    length, filled = _lengths(tokens, length)
+    length, filled = chunk_lengths(tokens, length)
     step = max(batch * states * channels, 1)
     target = _STEP_ELEMENTS['cpu' if v.device.type == 'cpu' else 'cuda']
     chunks = min(max(target // step, _LEAST_CHUNKS), filled)
     segments = -(-filled // chunks)
     chunks = -(-filled // segments)  # evenly, so that the last segment is not mostly filling
-    return _Plan(batch, tokens, length, chunks, segments, filled, num_heads, channels // num_heads, states)
+    return Plan(batch, tokens, length, chunks, segments, filled, num_heads, channels // num_heads, states)
 
 
 def states_shape(q: Tensor, v: Tensor, num_heads: int, length: int) -> tuple[int, ...]:
     """Shape of the states at the starts of the chunks: (d, heads, C / heads, B, chunks of a sequence)."""
     batch, tokens, channels = v.shape
-    return q.shape[-1] // num_heads, num_heads, channels // num_heads, batch, _lengths(tokens, length)[1]
+    return q.shape[-1] // num_heads, num_heads, channels // num_heads, batch, chunk_lengths(tokens, length)[1]
 
 
 def _decays(rate: Tensor, delta: Tensor, out: Tensor) -> None:
@@ -238,7 +238,7 @@ def scan_backward(
     return *(plan.joined(list(p)) for p in zip(*parts, strict=True)), grad_rate
 
 
-def _recompute(plan: _Plan, cuts: list[Tensor], rate: Tensor, state: Tensor, decays: Tensor, weights: Tensor) -> Tensor:
+def _recompute(plan: Plan, cuts: list[Tensor], rate: Tensor, state: Tensor, decays: Tensor, weights: Tensor) -> Tensor:
     """Walk forward again; fill ``decays`` with A_i and ``weights`` with A_i * S_(i-1). Returns the gradient of q."""
     keys = plan.keys(cuts[1])
     values, deltas, grads = (plan.channels(cuts[i]) for i in (2, 3, 4))
@@ -254,7 +254,7 @@ def _recompute(plan: _Plan, cuts: list[Tensor], rate: Tensor, state: Tensor, dec
 
 
 def _adjoint_starts(
-    plan: _Plan, cuts: list[Tensor], rate: Tensor, decays: Tensor, state: Tensor
+    plan: Plan, cuts: list[Tensor], rate: Tensor, decays: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """From A_(i+1) * G_(i+1) behind the segment to that before it, and to what each chunk finds at its end."""
     queries, deltas, grads = plan.keys(cuts[0]), plan.channels(cuts[3]), plan.channels(cuts[4])
@@ -270,7 +270,7 @@ def _adjoint_starts(
 
 
 def _walk_back(
-    plan: _Plan, cuts: list[Tensor], rate: Tensor, walking: Tensor, decays: Tensor, weights: Tensor, grad_rate: Tensor
+    plan: Plan, cuts: list[Tensor], rate: Tensor, walking: Tensor, decays: Tensor, weights: Tensor, grad_rate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Walk the adjoint from what each chunk finds at its end; adds to ``grad_rate``. Gradients of k, v and delta."""
     queries, keys = plan.keys(cuts[0]), plan.keys(cuts[1])
