@@ -17,7 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='continue from CHECKPOINT, without one from the newest in the work dir',
+        help='continue from CHECKPOINT, without one from what the run in the work dir has saved last',
+    )
+    parser.add_argument(
+        '--resume-changed',
+        default='',
+        metavar='NAMES',
+        help='what differs on purpose from the run that --resume continues, which it refuses else: '
+        'lr,optimizer,schedule,batch,world_size,accumulation,epoch_length',
     )
     parser.add_argument(
         '--pretrained',
@@ -79,6 +86,7 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> None:
         auto_scale_lr=args.auto_scale_lr,
         tensorboard=args.tensorboard,
         debug_nonfinite=args.debug_nonfinite,
+        resume_changed=args.resume_changed,
         max_nonfinite=args.max_nonfinite,
         launcher=args.launcher,
         cfg_options=args.cfg_options,

@@ -4,6 +4,7 @@ from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.hooks.checkpoint import CheckpointHook
 from mila_mm.engine.hooks.divergence import DivergenceHook
 from mila_mm.engine.hooks.draw_predictions import PredictionDrawHook
+from mila_mm.engine.hooks.identity import RunIdentityHook
 from mila_mm.engine.hooks.mesa import MESAHook
 from mila_mm.engine.hooks.nonfinite import NonFiniteHook
 from mila_mm.engine.hooks.resume_state import ResumeStateHook
@@ -31,6 +32,7 @@ __all__ = [
     'PredictionDrawHook',
     'ResumableBatchSampler',
     'ResumeStateHook',
+    'RunIdentityHook',
     'Runner',
     'StopHook',
     'build_runner',

@@ -15,6 +15,7 @@ from mila_mm.engine.config.prepare import make_safe, prepare, prepare_launch, se
 from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
 from mila_mm.engine.runner.find_checkpoint import candidates, check_checkpoint_file, settle_resume
+from mila_mm.engine.runner.identity import names_of
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner
 from mila_mm.errors import UserError
@@ -34,6 +35,7 @@ def train(
     tensorboard: bool = False,
     debug_nonfinite: bool = False,
     max_nonfinite: int | None = None,
+    resume_changed: str = '',
     launcher: str = 'none',
     cfg_options: Sequence[str] = (),
     stop: StopRequest | None = None,
@@ -52,6 +54,8 @@ def train(
         debug_nonfinite: Whether to stop at a loss or gradient that is not finite, and say where it comes from.
             Defaults to False.
         max_nonfinite: Number of losses in a row that end the run when they are not finite. Defaults to 10.
+        resume_changed: What differs on purpose from the run that is resumed: names of
+            :data:`mila_mm.engine.runner.identity.CHANGES`, with commas. Defaults to ''.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
         cfg_options: Overrides as ``key.of.entry=value``.
         stop: What :func:`mila_mm.stopping.stop_signals` gives, for signals to save and stop. Defaults to None.
@@ -80,7 +84,8 @@ def train(
         _add_tensorboard(cfg)
     check_data(cfg, ['train', 'val'] if cfg.get('val_cfg') else ['train'])
     if max_nonfinite is not None:
-        _set_max_nonfinite(cfg, max_nonfinite)
+        _set_hook(cfg, 'DivergenceHook', max_nonfinite=max_nonfinite)
+    _set_hook(cfg, 'RunIdentityHook', changed=list(names_of(resume_changed)))
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
     make_safe(cfg)
@@ -89,8 +94,8 @@ def train(
     with plain_failures():
         runner = build_runner(without_testing(cfg))
         runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
-        notices = [line for line in (nothing_to_resume(cfg), starts_from_scratch(cfg)) if line is not None]
-        runner.register_hook(NoticeHook(notices))
+        notices = [nothing_to_resume(cfg), starts_beside_another(cfg), starts_from_scratch(cfg)]
+        runner.register_hook(NoticeHook([line for line in notices if line is not None]))
         if stop is not None:
             runner.register_hook(StopHook(stop))
         say_once_that_the_log_is_full(runner.logger)
@@ -134,11 +139,11 @@ def _use_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def _set_max_nonfinite(cfg: Config, number: int) -> None:
-    """Let the run end after so many losses in a row that are not finite."""
-    hook, hooks = 'DivergenceHook', cfg.get('custom_hooks') or []
-    others = [each for each in hooks if not isinstance(each, dict) or each.get('type') not in (hook, f'mila_mm.{hook}')]
-    cfg.custom_hooks = [*others, dict(type=f'mila_mm.{hook}', max_nonfinite=number)]
+def _set_hook(cfg: Config, kind: str, **options: Any) -> None:
+    """Put one of this package's hooks into a config, in place of one of its kind."""
+    hooks = cfg.get('custom_hooks') or []
+    others = [each for each in hooks if not isinstance(each, dict) or each.get('type') not in (kind, f'mila_mm.{kind}')]
+    cfg.custom_hooks = [*others, dict(type=f'mila_mm.{kind}', **options)]
 
 
 def _add_tensorboard(cfg: Config) -> None:
@@ -204,6 +209,23 @@ def nothing_to_resume(cfg: Config) -> str | None:
     if not cfg.get('resume') or cfg.get('load_from') or candidates(cfg):
         return None
     return f'--resume: {cfg.work_dir} holds no checkpoint: the run starts anew'
+
+
+def starts_beside_another(cfg: Config) -> str | None:
+    """Say so where a run starts anew in a folder that holds checkpoints.
+
+    Args:
+        cfg: Config of the run, with ``work_dir``.
+
+    Returns:
+        One line for the log, or None where there is nothing to say.
+    """
+    if cfg.get('resume') or not candidates(cfg):
+        return None
+    return (
+        f'{cfg.work_dir} holds checkpoints of an earlier run: this one starts anew and overwrites those of the same '
+        'name; --resume would continue that one'
+    )
 
 
 def without_testing(cfg: Config) -> Config:

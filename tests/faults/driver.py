@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 # nothing is drawn from it that a sample depends on.
 VOLATILE = {
     'run_id',
+    'starts',
     'time',
     'data_time',
     'eta',

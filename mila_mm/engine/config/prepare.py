@@ -96,7 +96,7 @@ def make_safe(cfg: Config) -> None:
 
 def _use_hooks(cfg: Config) -> None:
     hooks = list(cfg.get('custom_hooks') or [])
-    for kind in ('mila_mm.ResumeStateHook', 'mila_mm.DivergenceHook'):
+    for kind in ('mila_mm.RunIdentityHook', 'mila_mm.ResumeStateHook', 'mila_mm.DivergenceHook'):
         if not any(isinstance(hook, dict) and hook.get('type') in (kind, kind[8:]) for hook in hooks):
             hooks.append(dict(type=kind))
     cfg.custom_hooks = hooks

@@ -111,6 +111,11 @@ class CheckpointHook(MMEngineCheckpointHook):
     _position: dict[str, int] | None = None
     _meta: Mapping[str, int] = MappingProxyType({})
 
+    @property
+    def run_id(self) -> str | None:
+        """The run that the checkpoints are of, None before the training begins."""
+        return self._run_id
+
     def before_train(self, runner: Runner) -> None:
         """Find out where to write, and clear away what a killed run left half written."""
         register_atomic_backend()  # also where a config with this hook is trained by other tools

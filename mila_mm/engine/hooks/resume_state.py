@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from mila_mm.engine.hooks.identity import is_finished
 from mila_mm.engine.random_state import capture_random_state, restore_random_state
 from mila_mm.engine.resumed_state import check_resumed
 from mila_mm.engine.runner.sampler import seed_samples
@@ -77,8 +78,12 @@ class ResumeStateHook(Hook):
         seed, sampler = checkpoint.get('sampler_seed'), _seeded_sampler(runner.train_dataloader)
         if seed is not None and sampler is not None:
             sampler.seed = seed  # without one in the config each run draws its own, and that of the first run counts
-        validated = checkpoint.get('validated_iter', runner.iter)
-        if validated != runner.iter and hasattr(loop, 'validation_is_due') and loop.validation_is_due():
+        at = checkpoint['iter']
+        if checkpoint.get('validated_iter', at) == at:
+            return
+        if is_finished(runner):
+            runner.logger.info(f'the run had come to its end at iteration {runner.iter}: nothing is left to do')
+        elif hasattr(loop, 'validation_is_due') and loop.validation_is_due():
             # the log and the best checkpoint shall say what they would have said
             runner.message_hub.update_info_dict(checkpoint['shown'])
             runner.logger.info(f'the validation after iteration {runner.iter} was not finished: it is done first')
@@ -129,6 +134,7 @@ class ResumeStateHook(Hook):
         kept = ('position', 'sampler_seed', 'validated_iter')
         self._resumed = {key: checkpoint[key] for key in kept if key in checkpoint}
         info = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
+        self._resumed['iter'] = checkpoint['meta']['iter']
         self._resumed['shown'] = {key: info[key] for key in ('epoch', 'iter') if key in info}
         if self._to_restore is None:
             print_log(

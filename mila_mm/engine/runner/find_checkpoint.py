@@ -6,11 +6,12 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
+from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
@@ -19,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mila_mm.engine.config.load import one_line
 from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE, checkpoint_folders
 from mila_mm.engine.resumed_state import count
+from mila_mm.engine.runner.agree import from_rank_0
 from mila_mm.engine.runner.finite import broken_weights
+from mila_mm.engine.runner.identity import RunRecord, read_record
 from mila_mm.errors import UserError, printable, printable_path
 from mila_mm.files import read_small
 from mila_mm.weights.errors import CheckpointError
@@ -38,10 +41,12 @@ class Skipped:
     Attributes:
         path: The file.
         reason: Why not.
+        foreign: Whether it could be, in another folder or named by ``--resume FILE``. Defaults to False.
     """
 
     path: Path
     reason: str
+    foreign: bool = False
 
     def __str__(self) -> str:
         return f'{printable_path(self.path)}: {self.reason}'
@@ -106,9 +111,13 @@ def last_saved(work_dir: str | Path) -> str | None:
 
 
 def newest_readable(
-    paths: Sequence[Path], model: nn.Module | None = None, strict: bool = True
+    paths: Sequence[Path],
+    model: nn.Module | None = None,
+    strict: bool = True,
+    record: RunRecord | None = None,
+    last: str | None = None,
 ) -> tuple[Path | None, list[Skipped]]:
-    """Choose the checkpoint of the highest iteration that can be resumed.
+    """Choose the checkpoint to resume: what was saved last, else that of the highest iteration that can be read.
 
     The iteration is what the file itself says. All files are asked for it, which reads a few kilobytes of each; the
     chosen one is read whole, and its checksums are compared.
@@ -116,6 +125,9 @@ def newest_readable(
     Args:
         model: What it must fit; filled with its weights. Defaults to None, which is not compared.
         strict: Whether every key of the model must match. Defaults to True.
+        record: The run that the folder belongs to; what is not of its past is left alone. Defaults to None.
+        last: What ``last_checkpoint`` names: tried first, so that a run that was rolled back stays so.
+            Defaults to None.
 
     Returns:
         The checkpoint, None if there is none; and those that are of no use and would have come before it, or whose
@@ -124,9 +136,15 @@ def newest_readable(
     skipped, known = [], []
     for path in paths:
         try:
-            known.append((*_position(path), path))
+            iteration, epoch, written_by = _position(path)
         except (CheckpointError, OSError) as error:
             skipped.append(Skipped(path, _reason(error, path)))
+            continue
+        if record is not None and not record.holds(written_by, iteration):
+            of = 'this run, before it was rolled back' if written_by and written_by.id == record.id else 'another run'
+            skipped.append(Skipped(path, f'of {of}', foreign=True))
+            continue
+        known.append((path.name == Path(last or '').name, iteration, epoch, path))
     for *_, path in sorted(known, reverse=True):
         try:
             _check_whole(path)
@@ -145,7 +163,8 @@ def newest_readable(
 def settle_resume(runner: Any) -> None:
     """Decide what a runner that resumes by itself (``resume=True`` without ``load_from``) continues from.
 
-    Rank 0 decides. What is skipped is logged with the reason. With no checkpoint at all the run starts anew.
+    Rank 0 decides. What is skipped is logged with the reason. With no checkpoint of the folder's run
+    it starts anew.
 
     Args:
         runner: A runner of mmengine's kind that has not loaded anything yet.
@@ -155,37 +174,41 @@ def settle_resume(runner: Any) -> None:
     """
     if not runner._resume or runner._load_from is not None:
         return
-    remote = last_saved(runner.work_dir)
-    if remote and '://' in remote:
-        out_dir = str((_checkpoint_options(runner.cfg)).get('out_dir'))
-        if '://' in out_dir and remote.startswith(f'{out_dir.rstrip("/")}/') and '..' not in remote.split('/'):
-            runner._load_from = remote
-            return
+    chosen = from_rank_0(partial(_choose, runner))
+    runner._load_from, runner._resume = chosen, chosen is not None
+
+
+def _choose(runner: Any) -> str | None:
+    last = last_saved(runner.work_dir)
+    if last and '://' in last:
+        out_dir = str(_checkpoint_options(runner.cfg).get('out_dir'))
+        if '://' in out_dir and last.startswith(f'{out_dir.rstrip("/")}/') and '..' not in last.split('/'):
+            return last
         runner.logger.warning(
-            f'--resume: last_checkpoint names {remote}, which is not where this config saves '
+            f'--resume: last_checkpoint names {last}, which is not where this config saves '
             '(default_hooks.checkpoint.out_dir): it is left alone'
         )
-    message: list[str | None] = [None, None]
-    if is_main_process():
-        # FlexibleRunner builds its model later, and a sharded one can only be filled by all ranks together
-        model = getattr(runner, 'model', None)
-        comparable = isinstance(model, nn.Module) and (
-            not is_model_wrapper(model) or isinstance(model, DistributedDataParallel)
+    # FlexibleRunner builds its model later, and a sharded one can only be filled by all ranks together
+    model = getattr(runner, 'model', None)
+    comparable = isinstance(model, nn.Module) and (
+        not is_model_wrapper(model) or isinstance(model, DistributedDataParallel)
+    )
+    found = candidates(Config(dict(runner.cfg, work_dir=runner.work_dir)))
+    strict = runner.cfg.get('load_strict', True)
+    chosen, skipped = newest_readable(
+        found, model if comparable else None, strict, record=read_record(runner.work_dir), last=last
+    )
+    for each in skipped:
+        runner.logger.warning(f'--resume skips {each}')
+    unusable = [each for each in skipped if not each.foreign]
+    if chosen is None and unusable:
+        raise CheckpointError(_nothing_readable(runner.work_dir, unusable))
+    if chosen is None and skipped:
+        runner.logger.warning(
+            f'--resume: the last run in {runner.work_dir} has saved nothing yet, and starts anew; another one is '
+            f'continued by name: --resume {skipped[0].path}'
         )
-        found = candidates(Config(dict(runner.cfg, work_dir=runner.work_dir)))
-        chosen, skipped = newest_readable(found, model if comparable else None, runner.cfg.get('load_strict', True))
-        for each in skipped:
-            runner.logger.warning(f'--resume skips {each}')
-        if chosen is not None:
-            message[0] = str(chosen)
-        elif skipped:
-            message[1] = _nothing_readable(runner.work_dir, skipped)
-    if get_world_size() > 1:
-        broadcast_object_list(message)
-    chosen, fault = message
-    if fault is not None:
-        raise CheckpointError(fault)
-    runner._load_from, runner._resume = chosen, chosen is not None
+    return None if chosen is None else str(chosen)
 
 
 def _nothing_readable(work_dir: str, skipped: Sequence[Skipped]) -> str:
@@ -197,8 +220,8 @@ def _nothing_readable(work_dir: str, skipped: Sequence[Skipped]) -> str:
     )
 
 
-def _position(path: Path) -> tuple[int, int]:
-    """Return iteration and epoch of a checkpoint, reading only its small part where the format allows."""
+def _position(path: Path) -> tuple[int, int, RunRecord | None]:
+    """Return iteration, epoch and run of a checkpoint, reading only its small part where the format allows."""
     file = _shards(path)[0] if path.is_dir() else path
     content = read_file(file, mmap=True)
     meta = content.get('meta') if isinstance(content, dict) else None
@@ -208,7 +231,8 @@ def _position(path: Path) -> tuple[int, int]:
         raise CheckpointError(f'{path}: holds no optimizer state')
     if 'iter' not in meta or 'epoch' not in meta:
         raise CheckpointError(f'{path}: does not say which iteration it is of')
-    return count(meta['iter'], f'{path}: its meta.iter'), count(meta['epoch'], f'{path}: its meta.epoch')
+    iteration = count(meta['iter'], f'{path}: its meta.iter')
+    return iteration, count(meta['epoch'], f'{path}: its meta.epoch'), RunRecord.of(content)
 
 
 def _check_whole(path: Path) -> None:

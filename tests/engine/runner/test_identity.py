@@ -1,0 +1,117 @@
+"""Which checkpoints are of a run's past, and what two parts of a run must have in common."""
+
+from dataclasses import replace
+
+import pytest
+
+from mila_mm.engine.runner.identity import (
+    RECORD,
+    RunRecord,
+    Settings,
+    changes,
+    names_of,
+    read_record,
+    remarks,
+    write_record,
+)
+from mila_mm.errors import UserError
+
+SETTINGS = Settings(2, 4, 1, 100, 800, '12 epochs', (1e-4, 1e-5), '{"optimizer": {"type": "AdamW"}}', ('{}', '{}'))
+
+
+def started(record: RunRecord, iteration: int) -> RunRecord:
+    later = RunRecord(record.id, record.starts)
+    later.start(iteration)
+    return later
+
+
+def test_what_a_run_wrote_before_it_was_killed_is_its_own() -> None:
+    first = started(RunRecord(), 0)
+    second = started(first, 10)
+    assert first.holds(first, 12)
+    assert second.holds(first, 10) and second.holds(first, 4) and second.holds(second, 12)
+    assert not second.holds(first, 12), 'written, but not gone on from'
+
+
+def test_what_came_before_a_roll_back_is_not() -> None:
+    first = started(RunRecord(), 0)
+    rolled_back = started(started(first, 10), 4)
+    assert rolled_back.holds(first, 4)
+    assert not rolled_back.holds(first, 10) and not rolled_back.holds(started(first, 10), 12)
+    assert not started(first, 4).holds(rolled_back, 6), 'a second one from the same place'
+
+
+def test_another_run_s_is_not() -> None:
+    assert not started(RunRecord(), 0).holds(started(RunRecord(), 0), 2)
+
+
+def test_what_an_earlier_version_wrote_counts_where_the_run_went_on_from_it() -> None:
+    assert started(RunRecord(), 10).holds(None, 10)
+    assert not started(RunRecord(), 0).holds(None, 10)
+
+
+def test_a_record_comes_back_from_its_file(tmp_path) -> None:
+    record = started(started(RunRecord(), 0), 7)
+    record.finished = 9
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'\0' * 99,
+        b'[]',
+        b'{"id": 3, "starts": []}',
+        b'{"id": "x", "starts": [[0]]}',
+        b'{"id": "x", "starts": [["a", "b"]]}',
+        b'{"id": "x", "starts": 5}',
+        b'[' * 100_000,
+        b'{"id": "x", "starts": [[1e400, "a"]]}',
+        b'\xff\xfe',
+    ],
+)
+def test_a_damaged_record_is_none(tmp_path, content) -> None:
+    (tmp_path / RECORD).write_bytes(content)
+    assert read_record(tmp_path) is None
+
+
+def test_settings_come_back_from_a_checkpoint() -> None:
+    assert Settings.read(SETTINGS.plain()) == SETTINGS
+    for key, value in SETTINGS.plain().items():
+        assert Settings.read({**SETTINGS.plain(), key: None}) is None
+        assert Settings.read({**SETTINGS.plain(), key: [value]}) is None
+        assert Settings.read({name: kept for name, kept in SETTINGS.plain().items() if name != key}) is None
+    assert Settings.read(None) is None
+
+
+@pytest.mark.parametrize(
+    ('change', 'names'),
+    [
+        (dict(lr=(0.5,)), ['lr']),
+        (dict(lr=(1e-4, 1e-5 * (1 + 1e-12))), []),
+        (dict(batch=8), ['batch']),
+        (dict(batch=8, epoch_length=50), ['batch']),
+        (dict(world_size=1, epoch_length=200), ['world_size']),
+        (dict(world_size=4, batch=2), []),
+        (dict(world_size=1, accumulation=2, epoch_length=200), ['world_size', 'accumulation']),
+        (dict(images=900, epoch_length=113), ['epoch_length']),
+        (dict(epoch_length=50), ['epoch_length']),
+        (dict(schedule=('{}',)), ['schedule']),
+        (dict(optimizer='{"optimizer": {"type": "SGD"}}'), ['optimizer']),
+        (dict(length='24 epochs'), []),
+    ],
+)
+def test_what_cannot_be_continued_is_named(change, names) -> None:
+    now = replace(SETTINGS, **change)
+    found = changes(SETTINGS, now)
+    assert list(found) == names
+    harmless = bool({'length'} & set(change)) or change == dict(world_size=4, batch=2)
+    assert bool(remarks(SETTINGS, now)) == harmless
+
+
+def test_names_on_the_command_line() -> None:
+    assert list(names_of('lr, world-size,')) == ['lr', 'world_size']
+    with pytest.raises(UserError, match=r'got .speed'):
+        list(names_of('lr,speed'))
