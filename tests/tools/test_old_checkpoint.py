@@ -1,0 +1,74 @@
+"""Checkpoints outlive the modules that wrote them: nothing of ours is pickled, and an old one resumes."""
+
+import pickletools
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+
+from mila_mm.weights import read_checkpoint
+
+OLD = Path(__file__).resolve().parents[1] / 'data' / 'resume' / 'before_the_moves.pth'
+CONFIG = """
+_base_ = ['BASE']
+data_root = ROOT
+model = dict(
+    data_preprocessor=dict(size=(32, 32)),
+    backbone=dict(
+        arch=dict(_delete_=True, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1]),
+        out_indices=(0,), mlp_ratio=1.0,
+    ),
+    decode_head=dict(
+        _delete_=True, type='FCNHead', in_channels=8, in_index=0, channels=4, num_convs=1, num_classes=7,
+    ),
+    auxiliary_head=None,
+)
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, serialize_data=False)
+)
+val_dataloader = None
+val_evaluator = None
+val_cfg = None
+test_dataloader = None
+test_evaluator = None
+test_cfg = None
+train_cfg = dict(max_iters=6, val_interval=100)
+param_scheduler = [dict(type='CosineAnnealingLR', T_max=6, eta_min=1e-5, by_epoch=False)]
+default_hooks = dict(
+    logger=dict(interval=1),
+    checkpoint=dict(_delete_=True, type='CheckpointHook', by_epoch=False, interval=3, max_keep_ckpts=2),
+)
+custom_hooks = [dict(type='EMAHook', momentum=0.1)]
+"""
+
+
+def pickled_names(path: Path) -> set[str]:
+    """Return the 'module name' pairs that a checkpoint would import."""
+    with zipfile.ZipFile(path) as file:
+        (record,) = (name for name in file.namelist() if name.endswith('data.pkl'))
+        return {arg for op, arg, _ in pickletools.genops(file.read(record)) if op.name == 'GLOBAL'}
+
+
+def test_no_path_of_ours_is_in_a_checkpoint(trained_detector, trained_segmentor) -> None:
+    for path in (trained_detector, trained_segmentor, OLD):
+        names = pickled_names(path)
+        assert 'collections OrderedDict' in names
+        assert not {name for name in names if 'mila' in name.lower()}
+
+
+def test_a_checkpoint_from_before_the_moves_resumes(command, workspace, write_config, shapes, root) -> None:
+    config = CONFIG.replace('BASE', str(root / 'configs' / 'demo' / 'upernet_mila_nano_shapes.py'))
+    path = write_config(workspace, config, shapes, name='small.py')
+    (workspace / 'run').mkdir()
+    shutil.copy(OLD, workspace / 'run' / 'iter_3.pth')
+    ended = command('train.py', path, '--work-dir', 'run', '--resume')
+    assert ended.status == 0, ended.err
+    assert 'resumed epoch: 0, iter: 3' in ended.out + ended.err
+    old, new = read_checkpoint(OLD), read_checkpoint(workspace / 'run' / 'iter_6.pth')
+    assert new['state_dict'].keys() == old['state_dict'].keys()
+    assert new['ema_state_dict'].keys() == old['ema_state_dict'].keys()
+    steps = {state['step'].item() for state in new['optimizer']['state'].values()}
+    assert steps == {6.0}, 'three steps of the old run and three of this one'
+    assert new['param_schedulers'][0]['last_step'] == old['param_schedulers'][0]['last_step'] + 3
+    assert all(torch.isfinite(value).all() for value in new['state_dict'].values())
