@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -213,3 +214,67 @@ def published_bytes(published, tmp_path_factory):
 def micro():
     """Arguments of the micro backbone."""
     return dict(arch=dict(MICRO_ARCH))
+
+
+@pytest.fixture
+def model(micro):
+    """The micro backbone."""
+    from mila_mm.models import MILA
+
+    return MILA(**micro)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Save content as a checkpoint."""
+    import torch
+
+    def save(content, name='file.pth', **kwargs):
+        torch.save(content, tmp_path / name, **kwargs)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def log():
+    """Lines logged to mmengine's logger."""
+    from mmengine.logging import MMLogger
+
+    lines = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            lines.append((record.levelname, record.getMessage()))
+
+    handler = Collect()
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(scope='session')
+def detector():
+    """Make a detector's state dict from a backbone's, and more tensors by name ('__' for '.')."""
+
+    def make(dense, **heads):
+        weights = OrderedDict((f'backbone.{name}', value) for name, value in dense.items())
+        weights.update({name.replace('__', '.'): value for name, value in heads.items()})
+        return weights
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def assert_holds():
+    """Check that a module holds exactly these weights."""
+    import torch
+
+    def check(module, weights, prefix=''):
+        own = module.state_dict()
+        for name, value in weights.items():
+            if prefix + name in own:
+                torch.testing.assert_close(own[prefix + name], value, rtol=0, atol=0)
+
+    return check

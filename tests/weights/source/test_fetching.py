@@ -8,57 +8,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.request import Request
 
 import pytest
 
 from mila_mm.errors import UserError
-from mila_mm.weights.errors import CheckpointError, DownloadError
-from mila_mm.weights.source.cache import Record, configure, read_record, record_path, settings, write_record
-from mila_mm.weights.source.download import SourceError, _Redirects
-from mila_mm.weights.source.fetching import fetch, local_path, verify, wanted
-from mila_mm.weights.source.published import PUBLISHED, PublishedFile, find
+from mila_mm.weights.errors import DownloadError
+from mila_mm.weights.source.cache import configure, read_record, record_path, settings
+from mila_mm.weights.source.fetching import fetch, local_path
+from mila_mm.weights.source.published import PublishedFile
 
 ROOT = Path(__file__).resolve().parents[3]
 FILE = '/weights.pth'
 
 
-def entry(server, path=FILE, **known):
-    return PublishedFile(
-        name='micro',
-        task='classification',
-        arch='micro',
-        url=server.base + path,
-        layout='model',
-        prefix='',
-        result='',
-        **known,
-    )
-
-
-def test_every_published_file_has_a_name_and_an_https_address():
-    assert {
-        'tiny-in1k',
-        'small-in1k',
-        'base-in1k',
-        'mask-rcnn-tiny-1x',
-        'mask-rcnn-tiny-3x',
-        'mask-rcnn-small-1x',
-        'mask-rcnn-small-3x',
-        'mask-rcnn-base-1x',
-        'upernet-base-160k',
-    } == set(PUBLISHED)
-    assert all(file.url.startswith('https://') for file in PUBLISHED.values())
-    assert len({file.url for file in PUBLISHED.values()}) == len(PUBLISHED)
-    assert find('mila://tiny-in1k') is PUBLISHED['tiny-in1k']
-
-
-def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(UserError, match='did you mean mila://tiny-in1k'):
-        find('mila://tiny-1k')
-
-
-def test_fetched_once_and_recorded(server, home, published_bytes):
+def test_fetched_once_and_recorded(server, home, published_bytes, entry):
     behaviour = server.put(FILE, body=published_bytes)
     path = fetch(entry(server))
     assert path == home / 'mila-micro.pth'
@@ -71,7 +34,7 @@ def test_fetched_once_and_recorded(server, home, published_bytes):
     assert sorted(p.name for p in home.iterdir()) == ['mila-micro.pth', 'mila-micro.pth.json', 'mila-micro.pth.lock']
 
 
-def test_a_cache_whose_folders_cannot_be_synced_takes_the_file(server, home, published_bytes, no_folder_sync):
+def test_a_cache_whose_folders_cannot_be_synced_takes_the_file(server, home, published_bytes, no_folder_sync, entry):
     """Network file systems refuse it; the download is whole, and a second use finds it."""
     page = server.put(FILE, body=published_bytes)
     assert fetch(entry(server)).read_bytes() == published_bytes
@@ -80,84 +43,8 @@ def test_a_cache_whose_folders_cannot_be_synced_takes_the_file(server, home, pub
     assert len(page.requests) == 1
 
 
-def test_slow_server_is_waited_for(server, home, published_bytes):
-    configure(timeout=0.5)
-    server.put(FILE, body=published_bytes, pause=0.1, block=len(published_bytes) // 8)  # longer than the time-out
-    assert fetch(entry(server)).read_bytes() == published_bytes
-
-
-def test_silent_server_counts_as_dead(server, home, published_bytes):
-    configure(timeout=0.15, attempts=2)
-    server.put(FILE, body=published_bytes, stall=1.0)
-    with pytest.raises(DownloadError, match=r'no byte for 0.15 s, 2 tries'):
-        fetch(entry(server))
-
-
-@pytest.mark.parametrize('etag', ['', '"v1"', 'W/"v1"'])
-def test_cut_connection_is_continued(server, home, published_bytes, etag):
-    behaviour = server.put(FILE, body=published_bytes, cut=[100_000, 50_000], etag=etag)
-    assert fetch(entry(server)).read_bytes() == published_bytes
-    assert behaviour.requests == ['', 'bytes=100000-', 'bytes=150000-']
-
-
-@pytest.mark.parametrize('ranges', ['ignored', 'refused', 'shifted'])
-def test_refused_range_starts_from_zero(server, home, published_bytes, ranges):
-    behaviour = server.put(FILE, body=published_bytes, cut=[100_000], ranges=ranges)
-    assert fetch(entry(server)).read_bytes() == published_bytes
-    assert behaviour.requests[:2] == ['', 'bytes=100000-']
-
-
-def test_file_that_changed_meanwhile_is_not_glued(server, home, published_bytes):
-    old = server.put(FILE, body=b'x' * 200_000, cut=[100_000] + [0] * 9, etag='"old"')
-    with pytest.raises(DownloadError, match='ended after 100,000 of 200,000 bytes'):
-        fetch(entry(server))
-    assert old.requests[1] == 'bytes=100000-'
-    new = server.put(FILE, body=published_bytes, etag='"new"')
-    assert fetch(entry(server)).read_bytes() == published_bytes
-    assert new.requests == ['bytes=100000-']  # asked with If-Range, answered with all of the new file
-
-
-def test_endless_cuts_end(server, home, published_bytes):
-    server.put(FILE, body=published_bytes, cut=[100_000] + [0] * 9)
-    with pytest.raises(DownloadError, match='ended after 100,000') as caught:
-        fetch(entry(server))
-    assert not (home / 'mila-micro.pth').exists()
-    assert str(home / 'mila-micro.pth') in str(caught.value)
-
-
-def test_alternating_cuts_end(server, home, published_bytes):
-    """A server without ranges gives the same bytes again after a restart: no progress."""
-    behaviour = server.put(FILE, body=published_bytes, ranges='ignored', cut=[100_000, 50_000] * 10)
-    with pytest.raises(DownloadError, match='tries'):
-        fetch(entry(server))
-    assert len(behaviour.requests) == 1 + settings().attempts
-
-
-def test_threads_write_records_of_their_own(tmp_path):
-    path, record = tmp_path / 'a.pth', Record(1, 'ab', 2, 'by hand')
-    with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(write_record, path, record) for _ in range(200)]:
-            done.result()
-    assert read_record(path) == record
-    assert [p.name for p in tmp_path.iterdir()] == ['a.pth.json']
-
-
-def test_length_is_not_announced_and_the_file_is_cut(server, home, published_bytes):
-    server.put(FILE, body=published_bytes[:-1000], announce=0)
-    with pytest.raises(DownloadError, match='truncated or damaged'):
-        fetch(entry(server))
-    assert not list(home.glob('mila-micro.pth*')) or [p.suffix for p in home.iterdir()] == ['.lock']
-
-
-def test_more_bytes_than_announced_are_not_a_file(server, home, published_bytes):
-    server.put(FILE, body=published_bytes, announce=len(published_bytes) - 500)
-    with pytest.raises(DownloadError):  # the rest is never read: what came is cut off
-        fetch(entry(server))
-    assert not (home / 'mila-micro.pth').exists()
-
-
 @pytest.mark.parametrize('status', [404, 403, 503])
-def test_refusal_says_what_to_fetch_by_hand_and_where_to_put_it(server, home, status):
+def test_refusal_says_what_to_fetch_by_hand_and_where_to_put_it(server, home, status, entry):
     server.put(FILE, status=status)
     with pytest.raises(DownloadError) as caught:
         fetch(entry(server))
@@ -167,28 +54,7 @@ def test_refusal_says_what_to_fetch_by_hand_and_where_to_put_it(server, home, st
     assert not (home / 'mila-micro.pth').exists()
 
 
-def test_redirect_is_followed_also_when_resuming(server, home, published_bytes):
-    server.put(FILE, redirect='/real')
-    real = server.put('/real', body=published_bytes, cut=[100_000])
-    assert fetch(entry(server)).read_bytes() == published_bytes
-    assert real.requests == ['', 'bytes=100000-']
-
-
-def test_redirect_from_https_to_http_is_refused():
-    with pytest.raises(SourceError, match='redirects from https'):
-        _Redirects().redirect_request(Request('https://a.example/x'), None, 302, 'Found', {}, 'http://a.example/x')
-
-
-@pytest.mark.parametrize('content_type', ['text/html; charset=utf-8', 'application/octet-stream'])
-def test_web_page_instead_of_the_file(server, home, content_type):
-    page = b'<!DOCTYPE html>\n<html><body>Link expired</body></html>'
-    server.put(FILE, body=page, content_type=content_type)
-    with pytest.raises(DownloadError, match='web page'):
-        fetch(entry(server))
-    assert not [p for p in home.iterdir() if p.suffix != '.lock']
-
-
-def test_wrong_size_and_wrong_hash_are_refused(server, home, published_bytes):
+def test_wrong_size_and_wrong_hash_are_refused(server, home, published_bytes, entry):
     server.put(FILE, body=published_bytes)
     with pytest.raises(DownloadError, match=r'bytes, expected 12,345'):
         fetch(entry(server, size=12345))
@@ -199,7 +65,7 @@ def test_wrong_size_and_wrong_hash_are_refused(server, home, published_bytes):
     assert fetch(entry(server, size=len(published_bytes), sha256=digest)).exists()
 
 
-def test_second_fetch_must_be_what_the_first_was(server, home, published_bytes):
+def test_second_fetch_must_be_what_the_first_was(server, home, published_bytes, entry):
     server.put(FILE, body=published_bytes)
     path = fetch(entry(server))
     path.unlink()
@@ -213,7 +79,7 @@ def test_second_fetch_must_be_what_the_first_was(server, home, published_bytes):
     assert fetch(entry(server)).read_bytes() == bytes(changed)
 
 
-def test_mirrors_come_first_and_the_next_is_tried(server, home, published_bytes, monkeypatch, tmp_path):
+def test_mirrors_come_first_and_the_next_is_tried(server, home, published_bytes, monkeypatch, tmp_path, entry):
     official = server.put(FILE, body=published_bytes)
     good = server.put('/good/mila-micro.pth', body=published_bytes)
     bad = server.put('/bad/mila-micro.pth', status=404)
@@ -223,7 +89,7 @@ def test_mirrors_come_first_and_the_next_is_tried(server, home, published_bytes,
     assert (len(bad.requests), len(good.requests), len(official.requests)) == (1, 1, 0)
 
 
-def test_folder_and_template_mirrors(server, home, published_bytes, tmp_path):
+def test_folder_and_template_mirrors(server, home, published_bytes, tmp_path, entry):
     (tmp_path / 'share').mkdir()
     (tmp_path / 'share' / 'mila-micro.pth').write_bytes(published_bytes)
     configure(mirrors=[str(tmp_path / 'share')])
@@ -246,20 +112,7 @@ def test_mirrors_from_a_config(home):
         configure_weights(Config(dict(mila_weights=dict(miror=[]))))
 
 
-def test_progress_is_shown_where_asked_for(server, home, published_bytes, capfd):
-    server.put(FILE, body=published_bytes)
-    fetch(entry(server), progress=True)
-    shown = capfd.readouterr().err
-    assert 'mila://micro: 100%' in shown
-    assert 'B/s' in shown
-
-
-def test_mirrors_given_as_one_string_are_refused(home):
-    with pytest.raises(UserError, match='expected a list'):
-        configure(mirrors='https://a.example')
-
-
-def test_offline_uses_the_cache_and_nothing_else(server, home, published_bytes, monkeypatch):
+def test_offline_uses_the_cache_and_nothing_else(server, home, published_bytes, monkeypatch, entry):
     behaviour = server.put(FILE, body=published_bytes)
     monkeypatch.setenv('MILA_OFFLINE', '1')
     with pytest.raises(DownloadError, match='MILA_OFFLINE forbids'):
@@ -273,67 +126,6 @@ def test_offline_uses_the_cache_and_nothing_else(server, home, published_bytes, 
     monkeypatch.setenv('MILA_OFFLINE', 'perhaps')
     with pytest.raises(UserError, match="MILA_OFFLINE='perhaps'"):
         settings()
-
-
-def test_file_put_there_by_hand_is_taken_in(server, home, published_bytes):
-    home.mkdir()
-    (home / 'mila-micro.pth').write_bytes(published_bytes)
-    assert fetch(entry(server)) == home / 'mila-micro.pth'
-    assert read_record(home / 'mila-micro.pth').source == 'by hand'
-
-
-def test_web_page_put_there_by_hand_is_refused(server, home):
-    home.mkdir()
-    (home / 'mila-micro.pth').write_text('<html>login</html>')
-    with pytest.raises(CheckpointError, match=r'(?s)web page.*delete it'):
-        fetch(entry(server))
-
-
-def test_cached_file_that_changed_is_refused(server, home, published_bytes):
-    server.put(FILE, body=published_bytes)
-    path = fetch(entry(server))
-    changed = bytearray(published_bytes)
-    changed[len(changed) // 2] ^= 1
-    path.write_bytes(bytes(changed))
-    with pytest.raises(CheckpointError, match='recorded'):
-        fetch(entry(server))
-    path.write_bytes(published_bytes)  # the same again: another time, the same contents
-    assert fetch(entry(server)) == path
-
-
-def test_silent_damage_is_found_by_verify(server, home, published_bytes):
-    server.put(FILE, body=published_bytes)
-    path, stat = fetch(entry(server)), os.stat(home / 'mila-micro.pth')
-    changed = bytearray(published_bytes)
-    changed[len(changed) // 2] ^= 1
-    path.write_bytes(bytes(changed))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    fetch(entry(server))  # size and time say nothing
-    with pytest.raises(CheckpointError, match='recorded'):
-        verify(wanted(entry(server)), full=True)
-
-
-def test_broken_record_is_not_ignored(server, home, published_bytes):
-    server.put(FILE, body=published_bytes)
-    record_path(fetch(entry(server))).write_text('{"size": ')
-    with pytest.raises(UserError, match='not a record'):
-        fetch(entry(server))
-
-
-def test_full_disk_is_seen_before_the_download(server, home, published_bytes, monkeypatch):
-    server.put(FILE, body=published_bytes)
-    usage = type('Usage', (), dict(total=1, used=1, free=1000))
-    monkeypatch.setattr('mila_mm.weights.source.download.shutil.disk_usage', lambda _: usage)
-    with pytest.raises(DownloadError, match='1,000 free'):
-        fetch(entry(server))
-
-
-def test_cache_that_cannot_be_written(server, tmp_path, home, monkeypatch, published_bytes):
-    server.put(FILE, body=published_bytes)
-    (tmp_path / 'plain-file').write_text('')
-    monkeypatch.setenv('MILA_HOME', str(tmp_path / 'plain-file'))
-    with pytest.raises(DownloadError, match='MILA_HOME'):
-        fetch(entry(server))
 
 
 def test_unknown_scheme_and_dead_host(server, home):
@@ -380,7 +172,7 @@ def test_what_is_no_address_is_named(address, home):
         fetch(address)
 
 
-def test_braces_in_mirrors_are_their_own(server, home, published_bytes):
+def test_braces_in_mirrors_are_their_own(server, home, published_bytes, entry):
     server.put('/{arch}/mila-micro.pth', body=published_bytes)
     configure(mirrors=[server.base + '/{arch}/{file}'])
     path = fetch(entry(server))
@@ -417,7 +209,7 @@ def start_fetching(server, home):
     )
 
 
-def test_killed_download_leaves_nothing_that_looks_whole_and_is_continued(server, home, published_bytes):
+def test_killed_download_leaves_nothing_that_looks_whole_and_is_continued(server, home, published_bytes, entry):
     slow = server.put(FILE, body=published_bytes, pause=0.1, block=50_000)
     process = start_fetching(server, home)
     part = home / 'mila-micro.pth.part'
@@ -445,7 +237,7 @@ def test_ranks_share_one_download(server, home, published_bytes):
     assert behaviour.requests == ['']
 
 
-def test_threads_share_one_download(server, home, published_bytes):
+def test_threads_share_one_download(server, home, published_bytes, entry):
     behaviour = server.put(FILE, body=published_bytes, pause=0.02, block=50_000)
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: fetch(entry(server)), range(4)))
