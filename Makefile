@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 WORK_DIR ?= work_dirs
 JOBS ?= 2
 
-.PHONY: install demo demo-seg test test-classic lint gpu-check faults test-scale gpu-scale clean
+.PHONY: install demo demo-seg test test-classic lint gpu-check faults mutants test-scale gpu-scale clean
 
 install: $(READY)
 
@@ -47,6 +47,12 @@ test: $(READY)
 faults: $(READY)
 	$(BIN)/python tests/faults/driver.py --kills 20 --tmpfs --work-dir $(WORK_DIR)/faults
 	MILA_MM_SLOW=1 $(BIN)/python -m pytest tests/faults/test_distributed.py
+
+# Put small faults into the package and see whether its tests notice: half an hour, docs/mutants.md is the report.
+mutants: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q cosmic-ray==8.7.0
+	$(BIN)/python tests/mutants.py --workers $(JOBS)
+	$(BIN)/python tests/mutants.py --docs
 
 # The distributed tests with four processes as well.
 test-scale: $(READY)
