@@ -46,6 +46,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     # in the same folder, since only within a file system does a rename replace at once
     draft = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident()}{UNFINISHED}')
+    # a link that somebody has put there is removed and not followed
+    draft.unlink(missing_ok=True)
+    os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield draft
         with draft.open('rb+') as file:

@@ -11,18 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from mila_mm.errors import UserError
-from mila_mm.files import write_whole
+from mila_mm.errors import UserError, printable, printable_path
+from mila_mm.files import read_small, write_whole
 
 ENV_HOME = 'MILA_HOME'
 ENV_MIRRORS = 'MILA_MIRRORS'
 ENV_OFFLINE = 'MILA_OFFLINE'
 _TRUE, _FALSE = frozenset({'1', 'true', 'yes', 'on'}), frozenset({'', '0', 'false', 'no', 'off'})
 _CHUNK = 1 << 20
+_MAX_RECORD, _SHOWN = 64 << 10, 300
+_SHA256 = re.compile('[0-9a-f]{64}')
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class Settings:
         timeout: Seconds without a byte after which a connection counts as dead.
         attempts: Tries per source, counted anew after each one that brought bytes.
         backoff: Seconds before the second try; doubles with each further one, at most 8.
+        max_bytes: Size beyond which no file is taken, announced or not.
+        min_rate: Bytes a second, over a minute, below which a source is given up.
+        deadline: Seconds for one file, all sources and tries together.
     """
 
     mirrors: tuple[str, ...] = ()
@@ -42,6 +49,9 @@ class Settings:
     timeout: float = 30.0
     attempts: int = 4
     backoff: float = 0.5
+    max_bytes: int = 4 << 30  # the largest published file, with its optimizer, has about 1.5
+    min_rate: float = 4096.0
+    deadline: float = 4 * 3600.0
 
 
 class _Configured:
@@ -57,6 +67,9 @@ def configure(
     timeout: float | None = None,
     attempts: int | None = None,
     backoff: float | None = None,
+    max_bytes: int | None = None,
+    min_rate: float | None = None,
+    deadline: float | None = None,
 ) -> Settings:
     """Change how weights are fetched in this process; what is not given stays.
 
@@ -70,17 +83,23 @@ def configure(
         The settings in force.
 
     Raises:
-        UserError: If ``mirrors`` is one string instead of several.
+        UserError: If ``mirrors`` is one string instead of several, or a limit is no number above 0.
     """
     if isinstance(mirrors, str):
         raise UserError(f'mirrors: expected a list of addresses, got the string {mirrors!r}; write [{mirrors!r}]')
-    given = {
-        'mirrors': None if mirrors is None else tuple(mirrors),
-        'offline': offline,
+    limits = {
         'timeout': timeout,
         'attempts': attempts,
         'backoff': backoff,
+        'max_bytes': max_bytes,
+        'min_rate': min_rate,
+        'deadline': deadline,
     }
+    for name, value in limits.items():
+        least = 0 if name in ('backoff', 'min_rate') else 1e-9
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least):
+            raise UserError(f'{name}: expected a number above 0, got {value!r}')
+    given = {'mirrors': None if mirrors is None else tuple(mirrors), 'offline': offline, **limits}
     _Configured.settings = replace(_Configured.settings, **{k: v for k, v in given.items() if v is not None})
     return settings()
 
@@ -164,18 +183,24 @@ def read_record(path: Path) -> Record | None:
     """
     place = record_path(path)
     try:
-        raw = json.loads(place.read_text(encoding='utf-8'))
-        return Record(
-            size=int(raw['size']), sha256=str(raw['sha256']), mtime_ns=int(raw['mtime_ns']), source=str(raw['source'])
-        )
+        raw = json.loads(read_small(place, _MAX_RECORD))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f'{place}: the record of a cached file cannot be read ({error.strerror})') from error
-    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{place}: not a record of a cached file ({error}); delete it to record the file anew'
+            f'{printable_path(place)}: the record of a cached file cannot be read ({error.strerror})'
         ) from error
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict) or not _is_record(raw):
+        raise UserError(f'{printable_path(place)}: not a record of a cached file; delete it to record the file anew')
+    return Record(raw['size'], raw['sha256'], raw['mtime_ns'], printable(raw['source'], _SHOWN))
+
+
+def _is_record(raw: dict[str, Any]) -> bool:
+    sizes = all(type(raw.get(name)) is int and 0 <= raw[name] < 1 << 63 for name in ('size', 'mtime_ns'))
+    sha256, source = raw.get('sha256'), raw.get('source')
+    return sizes and isinstance(sha256, str) and bool(_SHA256.fullmatch(sha256)) and isinstance(source, str)
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -1,35 +1,38 @@
 """Downloading one file: resumable, refusing nothing it can continue, never looking whole when it is not.
 
-The bytes go to ``X.part``; ``X.part.json`` says which address and version they belong to. Only a
-complete, checked file takes the name ``X``. Needs the standard library and tqdm.
+The bytes go to ``X.part`` (:mod:`mila_mm.weights.source.part`). Only a complete, checked file takes the name ``X``.
+Needs the standard library and tqdm.
 """
 
 from __future__ import annotations
 
 import errno
 import http.client
-import json
 import os
 import re
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from mila_mm.errors import printable
+from mila_mm.files import open_regular
 from mila_mm.version import __version__
 from mila_mm.weights.errors import DownloadError
 from mila_mm.weights.source.cache import Settings
+from mila_mm.weights.source.part import Part
 
 _CHUNK = 1 << 18
 _MAX_PAUSE = 8.0
+_WINDOW = 60.0  # seconds over which a rate is taken
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO})
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _COUNT = '[0-9]{1,18}'
@@ -45,59 +48,27 @@ class _Retry(SourceError):
 
 
 @dataclass
-class _Part:
-    """What ``X.part`` holds.
-
-    Attributes:
-        source: The address that its bytes came from.
-        validator: ETag or Last-Modified of that version, empty where the server gave none.
-        total: Bytes of the whole file, ``None`` where the server did not say.
-    """
-
-    source: str = ''
-    validator: str = ''
-    total: int | None = None
-
-
-@dataclass
 class _Transfer:
     """One file on its way."""
 
-    source: str
-    path: Path
+    part: Part
     settings: Settings
     bar: tqdm
-    part: _Part = field(default_factory=_Part)
-
-    def __post_init__(self) -> None:
-        self.note = self.path.with_name(self.path.name + '.json')
-        try:
-            kept = _Part(**json.loads(self.note.read_text(encoding='utf-8')))
-        except (FileNotFoundError, ValueError, TypeError):
-            kept = _Part()  # without a readable note nobody knows whose bytes these are: start again
-        if kept.source == self.source and isinstance(kept.validator, str) and self.path.exists():
-            self.part = kept
-        else:
-            self.restart()
+    cancelled: bool = False
 
     @property
-    def have(self) -> int:
-        """Bytes that lie on disk."""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def restart(self) -> None:
-        """Forget what lies on disk."""
-        self.path.unlink(missing_ok=True)
-        self.note.unlink(missing_ok=True)
-        self.part = _Part(source=self.source)
+    def source(self) -> str:
+        """The address."""
+        return self.part.version.source
 
     def request(self) -> urllib.request.Request:
         """Ask for the whole file, or for the rest of the version that lies on disk."""
         headers = {'User-Agent': f'mila_mm/{__version__}', 'Accept-Encoding': 'identity'}
-        if self.have:
-            headers['Range'] = f'bytes={self.have}-'
-            if self.part.validator and not self.part.validator.startswith('W/'):  # RFC 9110 13.1.5: strong ones only
-                headers['If-Range'] = self.part.validator
+        if self.part.have:
+            headers['Range'] = f'bytes={self.part.have}-'
+            validator = self.part.version.validator
+            if validator and not validator.startswith('W/'):  # RFC 9110 13.1.5: strong ones only
+                headers['If-Range'] = validator
         return urllib.request.Request(self.source, headers=headers)
 
     def receive(self, response: http.client.HTTPResponse) -> None:
@@ -105,41 +76,65 @@ class _Transfer:
         content_type = response.headers.get('Content-Type', '')
         if content_type.startswith('text/html'):
             raise SourceError('answered with a web page instead of a file; the share link may have expired')
-        start, total = _extent(response)
-        if start != self.have or (start and total is not None and self.part.total not in (None, total)):
+        part, (start, total) = self.part, _extent(response)
+        if start != part.have or (start and total is not None and part.version.total not in (None, total)):
             if start:
-                self.restart()
+                part.restart()
                 raise _Retry('the server sent another part of the file than was asked for')
-            self.restart()
-        validator = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
-        self.part = _Part(self.source, validator, total)
-        self.note.write_text(json.dumps(asdict(self.part)), encoding='utf-8')
-        if total is not None and total - start > shutil.disk_usage(self.path.parent).free:
-            raise DownloadError(
-                f'{self.path.parent}: {total - start:,} bytes are needed, the disk has '
-                f'{shutil.disk_usage(self.path.parent).free:,} free; make room or set MILA_HOME'
-            )
+            part.restart()
+        part.begin(response.headers.get('ETag') or response.headers.get('Last-Modified') or '', total)
+        if total is not None:
+            self._check_room(start, total)
         self.bar.total, self.bar.n = total, start
         self.bar.refresh()
-        with self.path.open('ab') as file:
-            while block := response.read1(_CHUNK):
-                _write(file, block)
-                self.bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
-        if total is not None and self.have < total:
-            raise _Retry(f'the connection ended after {self.have:,} of {total:,} bytes')
-        if total is not None and self.have > total:
-            size = self.have
-            self.restart()
+        self._append_all(response)
+        if total is not None and part.have < total:
+            raise _Retry(f'the connection ended after {part.have:,} of {total:,} bytes')
+        if total is not None and part.have > total:
+            size = part.have
+            part.restart()
             raise SourceError(f'sent {size:,} bytes where it had announced {total:,}')
 
+    def _check_room(self, start: int, total: int) -> None:
+        if total > self.settings.max_bytes:
+            raise self._too_much(f'announces {total:,} bytes')
+        free = shutil.disk_usage(self.part.path.parent).free
+        if total - start > free:
+            raise DownloadError(
+                f'{self.part.path.parent}: {total - start:,} bytes are needed, the disk has {free:,} free; '
+                'make room or set MILA_HOME'
+            )
 
-def _write(file: BinaryIO, block: bytes) -> None:
+    def _append_all(self, response: http.client.HTTPResponse) -> None:
+        window, came = time.monotonic(), 0
+        while block := response.read1(_CHUNK):
+            if self.cancelled:
+                return
+            if self.part.have + len(block) > self.settings.max_bytes:
+                self.part.restart()
+                raise self._too_much('sends more bytes')
+            _write(self.part, block)
+            self.bar.update(len(block))
+            came += len(block)
+            seconds = time.monotonic() - window
+            if seconds >= _WINDOW:
+                if came < self.settings.min_rate * seconds:
+                    raise SourceError(
+                        f'sent {came:,} bytes in {seconds:.0f} s, less than {self.settings.min_rate:g} a second'
+                    )
+                window, came = time.monotonic(), 0
+        self.part.finish()
+
+    def _too_much(self, what: str) -> SourceError:
+        limit = f'{self.settings.max_bytes:,} bytes'
+        return SourceError(f'{what}, more than the {limit} that are taken; configure(max_bytes=...) sets the limit')
+
+
+def _write(part: Part, block: bytes) -> None:
     try:
-        file.write(block)
+        part.append(block)
     except OSError as error:
-        raise DownloadError(f'{file.name}: cannot write ({error.strerror}); make room or set MILA_HOME') from error
+        raise DownloadError(f'{part.path}: cannot write ({error.strerror}); make room or set MILA_HOME') from error
 
 
 def _extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:
@@ -199,19 +194,19 @@ def _try_once(transfer: _Transfer) -> None:
             transfer.receive(response)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and transfer.have:
-            transfer.restart()
+        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and transfer.part.have:
+            transfer.part.restart()
             raise _Retry('the server refused to continue the file') from error
         kind = _Retry if error.code in _RETRY_STATUS else SourceError
         raise kind(f'HTTP {error.code} {printable(str(error.reason))}') from error
     except urllib.error.URLError as error:
-        raise _Retry(f'no connection ({error.reason})') from error
+        raise _Retry(f'no connection ({printable(str(error.reason))})') from error
     except TimeoutError as error:
         raise _Retry(f'no byte for {transfer.settings.timeout:g} s') from error
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
             raise DownloadError(
-                f'{transfer.path}: cannot write ({error.strerror}); make room, or set MILA_HOME '
+                f'{transfer.part.path}: cannot write ({error.strerror}); make room, or set MILA_HOME '
                 'to a folder that you may write'
             ) from error
         raise _Retry(f'connection lost ({printable(str(error)) or type(error).__name__})') from error
@@ -219,14 +214,43 @@ def _try_once(transfer: _Transfer) -> None:
         raise SourceError(f'not an address that can be opened ({printable(str(error))})') from error
 
 
-def download(source: str, path: Path, settings: Settings, *, label: str, progress: bool | None = None) -> None:
+def _try_until(transfer: _Transfer, end: float) -> None:
+    """Try once, and give up at a moment of the monotonic clock, wherever the server then keeps this process waiting.
+
+    A server that sends a byte now and then, of the file, of its headers or of the handshake, never runs into a
+    time-out of the socket. So the attempt has a thread of its own, which is left behind.
+    """
+    outcome: list[BaseException] = []
+
+    def attempt() -> None:
+        """Keep what is raised for the thread that waits."""
+        try:
+            _try_once(transfer)
+        except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
+            outcome.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    try:
+        thread.join(max(end - time.monotonic(), 0))
+    finally:
+        transfer.cancelled = thread.is_alive()
+    if transfer.cancelled:
+        raise SourceError(f'not done within the deadline; {transfer.part.have:,} bytes are kept for the next attempt')
+    if outcome:
+        raise outcome[0]
+
+
+def download(
+    source: str, path: Path, settings: Settings, *, label: str, end: float, progress: bool | None = None
+) -> None:
     """Bring a file to ``path``, continuing what lies there from the same source.
 
     Args:
         source: https or http address, or a file on this machine.
         path: Where the bytes go. What this function leaves there is complete only if it returns.
-        settings: Time-out, tries, pauses.
         label: What the progress bar calls it.
+        end: When to give up, on the monotonic clock.
         progress: Whether to show the bar on stderr; ``None`` shows it on terminals.
 
     Raises:
@@ -234,51 +258,52 @@ def download(source: str, path: Path, settings: Settings, *, label: str, progres
         DownloadError: If this machine cannot take it (disk full, no permission).
     """
     disable = None if progress is None else not progress
-    with tqdm(desc=label, unit='B', unit_scale=True, unit_divisor=1024, disable=disable) as bar:
-        if '://' not in source:
-            _copy(Path(source).expanduser(), path, bar)
-            return
+    is_address = '://' in source
+    if is_address:
         _check_address(source)
-        transfer = _Transfer(source, path, settings, bar)
-        # Only more than ever before counts as progress: a server that restarts the file gains again what was there.
-        tries, best = 0, transfer.have
-        while True:
-            tries += 1
-            try:
-                _try_once(transfer)
-            except _Retry as error:
-                if transfer.have > best:
-                    tries, best = 0, transfer.have
-                    continue
-                if tries >= settings.attempts:
-                    raise SourceError(f'{error}, {tries} tries') from error
-                time.sleep(min(settings.backoff * 2 ** (tries - 1), _MAX_PAUSE))
+    with tqdm(desc=label, unit='B', unit_scale=True, unit_divisor=1024, disable=disable) as bar:
+        part = Part(path, source)
+        transfer = _Transfer(part, settings, bar)
+        try:
+            if is_address:
+                _keep_trying(transfer, end)
             else:
-                return
+                _copy(Path(source).expanduser(), transfer)
+        finally:
+            if not transfer.cancelled:  # else the thread that was left behind would write to whatever is opened next
+                part.close()
 
 
-def _copy(source: Path, path: Path, bar: tqdm) -> None:
+def _keep_trying(transfer: _Transfer, end: float) -> None:
+    # Only more than ever before counts as progress: a server that restarts the file gains again what was there.
+    tries, best, settings = 0, transfer.part.have, transfer.settings
+    while True:
+        tries += 1
+        try:
+            return _try_until(transfer, end)
+        except _Retry as error:
+            if transfer.part.have > best:
+                tries, best = 0, transfer.part.have
+                continue
+            if tries >= settings.attempts:
+                raise SourceError(f'{error}, {tries} tries') from error
+            time.sleep(max(0, min(settings.backoff * 2 ** (tries - 1), _MAX_PAUSE, end - time.monotonic())))
+
+
+def _copy(source: Path, transfer: _Transfer) -> None:
     """Copy from a mirror that is a folder."""
-    discard(path)
+    part, bar = transfer.part, transfer.bar
+    part.restart()
     try:
-        bar.total = source.stat().st_size
-        with source.open('rb') as reader, path.open('wb') as writer:
+        with open_regular(source) as reader:
+            bar.total = os.fstat(reader.fileno()).st_size
+            transfer._check_room(0, bar.total)
+            part.begin('', bar.total)
             while block := reader.read(_CHUNK):
-                _write(writer, block)
+                _write(part, block)
                 bar.update(len(block))
-            writer.flush()
-            os.fsync(writer.fileno())
+        part.finish()
     except FileNotFoundError as error:
         raise SourceError('no such file') from error
-    except OSError as error:
-        raise SourceError(f'cannot be copied ({error.strerror})') from error
-
-
-def discard(path: Path) -> None:
-    """Remove a partial file and the note beside it.
-
-    Args:
-        path: The ``.part`` file; it may be absent.
-    """
-    path.unlink(missing_ok=True)
-    path.with_name(path.name + '.json').unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise SourceError(f'cannot be copied ({getattr(error, "strerror", None) or error})') from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -29,7 +31,8 @@ from mila_mm.weights.source.cache import (
     sha256_of,
     write_record,
 )
-from mila_mm.weights.source.download import SourceError, discard, download, is_plain_http
+from mila_mm.weights.source.download import SourceError, download, is_plain_http
+from mila_mm.weights.source.part import discard
 from mila_mm.weights.source.published import SCHEME, PublishedFile, find
 
 # torch.hub's convention: name-<first digits of the sha256>.pth. Decimal digits alone are a date, not a hash.
@@ -127,7 +130,7 @@ def fetch(source: str | PublishedFile, *, progress: bool | None = None) -> Path:
         )
     try:
         target.path.parent.mkdir(parents=True, exist_ok=True)
-        with _Lock(target.path):
+        with _locked(target.path, options.deadline):
             if not target.path.exists():
                 _fetch_locked(target, options, progress)
                 return target.path
@@ -142,19 +145,24 @@ def fetch(source: str | PublishedFile, *, progress: bool | None = None) -> Path:
     return target.path
 
 
-class _Lock(FileLock):
-    """Lock beside a file, saying once that it waits."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path) + '.lock')
-
-    def __enter__(self) -> _Lock:
+@contextmanager
+def _locked(path: Path, deadline: float) -> Iterator[None]:
+    """Hold the lock beside a file, saying once that it waits."""
+    lock = FileLock(str(path) + '.lock')
+    try:
         try:
-            self.acquire(timeout=2.0)
+            lock.acquire(timeout=2.0)
         except Timeout:
-            _log(f'waiting for another process that fetches {self.lock_file.removesuffix(".lock")}')
-            self.acquire()
-        return self
+            _log(f'waiting for another process that fetches {path}')
+            lock.acquire(timeout=deadline)
+    except Timeout as error:
+        raise DownloadError(
+            f'{path}: another process has been fetching it for {deadline:g} s (it holds {lock.lock_file})'
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _log(message: str, *, warning: bool = False) -> None:
@@ -181,7 +189,7 @@ def _sources(target: Wanted, mirrors: Sequence[str]) -> list[str]:
 def _fetch_locked(target: Wanted, options: Settings, progress: bool | None) -> None:
     """Try every source; the file takes its name only when it is whole and what was expected."""
     part = target.path.with_name(target.path.name + '.part')
-    failures = []
+    failures, end = [], time.monotonic() + options.deadline
     for source in _sources(target, options.mirrors):
         _log(f'fetching {target.label} from {source} to {target.path}')
         if is_plain_http(source) and not target.sha256:
@@ -191,7 +199,7 @@ def _fetch_locked(target: Wanted, options: Settings, progress: bool | None) -> N
                 warning=True,
             )
         try:
-            download(source, part, options, label=target.label, progress=progress)
+            download(source, part, options, label=target.label, end=end, progress=progress)
             record = _examine(target, part, source)
         except (SourceError, CheckpointError) as error:
             failures.append(f'{source}: {str(error).replace(f"{part}: ", "")}')

@@ -14,7 +14,7 @@ FILE = '/weights.pth'
 
 
 def test_threads_write_records_of_their_own(tmp_path):
-    path, record = tmp_path / 'a.pth', Record(1, 'ab', 2, 'by hand')
+    path, record = tmp_path / 'a.pth', Record(1, 'ab' * 32, 2, 'by hand')
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(write_record, path, record) for _ in range(200)]:
             done.result()
