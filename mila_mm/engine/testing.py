@@ -12,7 +12,7 @@ from mmengine.registry import METRICS
 from mila_mm.engine.config.build_errors import plain_failures
 from mila_mm.engine.config.checks import check_data, check_work_dir
 from mila_mm.engine.config.load import load_config, scope_of
-from mila_mm.engine.config.prepare import prepare, prepare_launch, set_work_dir
+from mila_mm.engine.config.prepare import fetch_weights, prepare, prepare_launch, set_work_dir
 from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
 from mila_mm.engine.runner.runner import build_runner
 from mila_mm.errors import UserError
@@ -68,6 +68,7 @@ def test(
         _add_drawing(cfg, scope, show, show_dir, wait_time)
     if tta:
         _use_tta(cfg)
+    fetch_weights(cfg)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
     with plain_failures():

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from mila_mm.engine.config.build_errors import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.config.checks import check_data
 from mila_mm.engine.config.load import load_config, scope_of
-from mila_mm.engine.config.prepare import make_safe, prepare, prepare_launch, set_work_dir
+from mila_mm.engine.config.prepare import fetch_weights, make_safe, prepare, prepare_launch, set_work_dir
 from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
 from mila_mm.engine.runner.find_checkpoint import candidates, check_checkpoint_file, settle_resume
@@ -86,6 +86,7 @@ def train(
     if max_nonfinite is not None:
         _set_hook(cfg, 'DivergenceHook', max_nonfinite=max_nonfinite)
     _set_hook(cfg, 'RunIdentityHook', changed=list(names_of(resume_changed)))
+    fetch_weights(cfg, cfg.model)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
     make_safe(cfg)

@@ -30,6 +30,7 @@ from mila_mm.weights.source.published import PUBLISHED, SCHEME
 
 _OPENMMLAB = ('open-mmlab://', 'openmmlab://')
 _TORCHVISION = ('modelzoo://', 'torchvision://')
+_MMCLS = 'mmcls://'
 _OBJECT_STORES = (r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 
 
@@ -87,8 +88,7 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: str | Non
     Raises:
         UserError: If it cannot be fetched or read.
     """
-    known = (file.label for file in PUBLISHED.values() if file.url == filename)  # has one place in the cache
-    return _prepared(read_file(local_path(next(known, filename), progress=progress), map_location), filename)
+    return _prepared(read_file(local_path(_known(filename), progress=progress), map_location), filename)
 
 
 def load_from_torchvision(filename: str, map_location: Any = None) -> Any:
@@ -100,9 +100,7 @@ def load_from_torchvision(filename: str, map_location: Any = None) -> Any:
     Raises:
         UserError: If it is unknown, cannot be fetched or cannot be read.
     """
-    from mmengine.runner.checkpoint import get_torchvision_models
-
-    return load_from_http(_look_up(filename, get_torchvision_models()), map_location)
+    return load_from_http(_place_in_zoo(filename), map_location)
 
 
 def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
@@ -114,13 +112,7 @@ def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
     Raises:
         UserError: If it is unknown, cannot be fetched or cannot be read.
     """
-    from mmengine.runner import checkpoint as zoo
-
-    scheme, _, name = filename.partition('://')
-    place = _look_up(f'{scheme}://{zoo.get_deprecated_model_names().get(name, name)}', zoo.get_external_models())
-    if not place.startswith(('http://', 'https://')):
-        place = str(Path(zoo._get_mmengine_home()) / place)
-    return _prepared(read_file(local_path(place), map_location), filename)
+    return _prepared(read_file(local_path(_place_in_zoo(filename)), map_location), filename)
 
 
 def load_from_mmcls(filename: str, map_location: Any = None) -> Any:
@@ -135,9 +127,7 @@ def load_from_mmcls(filename: str, map_location: Any = None) -> Any:
     Raises:
         UserError: If it is unknown, cannot be fetched or cannot be read.
     """
-    from mmengine.runner.checkpoint import get_mmcls_models
-
-    content = load_from_http(_look_up(filename, get_mmcls_models()), map_location)
+    content = load_from_http(_place_in_zoo(filename), map_location)
     state_dict, _ = names.unwrap(content, source=filename)
     return {
         'state_dict': {
@@ -173,6 +163,38 @@ def load_from_pavi(filename: str, map_location: Any = None) -> Any:
         CheckpointError: Always.
     """
     raise CheckpointError(f'{filename}: pavi:// is not supported; download the file and give its path')
+
+
+def fetch_beforehand(filename: str) -> None:
+    """Bring to this machine what a checkpoint's name stands for, if it is not here yet and can be fetched.
+
+    Args:
+        filename: As for the loaders here; paths and what lies in object stores are left alone.
+
+    Raises:
+        UserError: If it is unknown or cannot be fetched.
+    """
+    place = _place_in_zoo(filename) if filename.startswith((*_TORCHVISION, *_OPENMMLAB, _MMCLS)) else filename
+    if place.startswith((SCHEME, 'http://', 'https://')):
+        local_path(_known(place))
+
+
+def _known(address: str) -> str:
+    """Return the name of a published file where the address is its own: it has one place in the cache."""
+    return next((file.label for file in PUBLISHED.values() if file.url == address), address)
+
+
+def _place_in_zoo(filename: str) -> str:
+    """Return the address, or the path, that a name of a zoo stands for."""
+    from mmengine.runner import checkpoint as zoo
+
+    scheme, _, name = filename.partition('://')
+    if filename.startswith(_TORCHVISION):
+        return _look_up(filename, zoo.get_torchvision_models())
+    if filename.startswith(_MMCLS):
+        return _look_up(filename, zoo.get_mmcls_models())
+    place = _look_up(f'{scheme}://{zoo.get_deprecated_model_names().get(name, name)}', zoo.get_external_models())
+    return place if place.startswith(('http://', 'https://')) else str(Path(zoo._get_mmengine_home()) / place)
 
 
 def _look_up(filename: str, zoo: dict[str, str]) -> str:
@@ -219,7 +241,7 @@ _LOADERS: tuple[tuple[str | tuple[str, ...], Callable[..., Any]], ...] = (
     (('http://', 'https://'), load_from_http),
     (_TORCHVISION, load_from_torchvision),
     (_OPENMMLAB, load_from_openmmlab),
-    ('mmcls://', load_from_mmcls),
+    (_MMCLS, load_from_mmcls),
     (_OBJECT_STORES, load_from_ceph),
     ('pavi://', load_from_pavi),
 )

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import distributed
 from mila_mm.engine.config.checks import check_launcher, check_pretrained, check_work_dir
 from mila_mm.engine.hooks.checkpoint import register_atomic_backend
 from mila_mm.errors import UserError
-from mila_mm.weights.source.cache import configure
+from mila_mm.weights.loaders import fetch_beforehand
+from mila_mm.weights.source.cache import Settings, configure
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -51,6 +53,36 @@ def prepare(cfg: Config, scope: str) -> None:
     _log_short_runs(cfg)
 
 
+def fetch_weights(cfg: Config, *parts: Any) -> None:
+    """Fetch the weights that a config names, before the processes of a job join.
+
+    All processes of a machine call this; one of them downloads, and the others wait for its lock. Once they have
+    joined, a machine that still downloads would keep the others in a collective operation until that times out.
+
+    Args:
+        cfg: Config, with ``load_from`` and ``mila_weights`` if need be.
+        *parts: Where else ``init_cfg=dict(type='Pretrained', checkpoint=...)`` stands, the model of a training.
+
+    Raises:
+        UserError: If something cannot be fetched.
+    """
+    configure_weights(cfg)
+    named = [cfg.get('load_from'), *(name for part in parts for name in _pretrained_in(part))]
+    for name in dict.fromkeys(name for name in named if isinstance(name, str)):
+        fetch_beforehand(name)
+
+
+def _pretrained_in(part: Any) -> Iterator[Any]:
+    if isinstance(part, dict):
+        if getattr(part.get('type'), '__name__', part.get('type')) in ('Pretrained', 'PretrainedInit'):
+            yield part.get('checkpoint')
+        for value in part.values():
+            yield from _pretrained_in(value)
+    elif isinstance(part, (list, tuple)):
+        for value in part:
+            yield from _pretrained_in(value)
+
+
 def configure_weights(cfg: Config) -> None:
     """Apply ``mila_weights=dict(mirrors=[...], offline=True, ...)`` of a config to how weights are fetched.
 
@@ -61,7 +93,8 @@ def configure_weights(cfg: Config) -> None:
     try:
         configure(**options)
     except TypeError as error:
-        raise UserError(f'mila_weights: {error}; expected mirrors, offline, timeout, attempts or backoff') from error
+        names = [field.name for field in fields(Settings)]
+        raise UserError(f'mila_weights: {error}; expected some of {", ".join(names)}') from error
 
 
 def _loaders(cfg: Config) -> Iterator[dict[str, Any]]:
