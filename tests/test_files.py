@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mila_mm.files import UNFINISHED, move_into_place, replacing, sync_folder, write_whole
+from mila_mm.files import UNFINISHED, move_into_place, open_regular, read_small, replacing, sync_folder, write_whole
 
 
 def entries(folder: Path) -> set[str]:
@@ -77,3 +77,35 @@ def test_files_that_cannot_be_synced_are_an_error(tmp_path: Path, monkeypatch) -
         write_whole(tmp_path / 'a', b'new')
     assert (tmp_path / 'a').read_bytes() == b'old'
     assert entries(tmp_path) == {'a'}
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'device', 'folder', 'link to nothing'])
+def test_what_is_no_file_is_not_read(tmp_path, kind) -> None:
+    path = tmp_path / 'x'
+    make = {
+        'pipe': os.mkfifo,
+        'device': lambda path: path.symlink_to('/dev/zero'),
+        'folder': Path.mkdir,
+        'link to nothing': lambda path: path.symlink_to(tmp_path / 'nothing'),
+    }
+    make[kind](path)
+    with pytest.raises(OSError):
+        open_regular(path)
+
+
+def test_a_small_file_is_small(tmp_path) -> None:
+    (tmp_path / 'x').write_bytes(b'12345')
+    assert read_small(tmp_path / 'x', 5) == b'12345'
+    with pytest.raises(OSError, match='more than 4 bytes'):
+        read_small(tmp_path / 'x', 4)
+
+
+def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path) -> None:
+    victim = tmp_path / 'victim'
+    victim.write_text('kept')
+    names = []
+    with replacing(tmp_path / 'a') as draft:
+        names.append(draft)
+    names[0].symlink_to(victim)
+    write_whole(tmp_path / 'a', 'new')
+    assert (victim.read_text(), (tmp_path / 'a').read_text()) == ('kept', 'new')

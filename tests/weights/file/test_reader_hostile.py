@@ -468,14 +468,14 @@ def test_attributes_of_a_state_dict_cannot_replace_its_methods(tmp_path):
 def test_unreadable_file(tmp_path, monkeypatch):
     path = tmp_path / 'file.pth'
     save(weights(), path)
-    real = Path.open
+    real = os.open
 
-    def refuse(self, *args, **kwargs):
-        if self == path:
+    def refuse(name, *args, **kwargs):
+        if Path(name) == path:
             raise PermissionError(13, 'Permission denied')
-        return real(self, *args, **kwargs)
+        return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(Path, 'open', refuse)
+    monkeypatch.setattr(os, 'open', refuse)
     with pytest.raises(CheckpointError, match='Permission denied'):
         read_file(path)
 
