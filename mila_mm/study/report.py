@@ -104,7 +104,9 @@ def mask_rcnn_table(published: Published) -> str:
     lines = [_header('backbone', 'params', 'MACs', *(f'1x {s}' for s in sides), *(f'3x {s}' for s in sides))]
     for row in published.tables['mask_rcnn'].rows:
         figures = [figure for key in ('one', 'three') for figure in row[key] or [None] * 6]
-        lines.append(_line(_named(row, published), f'{row["params"]} M', f'{row["macs"]} G', *map(_cell, figures)))
+        lines.append(
+            _line(_named(row, published), _cost(row, 'params', 'M'), _cost(row, 'macs', 'G'), *map(_cell, figures))
+        )
     return '\n'.join([*lines, '', _sources(published, 'mask_rcnn')])
 
 
@@ -115,8 +117,8 @@ def upernet_table(published: Published) -> str:
         lines.append(
             _line(
                 _named(row, published),
-                f'{row["params"]} M',
-                f'{row["macs"]} G',
+                _cost(row, 'params', 'M'),
+                _cost(row, 'macs', 'G'),
                 _cell(row['single']),
                 _cell(row['multi']),
             )
@@ -162,6 +164,10 @@ def _sources(published: Published, table: str) -> str:
     text = f'All figures are published ones. Source: {published.sources["paper"]}'
     others = [f'[{list(published.sources).index(s)}] {published.sources[s]}' for s in sources if s != 'paper']
     return '; '.join([text, *others]) + '.'
+
+
+def _cost(row: Mapping[str, Any], key: str, unit: str) -> str:
+    return '' if row[key] is None else f'{row[key]} {unit}'
 
 
 def _cell(figure: float | None) -> str:

@@ -29,6 +29,12 @@ _STYLES = (
 _FRONT = '#D55E00'
 
 
+def _style(number: int) -> tuple[str, str]:
+    """Colour and marker of a family: the pairs, then each colour with the marker of another."""
+    lap, place = divmod(number, len(_STYLES))
+    return _STYLES[place][0], _STYLES[(place + 4 * lap) % len(_STYLES)][1]
+
+
 @dataclass(frozen=True)
 class Point:
     """One model.
@@ -74,7 +80,7 @@ def save_comparison(panels: Sequence[Panel], families: Sequence[str], path: str 
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     front, *others = families
-    styles = {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(others)} | {front: (_FRONT, 'o')}
+    styles = {name: _style(i) for i, name in enumerate(others)} | {front: (_FRONT, 'o')}
     for axis, panel in zip(axes, panels, strict=True):
         _draw(axis, panel, styles, front)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}

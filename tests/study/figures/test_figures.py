@@ -10,6 +10,7 @@ from torch import nn
 
 from mila_mm import MILA, LinearAttentionTransformer
 from mila_mm.errors import UserError
+from mila_mm.study.figures.comparison import _style
 from mila_mm.study.figures.draw import (
     forgotten_after,
     save_decay_windows,
@@ -211,3 +212,8 @@ def test_receptive_fields_side_by_side(scale, count, tmp_path):
     drawn(tmp_path / 'erf.png')
     with pytest.raises(ValueError, match='linear'):
         save_receptive_fields({'a': field}, tmp_path / 'no.png', scale='linear')
+
+
+def test_no_two_families_look_alike():
+    styles = [_style(number) for number in range(30)]
+    assert len(set(styles)) == len(styles)
