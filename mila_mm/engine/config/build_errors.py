@@ -17,7 +17,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 
 from mila_mm.engine.config.load import REGISTRY_PREFIX, one_line
-from mila_mm.errors import LostPeerError, UserError
+from mila_mm.errors import LostPeerError, UserError, printable_path
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def reading(what: str, ann_files: list[Path]) -> Iterator[None]:
         for path in ann_files:
             fault = fault_of_annotations(path)
             if fault:
-                raise UserError(f'{what}: annotation file {path} {fault}') from error
+                raise UserError(f'{what}: annotation file {printable_path(path)} {fault}') from error
         raise
 
 
@@ -255,7 +255,7 @@ def _fault_of_sample(results: dict[str, Any]) -> str | None:
         if isinstance(path, (str, os.PathLike)) and '://' not in str(path):
             fault = _fault_of_image(Path(path))
             if fault:
-                return f'{kind} {path} {fault}'
+                return f'{kind} {printable_path(path)} {fault}'
     return None
 
 
