@@ -8,7 +8,7 @@ from mmengine.dataset import BaseDataset, ConcatDataset
 from torch.utils.data import DataLoader
 
 from mila_mm.cli import user_message
-from mila_mm.engine.config.build_errors import NamedLoading, name_unreadable_files
+from mila_mm.engine.config.build_errors import name_unreadable_files
 from mila_mm.errors import UserError
 
 
@@ -80,11 +80,8 @@ def test_only_loading_is_watched(image) -> None:
 )
 def test_a_name_out_of_an_annotation_file_cannot_forge_a_line(tmp_path, name) -> None:
     """COCO's JSON may name an image in any characters."""
-
-    def load(results):
-        raise FileNotFoundError(results['img_path'])
-
-    for path in (tmp_path / name, str(tmp_path / name)):
-        with pytest.raises(UserError, match='cannot be read') as caught:
-            NamedLoading(load)({'img_path': path})
-        assert str(caught.value).isprintable()
+    dataset = Images([str(tmp_path / name)], [LoadImageFromFile()])
+    name_unreadable_files(dataset)
+    with pytest.raises(UserError, match='cannot be read') as caught:
+        dataset[0]
+    assert str(caught.value).isprintable()
