@@ -37,11 +37,12 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from benchmarks import measure
-from mila_mm.ops.attention import backward_kernels, forward_kernels, launch, lepe_kernels
+from mila_mm.ops.attention import backward_kernels, forward_kernels, launch
 from mila_mm.ops.rows import kernels as row_kernels
 from mila_mm.ops.rows import launch as row_launch
 from mila_mm.ops.stencil import kernels as stencil_kernels
 from mila_mm.ops.stencil import launch as stencil_launch
+from mila_mm.ops.stencil import lepe_kernels
 from mila_mm.ops.triton import configs
 
 CAPABILITIES = (80, 90, 100)
@@ -66,7 +67,6 @@ KERNELS = (
     (row_kernels, 'layer_norm_kernel'),
     (row_kernels, 'norm_backward_kernel'),
     (stencil_kernels, 'dwc_silu_kernel'),
-    (stencil_kernels, 'silu_backward_kernel'),
     (stencil_kernels, 'stencil_backward_kernel'),
     (row_kernels, 'column_parts_kernel'),
     (row_kernels, 'column_reduce_kernel'),

@@ -1,8 +1,8 @@
-"""Count the instructions that a GPU issues for each element, from machine code, without a GPU.
+"""Count the instructions that a GPU issues and the bytes it moves through L1 for each element, without a GPU.
 
-A kernel that reads and writes few bytes for an element must also issue few instructions for it, or the issue slots
-and not the memory decide its speed. This bounds what a kernel can reach of a GPU's copy bandwidth; it says nothing of
-latencies, so a measurement can only be lower.
+A kernel that reads and writes few bytes for an element must also issue few instructions for it and load little again
+from L1, or the issue slots or L1 (128 lanes and 128 bytes a cycle) decide its speed and not the memory. This bounds
+what a kernel can reach of a GPU's copy bandwidth; it says nothing of latencies, so a measurement can only be lower.
 
     python -m benchmarks.instruction_count                       # bf16 on sm_90, heads of 32 channels
     python -m benchmarks.instruction_count --capability 80 --mode fp16 --sms 108 --ghz 1.41 --tb-per-s 1.7
@@ -32,6 +32,8 @@ from mila_mm.ops.triton import configs
 
 TOKENS = 64000
 """Of the image whose splits are counted: stage 1 at 800 x 1280."""
+RUN = 16
+"""Rows of a run of the stencils, see `mila_mm.ops.triton.configs.rows_per_run`."""
 # Passes over a (B, N, C) tensor, as the docstrings of mila_mm.ops.triton and its stencil_kernels count them. `norm`'s
 # residual stream is counted in the dtype of the activations.
 PASSES = {
@@ -59,6 +61,7 @@ class Line:
     opcode: str
     source: tuple[str, int]
     times: int
+    bytes: int
 
 
 def disassemble(item: matrix.Launch, capability: int) -> str:
@@ -69,6 +72,17 @@ def disassemble(item: matrix.Launch, capability: int) -> str:
         tool = Path(nvidia.__file__).parent / 'bin' / 'nvdisasm'
         command = [str(tool), '-c', '--print-line-info-inline', file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def through_l1(opcode: str) -> int:
+    """Bytes that an instruction moves between a thread and L1 or shared memory, which are one."""
+    name, *rest = opcode.split('.')
+    if name not in ('LDG', 'STG', 'LDS', 'STS', 'LDGSTS', 'LD', 'ST', 'LDSM', 'STSM'):
+        return 0
+    if name in ('LDSM', 'STSM'):  # matrices of 8 x 8 numbers of 16 bits, a register a thread each
+        return 4 * {'2': 2, '4': 4}.get(rest[-1], 1)
+    sizes = {'128': 16, '64': 8, 'U16': 2, 'S16': 2, 'U8': 1, 'S8': 1}
+    return next((sizes[suffix] for suffix in rest if suffix in sizes), 4)
 
 
 def issued(text: str, trips: int) -> list[Line]:
@@ -93,7 +107,7 @@ def issued(text: str, trips: int) -> list[Line]:
                 times[inside] *= trips
     end = next(i for i, (guarded, opcode, *_) in enumerate(found) if opcode == 'EXIT' and not guarded)
     return [
-        Line(opcode.split('.')[0], source, count)
+        Line(opcode.split('.')[0], source, count, through_l1(opcode))
         for (_, opcode, _, source), count in zip(found[: end + 1], times, strict=False)
         if opcode != 'NOP'
     ]
@@ -107,10 +121,12 @@ def work(item: matrix.Launch) -> tuple[int, float]:
         trips = configs.tokens_per_split(TOKENS) // constants['BLOCK']
     else:
         trips = {
-            'lepe_backward': configs.TILES_PER_LEPE_SPLIT,
-            'stencil_backward': configs.TILES_PER_STENCIL_SPLIT,
             'norm_backward': 8,
         }.get(name, 1)
+    if 'GROUPS' in constants:  # a strip, whose run reads two rows more than it has
+        return (RUN + 2) // 2, RUN * 2 * constants['GROUPS'] * constants['CHANNELS'] / (
+            32 * dict(item.options)['num_warps']
+        )
     tokens = constants['BLOCK'] if 'BLOCK' in constants else constants['ROWS'] * constants['COLUMNS']
     channels = constants.get('WIDTH') or constants['CHANNELS']
     return trips, tokens * trips * channels / (32 * dict(item.options)['num_warps'])
@@ -134,10 +150,11 @@ def into_docs(rows: dict[str, dict[str, float]], page: Path) -> None:
     """Write the rows as a table between the page's marks."""
     table = '\n'.join(
         [
-            '| kernel | instructions | bytes | bound |',
-            '| --- | --- | --- | --- |',
+            '| kernel | instructions | L1 bytes | bytes | bound |',
+            '| --- | --- | --- | --- | --- |',
             *(
-                f'| `{name}` | {row["instructions"]:.0f} | {row["bytes"]} | {row["bound"]:.0%} |'
+                f'| `{name}` | {row["instructions"]:.0f} | {row["l1_bytes"]:.0f} | {row["bytes"]} | '
+                f'{row["bound"]:.0%} |'
                 for name, row in rows.items()
             ),
         ]
@@ -173,9 +190,12 @@ def main() -> None:
     lanes = args.sms * 128 * args.ghz * 1e9
     rows = {}
     if args.lines is None:
-        print(f'{"kernel":20} instructions  B     bound    (an element of one tensor; bound in copy bandwidth)')
+        print(
+            f'{"kernel":20} instructions  L1 bytes  B     bound    (an element of one tensor; bound in copy bandwidth)'
+        )
     for item in items:
         name = item.kernel.removesuffix('_kernel')
+        name = 'silu_backward' if dict(item.constants).get('BACKWARD') else name
         if name not in PASSES or name in rows or args.lines not in (None, name):
             continue
         trips, elements = work(item)
@@ -185,9 +205,15 @@ def main() -> None:
             return
         count = sum(line.times for line in lines) / elements
         size = PASSES[name] * dtype.itemsize
-        bound = min(1.0, lanes / count * size / (args.tb_per_s * 1e12))
-        rows[name] = {'instructions': round(count, 1), 'bytes': size, 'bound': round(bound, 3)}
-        print(f'{name:20} {count:12.1f}  {size:<5} {bound:5.0%}')
+        moved = sum(line.times * line.bytes for line in lines) / elements
+        bound = min(1.0, lanes * size / (args.tb_per_s * 1e12) / max(count, moved))  # 128 lanes, 128 bytes a cycle
+        rows[name] = {
+            'instructions': round(count, 1),
+            'l1_bytes': round(moved, 1),
+            'bytes': size,
+            'bound': round(bound, 3),
+        }
+        print(f'{name:20} {count:12.1f}  {moved:8.1f}  {size:<5} {bound:5.0%}')
     if args.out is not None:
         document = {
             'triton': triton.__version__,

@@ -145,12 +145,14 @@ def test_residual_of_32_bits_with_a_norm_of_16() -> None:
 
 
 @OPS
-@pytest.mark.parametrize(('height', 'width'), [(9, 21), (3, 50)])
-def test_several_splits(op: str, height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(('height', 'width', 'rows'), [(9, 21, 4), (3, 50, 1), (11, 6, 8)])
+def test_several_splits(op: str, height: int, width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from mila_mm.ops.triton import configs
 
     monkeypatch.setattr(configs, 'norm_tokens_per_split', lambda channels: 64)
-    monkeypatch.setattr(configs, 'TILES_PER_STENCIL_SPLIT', 2)
+    monkeypatch.setattr(configs, 'rows_per_run', lambda height, programs: rows)
+    monkeypatch.setattr(configs, 'STRIP', configs.Strip(4, 4))
+    monkeypatch.setattr(configs, 'STRIP_BACKWARD', configs.Strip(2, 4))
     monkeypatch.setattr(configs, 'REDUCE_ROWS', 2)
     Problem(op, 2, height, width, 32, FP32).check()
 

@@ -38,7 +38,6 @@ STENCILS = {
         'norm_backward',
         'layer_norm',
         'dwc_silu',
-        'silu_backward',
         'stencil_backward',
         'column_parts',
         'column_reduce',

@@ -211,7 +211,8 @@ def test_several_splits(height: int, width: int, monkeypatch: pytest.MonkeyPatch
     from mila_mm.ops.triton import configs
 
     monkeypatch.setattr(configs, 'tokens_per_split', lambda tokens: 64)
-    monkeypatch.setattr(configs, 'TILES_PER_LEPE_SPLIT', 2)
+    monkeypatch.setattr(configs, 'rows_per_run', lambda height, programs: 2)
+    monkeypatch.setattr(configs, 'STRIP', configs.Strip(2, 4))
     monkeypatch.setattr(configs, 'REDUCE_ROWS', 2)
     Problem(2, height, width, 32, 1, torch.float32).check()
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from mila_mm.ops.attention import backward_kernels, forward_kernels, lepe_kernels
+from mila_mm.ops.attention import backward_kernels, forward_kernels
 from mila_mm.ops.rope import rope_tables
+from mila_mm.ops.stencil.launch import depthwise_weight_backward
 from mila_mm.ops.triton import configs
 from mila_mm.ops.triton.kept import start
 from mila_mm.ops.triton.tensors import aligned, depthwise_taps, on_device, readable, vector_or
@@ -197,7 +198,7 @@ def attention_backward(
             )
         _query_key_value_backward(plan, grad_out, qk, v, taps, state, key_mean, eps, lepe_weight, grad_qk, grad_v)
         if lepe_weight is not None:
-            grad_weight, grad_bias = _lepe_backward(plan, grad_out, v, lepe_weight, lepe_bias)
+            grad_weight, grad_bias = depthwise_weight_backward(grad_out, v, lepe_weight, lepe_bias, height, width)
     return grad_qk, grad_v, grad_weight, grad_bias, grad_gate
 
 
@@ -260,38 +261,3 @@ def _query_key_value_backward(
         plan.table_stride, plan.height, plan.width, plan.heads,
         HAS_LEPE=lepe_weight is not None, **options,
     )  # fmt: skip
-
-
-def _lepe_backward(
-    plan: _Plan, grad_out: Tensor, v: Tensor, lepe_weight: Tensor, lepe_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the LePE weight (C, 1, 3, 3) and bias (C,), in their dtypes, from sums in fp32."""
-    setting = configs.lepe_launch(v.dtype, plan.channels)
-    across = -(-plan.width // setting.columns)
-    tiles = across * -(-plan.height // setting.rows)
-    run = configs.tiles_per_split(tiles, configs.TILES_PER_LEPE_SPLIT)
-    splits = -(-tiles // run)
-    blocks = -(-plan.channels // configs.LEPE_CHANNELS)
-    parts = plan.fp32(plan.batch * splits, 10, plan.channels)
-    start(
-        lepe_kernels.lepe_backward_kernel, (blocks, splits, plan.batch),
-        grad_out, v, parts, grad_out.stride(0), grad_out.stride(1), v.stride(0), v.stride(1),
-        plan.height, plan.width, plan.channels, tiles, across, run,
-        ROWS=setting.rows, COLUMNS=setting.columns, CHANNELS=configs.LEPE_CHANNELS, ALIGNED=aligned(plan.channels),
-        **setting.options(),
-    )  # fmt: skip
-    grad_weight = torch.empty(lepe_weight.shape, dtype=lepe_weight.dtype, device=v.device)
-    grad_bias = torch.empty(lepe_bias.shape, dtype=lepe_bias.dtype, device=v.device)
-    start(
-        lepe_kernels.lepe_reduce_kernel,
-        (10 * blocks,),
-        parts,
-        grad_weight,
-        grad_bias,
-        plan.channels,
-        plan.batch * splits,
-        ROWS=configs.REDUCE_ROWS,
-        CHANNELS=configs.LEPE_CHANNELS,
-        num_warps=configs.REDUCE_WARPS,
-    )
-    return grad_weight, grad_bias

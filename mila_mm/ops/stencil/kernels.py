@@ -14,253 +14,210 @@ kernel                  reads                 writes
 ======================  ====================  ==============================================
 cpe_norm                x (halo)              x', y, mean, rstd
 dwc_silu                x (halo)              u
-silu_backward           x (halo), du          g
+  backward              x (halo), du          g
 stencil_backward        x, g (halo)           dx, parts of dw and db
 ======================  ====================  ==============================================
 
 All arithmetic is in fp32. x' is rounded to its dtype before the norm, so that forward and backward see the same number.
-The sums over tokens take two stages of fixed order, as those of the attention do.
+The sums over tokens take two stages of fixed order, as those of the attention do. All walk down strips, see
+:mod:`mila_mm.ops.triton.strip`: at the step of row r the convolution at row r - 1 is complete.
 """
 
 import triton
 import triton.language as tl
 
-from mila_mm.ops.attention.lepe_kernels import store_sum
-from mila_mm.ops.triton.common import (
-    image_offset,
-    joined,
-    load_row,
-    load_tap,
-    next_tile,
-    sigmoid,
-    stencil,
-    tile_mask,
-    tile_place,
-    tile_tokens,
-    widen,
+from mila_mm.ops.triton.common import image_offset, sigmoid, widen
+from mila_mm.ops.triton.strip import (
+    add_all_products,
+    add_own,
+    add_two_rows,
+    load_pair,
+    load_strip,
+    load_weights,
+    store_sums,
+    strip_masks,
+    strip_place,
 )
 
-SIZES = [
-    'height',
-    'width',
-    'tiles',
-    'tiles_across',
-    'blocks',
-    'tiles_per_split',
-    'x_batch_stride',
-    'grad_y_batch_stride',
-]
+SIZES = ['height', 'width', 'blocks', 'rows_per_run', 'x_batch_stride', 'grad_y_batch_stride']
 
 
 @triton.jit(do_not_specialize=SIZES)
 def cpe_norm_kernel(
-    x_ptr, taps_ptr, bias_ptr, gamma_ptr, beta_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
-    x_batch_stride, x_token_stride, height, width, eps,
-    CHANNELS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, gamma_ptr, beta_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_batch_stride, x_token_stride, height, width, rows_per_run, eps,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """x' and its LayerNorm y for a tile of tokens with all their channels. Grid: tiles across, tiles down, batch."""
-    _, first_row, first_column, first, batch, _ = tile_place(1, width, ROWS, COLUMNS)
-    local, channels, mask = tile_mask(first_row, first_column, height, width, CHANNELS, PADDED, ROWS, COLUMNS)
+    """x' and its LayerNorm y for a strip of tokens with all their channels. Grid: see `strip_place`."""
+    _, first_column, first_row, count, batch = strip_place(1, width, rows_per_run, height, GROUPS)
     channel = tl.arange(0, PADDED)
-    channel_live = channel < CHANNELS
-    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + first * x_token_stride
-    first += batch * height * width
+    live = channel < CHANNELS
+    weights = load_weights(weight_ptr, channel, live, False, True)
+    bias = tl.load(bias_ptr + channel, mask=live, other=0.0).to(tl.float32)[None, :]
+    gamma = tl.load(gamma_ptr + channel, mask=live, other=0.0).to(tl.float32)[None, :]
+    beta = tl.load(beta_ptr + channel, mask=live, other=0.0).to(tl.float32)[None, :]
+    masks = strip_masks(first_column, width, live, GROUPS)
+    pair = 2 * tl.arange(0, GROUPS)
+    offset = pair[:, None] * x_token_stride + channel[None, :]
+    target = pair[:, None] * CHANNELS + channel[None, :]
+    last_row = first_row + count
+    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + first_column * x_token_stride
+    x_ptr += (first_row - 1).to(tl.int64) * (width * x_token_stride)
+    token = batch * height * width + (first_row - 2).to(tl.int64) * width + first_column
 
-    bias = tl.load(bias_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
-    total = stencil(
-        bias[None, :], x_ptr, x_token_stride, taps_ptr, CHANNELS, first_row, first_column, height, width,
-        channel, channel_live, False, ROWS, COLUMNS, PADDED,
-    )  # fmt: skip
-    total += widen(tl.load(x_ptr + local * x_token_stride + channels, mask=mask, other=0.0))
-    out = total.to(out_ptr.dtype.element_ty)
-    offset = local * CHANNELS + channels
-    tl.store(out_ptr + first * CHANNELS + offset, out, mask=mask)
-
-    value = widen(out)
-    mean = tl.sum(tl.where(mask, value, 0.0), axis=1) / CHANNELS
-    centred = tl.where(mask, value - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps)
-    row, column = tile_tokens(ROWS, COLUMNS)
-    live = (first_row + row < height) & (first_column + column < width)
-    tl.store(mean_ptr + first + row * width + column, mean, mask=live)
-    tl.store(rstd_ptr + first + row * width + column, rstd, mask=live)
-    gamma = tl.load(gamma_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + channel, mask=channel_live, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
-    tl.store(y_ptr + first * CHANNELS + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+    zero = tl.zeros((GROUPS, PADDED), tl.float32)
+    start = zero + bias
+    sums = zero, zero, zero, zero
+    for row in tl.range(first_row - 1, last_row + 1, 2, num_stages=1):
+        upper = load_strip(x_ptr, offset, x_token_stride, (row >= 0) & (row < height), *masks)
+        x_ptr += width * x_token_stride
+        lower = load_strip(x_ptr, offset, x_token_stride, (row < last_row) & (row + 1 < height), *masks)
+        x_ptr += width * x_token_stride
+        above, own, sums = add_two_rows(sums, start, upper, lower, weights)
+        for right in tl.static_range(2):
+            mask, token_live = masks[1 + right], first_column + pair + right < width
+            norm_and_store(
+                above[right], out_ptr, y_ptr, mean_ptr, rstd_ptr, token + right, target, pair,
+                mask & (row > first_row), token_live & (row > first_row), live, gamma, beta, eps, CHANNELS,
+            )  # fmt: skip
+            norm_and_store(
+                own[right], out_ptr, y_ptr, mean_ptr, rstd_ptr, token + (width + right), target, pair,
+                mask & (row >= first_row) & (row < last_row), token_live & (row >= first_row) & (row < last_row),
+                live, gamma, beta, eps, CHANNELS,
+            )  # fmt: skip
+        token += 2 * width
 
 
 @triton.jit
-def before_silu(
-    x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
+def norm_and_store(
+    total, out_ptr, y_ptr, mean_ptr, rstd_ptr, token, target, pair, mask, token_live, channel_live, gamma, beta, eps,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """p at one tile of tokens and one block of channels, then: image, first token, offsets in the tile, channels, mask.
-
-    Grid: tiles across * channel blocks, tiles down, batch.
-    """
-    block, first_row, first_column, first, batch, _ = tile_place(blocks, width, ROWS, COLUMNS)
-    local, index, mask = tile_mask(first_row, first_column, height, width, CHANNELS, CHANNELS, ROWS, COLUMNS)
-    first_channel = block * CHANNELS
-    channel_live = first_channel + tl.arange(0, CHANNELS) < channels
-    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + first * x_token_stride + first_channel
-    channel = first_channel + index
-    bias = tl.load(bias_ptr + channel, mask=channel_live[None, :], other=0.0).to(tl.float32)
-    total = stencil(
-        bias, x_ptr, x_token_stride, taps_ptr + block * (9 * CHANNELS), CHANNELS, first_row, first_column, height,
-        width, tl.arange(0, CHANNELS), channel_live, False, ROWS, COLUMNS, CHANNELS,
-    )  # fmt: skip
-    return total, batch, first, local, channel, mask & channel_live[None, :]
+    """Store x' = ``total`` of every second token from ``token`` on, its LayerNorm and the statistics."""
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * CHANNELS + target, out, mask=mask)
+    value = tl.where(channel_live[None, :], widen(out), 0.0)
+    mean = tl.sum(value, axis=1) / CHANNELS
+    centred = tl.where(channel_live[None, :], value - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps)
+    tl.store(mean_ptr + token + pair, mean, mask=token_live)
+    tl.store(rstd_ptr + token + pair, rstd, mask=token_live)
+    y = centred * (rstd[:, None] * gamma) + beta
+    tl.store(y_ptr + token * CHANNELS + target, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def dwc_silu_kernel(
-    x_ptr, taps_ptr, bias_ptr, y_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, grad_y_ptr, y_ptr, x_batch_stride, x_token_stride,
+    grad_y_batch_stride, grad_y_token_stride, channels, height, width, blocks, rows_per_run,
+    BACKWARD: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
 ):  # fmt: skip
-    """u = silu(p). Grid: tiles across * channel blocks, tiles down, batch."""
-    total, batch, first, local, channel, mask = before_silu(
-        x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
-        ROWS, COLUMNS, CHANNELS, ALIGNED,
-    )  # fmt: skip
-    y = total * sigmoid(total, ACCURATE)
-    y_ptr += (batch * height * width + first) * channels
-    tl.store(y_ptr + local * channels + channel, y.to(y_ptr.dtype.element_ty), mask=mask)
+    """u = silu(p), or ``BACKWARD`` g = du silu'(p) with p computed again, both into ``y``. Grid: see `strip_place`."""
+    block, first_column, first_row, count, batch = strip_place(blocks, width, rows_per_run, height, GROUPS)
+    index = tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + index
+    live = channel < channels
+    weights = load_weights(weight_ptr, channel, live, False, False)
+    bias = tl.load(bias_ptr + channel, mask=live, other=0.0).to(tl.float32)[None, :]
+    masks = strip_masks(first_column, width, live, GROUPS)
+    pair = 2 * tl.arange(0, GROUPS)[:, None]
+    offset = pair * x_token_stride + index[None, :]
+    target = pair * channels + index[None, :]
+    grad_offset = pair * grad_y_token_stride + index[None, :]
+    last_row = first_row + count
+    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + block * CHANNELS + first_column * x_token_stride
+    x_ptr += (first_row - 1).to(tl.int64) * (width * x_token_stride)
+    place = (first_row - 2).to(tl.int64) * width + first_column
+    y_ptr += (batch * height * width + place) * channels + block * CHANNELS
+    grad_y_ptr += image_offset(batch, grad_y_batch_stride, ALIGNED) + place * grad_y_token_stride + block * CHANNELS
 
-
-@triton.jit(do_not_specialize=SIZES)
-def silu_backward_kernel(
-    grad_y_ptr, x_ptr, taps_ptr, bias_ptr, grad_ptr, grad_y_batch_stride, grad_y_token_stride,
-    x_batch_stride, x_token_stride, channels, height, width, blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, ACCURATE: tl.constexpr,
-):  # fmt: skip
-    """g = du silu'(p), with p computed again. Grid: tiles across * channel blocks, tiles down, batch."""
-    total, batch, first, local, channel, mask = before_silu(
-        x_ptr, taps_ptr, bias_ptr, x_batch_stride, x_token_stride, channels, height, width, blocks,
-        ROWS, COLUMNS, CHANNELS, ALIGNED,
-    )  # fmt: skip
-    grad_y_ptr += image_offset(batch, grad_y_batch_stride, ALIGNED) + first * grad_y_token_stride
-    grad = widen(tl.load(grad_y_ptr + local * grad_y_token_stride + channel, mask=mask, other=0.0))
-    part = sigmoid(total, ACCURATE)
-    grad = grad * part * (1.0 + total * (1.0 - part))
-    grad_ptr += (batch * height * width + first) * channels
-    tl.store(grad_ptr + local * channels + channel, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    zero = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    start = zero + bias
+    sums = zero, zero, zero, zero
+    for row in tl.range(first_row - 1, last_row + 1, 2, num_stages=1):
+        upper = load_strip(x_ptr, offset, x_token_stride, (row >= 0) & (row < height), *masks)
+        x_ptr += width * x_token_stride
+        lower = load_strip(x_ptr, offset, x_token_stride, (row < last_row) & (row + 1 < height), *masks)
+        x_ptr += width * x_token_stride
+        above, own, sums = add_two_rows(sums, start, upper, lower, weights)
+        silu_and_store(
+            above, grad_y_ptr, grad_offset, grad_y_token_stride, y_ptr, target, channels, row > first_row, masks,
+            BACKWARD, ACCURATE,
+        )  # fmt: skip
+        y_ptr += width * channels
+        grad_y_ptr += width * grad_y_token_stride
+        silu_and_store(
+            own, grad_y_ptr, grad_offset, grad_y_token_stride, y_ptr, target, channels,
+            (row >= first_row) & (row < last_row), masks, BACKWARD, ACCURATE,
+        )  # fmt: skip
+        y_ptr += width * channels
+        grad_y_ptr += width * grad_y_token_stride
 
 
 @triton.jit
-def pull_column(
-    upper, lower, above, middle, below, upper_x, lower_x, index, grad_ptr, channels, taps_ptr, row, first_row,
-    first_column, height, width, channel, channel_live, RIGHT: tl.constexpr, COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+def silu_and_store(
+    total, grad_ptr, grad_offset, grad_token_stride, y_ptr, target, channels, row_live, masks,
+    BACKWARD: tl.constexpr, ACCURATE: tl.constexpr,
 ):  # fmt: skip
-    """What g in one column of neighbours, at the tokens n - t of three taps t, adds.
-
-    To c^T(g) in ``upper`` and ``lower``, the even and the odd rows, and to g x of the taps ``above``, ``middle`` and
-    ``below``. Also returns g at the two rows themselves.
-    """
-    column = index % COLUMNS - RIGHT
-    live = (first_column + column >= 0) & (first_column + column < width)
-    place = (column * channels, live, first_row, height, channel, channel_live)
-    w0 = load_tap(taps_ptr, CHANNELS, channel, channel_live, 1 + RIGHT, False)
-    w1 = load_tap(taps_ptr, CHANNELS, channel, channel_live, 4 + RIGHT, False)
-    w2 = load_tap(taps_ptr, CHANNELS, channel, channel_live, 7 + RIGHT, False)
-    grad = load_row(grad_ptr, width * channels, row - 1, *place)
-    upper += grad * w2
-    below += grad * upper_x
-    upper_grad = load_row(grad_ptr, width * channels, row, *place)
-    upper += upper_grad * w1
-    middle += upper_grad * upper_x
-    lower += upper_grad * w2
-    below += upper_grad * lower_x
-    lower_grad = load_row(grad_ptr, width * channels, row + 1, *place)
-    upper += lower_grad * w0
-    above += lower_grad * upper_x
-    lower += lower_grad * w1
-    middle += lower_grad * lower_x
-    grad = load_row(grad_ptr, width * channels, row + 2, *place)
-    lower += grad * w0
-    above += grad * lower_x
-    return upper, lower, above, middle, below, upper_grad, lower_grad
+    """Store silu(p) of a row, or ``BACKWARD`` du silu'(p)."""
+    if BACKWARD:
+        grads = load_pair(grad_ptr, grad_offset, grad_token_stride, row_live, masks[1], masks[2])
+    for right in tl.static_range(2):
+        part = sigmoid(total[right], ACCURATE)
+        y = total[right] * part
+        if BACKWARD:
+            y = grads[right] * (part + y * (1.0 - part))
+        tl.store(y_ptr + (target + right * channels), y.to(y_ptr.dtype.element_ty), mask=masks[1 + right] & row_live)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def stencil_backward_kernel(
-    grad_ptr, x_ptr, taps_ptr, grad_x_ptr, parts_ptr, x_batch_stride, x_token_stride, channels,
-    height, width, tiles, tiles_across, tiles_per_split,
-    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, grad_x_ptr, parts_ptr, x_batch_stride, x_token_stride, channels,
+    height, width, blocks, rows_per_run,
+    RESIDUAL: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """dx, and parts (batch * splits, 10, channels) of dw (rows 0 to 8) and db (row 9), over a run of tiles.
+    """dx, and parts (batch * runs * strips, 10, channels) of dw (rows 0 to 8) and db (row 9).
 
-    g at a token's nine neighbours serves all three, so it is loaded once, and for two rows at a time. Grid: channel
-    blocks, splits, batch. g and dx are contiguous.
+    A row of g serves all three. g and dx are contiguous. Grid: see `strip_place`.
     """
-    block = tl.program_id(0)
-    index = tl.arange(0, ROWS // 2 * COLUMNS)
-    row = index // COLUMNS * 2
-    channel = tl.arange(0, CHANNELS)
-    channel_live = block * CHANNELS + channel < channels
-    batch = tl.program_id(2).to(tl.int64)
-    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + block * CHANNELS
-    grad_ptr += batch * height * width * channels + block * CHANNELS
-    grad_x_ptr += batch * height * width * channels + block * CHANNELS
-    taps_ptr += block * (9 * CHANNELS)
+    block, first_column, first_row, count, batch = strip_place(blocks, width, rows_per_run, height, GROUPS)
+    index = tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + index
+    live = channel < channels
+    weights = load_weights(weight_ptr, channel, live, True, RESIDUAL)
+    masks = strip_masks(first_column, width, live, GROUPS)
+    pair = 2 * tl.arange(0, GROUPS)[:, None]
+    offset = pair * channels + index[None, :]
+    x_offset = pair * x_token_stride + index[None, :]
+    last_row = first_row + count
+    place = (first_row - 1).to(tl.int64) * width + first_column
+    x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + (place + width) * x_token_stride + block * CHANNELS
+    grad_ptr += (batch * height * width + place) * channels + block * CHANNELS
+    grad_x_ptr += (batch * height * width + place - width) * channels + block * CHANNELS
 
-    zero = tl.zeros((ROWS // 2 * COLUMNS, CHANNELS), tl.float32)
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    first_tile = tl.program_id(1) * tiles_per_split
-    down, across = first_tile // tiles_across, first_tile % tiles_across
-    for _ in tl.range(first_tile, tl.minimum(first_tile + tiles_per_split, tiles), num_stages=1):
-        first_row, first_column = down * ROWS, across * COLUMNS
-        first = (first_row * width + first_column).to(tl.int64)
-        column = index % COLUMNS
-        live = first_column + column < width
-        place = (column * x_token_stride, live, first_row, height, channel, channel_live)
-        upper_x = load_row(x_ptr + first * x_token_stride, width * x_token_stride, row, *place)
-        lower_x = load_row(x_ptr + first * x_token_stride, width * x_token_stride, row + 1, *place)
-        place = (
-            upper_x,
-            lower_x,
-            index,
-            grad_ptr + first * channels,
-            channels,
-            taps_ptr,
-            row,
-            first_row,
-            first_column,
-            height,
-            width,
-            channel,
-            channel_live,
-        )
-        upper, lower, s1, s4, s7, upper_grad, lower_grad = pull_column(
-            zero, zero, s1, s4, s7, *place, 0, COLUMNS, CHANNELS
-        )  # fmt: skip
-        s9 += upper_grad + lower_grad
-        if RESIDUAL:
-            upper += upper_grad
-            lower += lower_grad
-        upper, lower, s0, s3, s6, upper_grad, lower_grad = pull_column(
-            upper, lower, s0, s3, s6, *place, -1, COLUMNS, CHANNELS
-        )  # fmt: skip
-        upper, lower, s2, s5, s8, upper_grad, lower_grad = pull_column(
-            upper, lower, s2, s5, s8, *place, 1, COLUMNS, CHANNELS
-        )  # fmt: skip
-        local, inner, mask = tile_mask(first_row, first_column, height, width, CHANNELS, CHANNELS, ROWS, COLUMNS)
-        target = grad_x_ptr + first * channels + local * channels + inner
-        total = joined(upper, lower, ROWS // 2 * COLUMNS, CHANNELS)
-        tl.store(target, total.to(grad_x_ptr.dtype.element_ty), mask=mask & channel_live[None, :])
-        down, across = next_tile(down, across, tiles_across)
-
-    part = batch * tl.num_programs(1) + tl.program_id(1)
-    channel += block * CHANNELS
-    parts_ptr += part * 10 * channels
-    store_sum(parts_ptr, s0, 0, channels, channel, channel_live)
-    store_sum(parts_ptr, s1, 1, channels, channel, channel_live)
-    store_sum(parts_ptr, s2, 2, channels, channel, channel_live)
-    store_sum(parts_ptr, s3, 3, channels, channel, channel_live)
-    store_sum(parts_ptr, s4, 4, channels, channel, channel_live)
-    store_sum(parts_ptr, s5, 5, channels, channel, channel_live)
-    store_sum(parts_ptr, s6, 6, channels, channel, channel_live)
-    store_sum(parts_ptr, s7, 7, channels, channel, channel_live)
-    store_sum(parts_ptr, s8, 8, channels, channel, channel_live)
-    store_sum(parts_ptr, s9, 9, channels, channel, channel_live)
+    zero = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    sums = zero, zero, zero, zero
+    products = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+    # x is zero outside of the run, so that each product counts in one run.
+    x0, x1 = (zero, zero), (zero, zero)
+    for row in tl.range(first_row - 1, last_row + 1, 2, num_stages=1):
+        upper = load_strip(grad_ptr, offset, channels, (row >= 0) & (row < height), *masks)
+        grad_ptr += width * channels
+        lower = load_strip(grad_ptr, offset, channels, (row < last_row) & (row + 1 < height), *masks)
+        grad_ptr += width * channels
+        x2 = load_pair(x_ptr, x_offset, x_token_stride, row + 1 < last_row, masks[1], masks[2])
+        x_ptr += width * x_token_stride
+        x3 = load_pair(x_ptr, x_offset, x_token_stride, row + 2 < last_row, masks[1], masks[2])
+        x_ptr += width * x_token_stride
+        above, own, sums = add_two_rows(sums, zero, upper, lower, weights)
+        products = add_all_products(products, upper, lower, x0, x1, x2, x3)
+        products = add_own(products, upper, lower, row >= first_row, row < last_row, row + 1 < last_row)
+        x0, x1 = x2, x3
+        for right in tl.static_range(2):
+            target = grad_x_ptr + (offset + right * channels)
+            mask = masks[1 + right]
+            tl.store(target, above[right].to(grad_x_ptr.dtype.element_ty), mask=mask & (row > first_row))
+            mask = mask & (row >= first_row) & (row < last_row)
+            tl.store(target + width * channels, own[right].to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_x_ptr += 2 * width * channels
+    store_sums(parts_ptr, blocks, channels, channel, live, products)

@@ -3,21 +3,19 @@
 import torch
 from torch import Tensor
 
-from mila_mm.ops.attention import lepe_kernels
 from mila_mm.ops.rows import launch as row_launch
 from mila_mm.ops.stencil import kernels as stencil_kernels
+from mila_mm.ops.stencil import lepe_kernels
 from mila_mm.ops.triton import configs
 from mila_mm.ops.triton.kept import start
-from mila_mm.ops.triton.tensors import aligned, depthwise_taps, fp32_like, on_device, readable
+from mila_mm.ops.triton.tensors import aligned, fp32_like, on_device, readable
 
 
-def _tiles(setting: configs.Launch, height: int, width: int) -> tuple[int, int]:
-    """Tiles across an image, and down."""
-    return -(-width // setting.columns), -(-height // setting.rows)
-
-
-def _tile_options(setting: configs.Launch) -> dict[str, int]:
-    return {'ROWS': setting.rows, 'COLUMNS': setting.columns, **setting.options()}
+def _runs(setting: configs.Strip, x: Tensor, blocks: int, height: int, width: int) -> tuple[tuple[int, int, int], int]:
+    """Grid of a kernel that walks down strips, and the rows of its runs."""
+    batch, side = x.shape[0], blocks * setting.strips(width)
+    rows = configs.rows_per_run(height, side * batch)
+    return (side, -(-height // rows), batch), rows
 
 
 def cpe_norm_forward(
@@ -48,16 +46,14 @@ def cpe_norm_forward(
     if x.numel() == 0:
         return out, y, mean, rstd
     x = readable(x, width)
-    setting = configs.norm_launch(channels)
-    across, down = _tiles(setting, height, width)
+    setting = configs.norm_strip(channels)
+    grid, rows = _runs(setting, x, 1, height, width)
     with on_device(x):
         start(
-            stencil_kernels.cpe_norm_kernel, (across, down, batch),
-            x, depthwise_taps(conv_weight, x, channels), conv_bias.contiguous(), norm_weight.contiguous(),
-            norm_bias.contiguous(), out, y, mean, rstd,
-            x.stride(0), x.stride(1), height, width, eps,
-            CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(channels),
-            **_tile_options(setting),
+            stencil_kernels.cpe_norm_kernel, grid,
+            x, conv_weight.contiguous(), conv_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(),
+            out, y, mean, rstd, x.stride(0), x.stride(1), height, width, rows, eps,
+            CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(channels), **setting.options(),
         )  # fmt: skip
     return out, y, mean, rstd
 
@@ -102,22 +98,10 @@ def dwc_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width
     Returns:
         (B, N, C) contiguous in x's dtype.
     """
-    batch, tokens, channels = x.shape
-    y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
-    x = readable(x, width)
-    setting = configs.STENCIL
-    across, down = _tiles(setting, height, width)
-    blocks = -(-channels // configs.STENCIL_CHANNELS)
-    with on_device(x):
-        start(
-            stencil_kernels.dwc_silu_kernel, (across * blocks, down, batch),
-            x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), bias.contiguous(), y, x.stride(0), x.stride(1),
-            channels, height, width, blocks,
-            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
-            **_tile_options(setting),
-        )  # fmt: skip
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        x = readable(x, width)
+        _convolve_silu(x, weight, bias, x, y, height, width, backward=False)
     return y
 
 
@@ -125,58 +109,83 @@ def dwc_silu_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernels of the gradients of x, weight and bias, from grad_y (B, N, C) of any strides."""
-    batch, tokens, channels = x.shape
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     x, grad_y = readable(x, width), readable(grad_y, width)
-    grad = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    setting = configs.STENCIL
-    across, down = _tiles(setting, height, width)
-    blocks = -(-channels // configs.STENCIL_CHANNELS)
+    grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _convolve_silu(x, weight, bias, grad_y, grad, height, width, backward=True)
+    return _stencil_backward(grad, x, weight, bias, height, width, residual=False)
+
+
+def _convolve_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, grad_y: Tensor, y: Tensor, height: int, width: int, backward: bool
+) -> None:
+    """Fill y with silu(p), or ``backward`` with grad_y silu'(p); p is the convolution of x."""
+    channels = x.shape[2]
+    setting, width_of_block = configs.strip(x.dtype), configs.STENCIL_CHANNELS
+    blocks = -(-channels // width_of_block)
+    grid, rows = _runs(setting, x, blocks, height, width)
     with on_device(x):
         start(
-            stencil_kernels.silu_backward_kernel, (across * blocks, down, batch),
-            grad_y, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), bias.contiguous(), grad,
-            grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), channels, height, width, blocks,
-            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
-            **_tile_options(setting),
+            stencil_kernels.dwc_silu_kernel, grid,
+            x, weight.contiguous(), bias.contiguous(), grad_y, y,
+            x.stride(0), x.stride(1), grad_y.stride(0), grad_y.stride(1), channels, height, width, blocks, rows,
+            BACKWARD=backward, CHANNELS=width_of_block, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
+            **setting.options(),
         )  # fmt: skip
-    return _stencil_backward(grad, x, weight, bias, height, width, residual=False)
 
 
 def _stencil_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from g (B, N, C), contiguous, the gradient of the convolution's result."""
-    batch, tokens, channels = x.shape
+    channels = x.shape[2]
     x = readable(x, width)
-    setting = configs.STENCIL_BACKWARD
-    across, down = _tiles(setting, height, width)
-    tiles = across * down
-    run = configs.tiles_per_split(tiles, configs.TILES_PER_STENCIL_SPLIT)
-    splits = -(-tiles // run)
-    blocks = -(-channels // configs.STENCIL_CHANNELS)
-    grad_x = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    parts = fp32_like(x, batch * splits, 10, channels)
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    setting, width_of_block = configs.STRIP_BACKWARD, configs.STENCIL_CHANNELS
+    blocks = -(-channels // width_of_block)
+    grid, rows = _runs(setting, x, blocks, height, width)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts = fp32_like(x, grid[0] // blocks * grid[1] * grid[2], 10, channels)
     with on_device(x):
         start(
-            stencil_kernels.stencil_backward_kernel, (blocks, splits, batch),
-            grad, x, depthwise_taps(weight, x, configs.STENCIL_CHANNELS), grad_x, parts, x.stride(0), x.stride(1),
-            channels, height, width, tiles, across, run,
-            RESIDUAL=residual, CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), **_tile_options(setting),
+            stencil_kernels.stencil_backward_kernel, grid,
+            grad, x, weight.contiguous(), grad_x, parts, x.stride(0), x.stride(1), channels,
+            height, width, blocks, rows,
+            RESIDUAL=residual, CHANNELS=width_of_block, ALIGNED=aligned(channels), **setting.options(),
         )  # fmt: skip
+        return grad_x, *reduce_weight_parts(parts, weight, bias)
+
+
+def depthwise_weight_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight (C, 1, 3, 3) and bias (C,) of a depthwise 3x3 of x (B, N, C), in their dtypes.
+
+    From grad, the gradient of its result; both as :func:`mila_mm.ops.triton.tensors.readable` returns them.
+    """
+    channels = x.shape[2]
+    setting, width_of_block = configs.strip(x.dtype), configs.STENCIL_CHANNELS
+    blocks = -(-channels // width_of_block)
+    grid, rows = _runs(setting, x, blocks, height, width)
+    parts = fp32_like(x, grid[0] // blocks * grid[1] * grid[2], 10, channels)
+    with on_device(x):
         start(
-            lepe_kernels.lepe_reduce_kernel,
-            (10 * -(-channels // configs.LEPE_CHANNELS),),
-            parts,
-            grad_weight,
-            grad_bias,
-            channels,
-            batch * splits,
-            ROWS=configs.REDUCE_ROWS,
-            CHANNELS=configs.LEPE_CHANNELS,
-            num_warps=configs.REDUCE_WARPS,
-        )
-    return grad_x, grad_weight, grad_bias
+            lepe_kernels.lepe_backward_kernel, grid,
+            grad, x, parts, grad.stride(0), grad.stride(1), x.stride(0), x.stride(1),
+            channels, height, width, blocks, rows,
+            CHANNELS=width_of_block, ALIGNED=aligned(channels), **setting.options(),
+        )  # fmt: skip
+        return reduce_weight_parts(parts, weight, bias)
+
+
+def reduce_weight_parts(parts: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum parts (P, 10, C): the gradients of a depthwise weight (C, 1, 3, 3) and bias (C,), in their dtypes."""
+    count, _, channels = parts.shape
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    start(
+        lepe_kernels.lepe_reduce_kernel, (10 * -(-channels // configs.LEPE_CHANNELS),),
+        parts, grad_weight, grad_bias, channels, count,
+        ROWS=configs.REDUCE_ROWS, CHANNELS=configs.LEPE_CHANNELS, num_warps=configs.REDUCE_WARPS,
+    )  # fmt: skip
+    return grad_weight, grad_bias

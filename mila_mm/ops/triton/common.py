@@ -180,13 +180,6 @@ def tile_place(heads, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def next_tile(down, across, tiles_across):
-    """The tile after (down, across), row by row."""
-    wraps = across + 1 == tiles_across
-    return tl.where(wraps, down + 1, down), tl.where(wraps, 0, across + 1)
-
-
-@triton.jit
 def tile_mask(
     first_row, first_column, height, width,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -128,13 +128,7 @@ def tokens_per_split(tokens: int) -> int:
     return run
 
 
-def tiles_per_split(tiles: int, least: int) -> int:
-    """Tiles that one program of a kernel for weight gradients takes: a function of the image size alone."""
-    return max(least, -(-tiles // MAX_GRID))
-
-
-TILES_PER_LEPE_SPLIT = 8
-REDUCE_CHUNK, REDUCE_ROWS, REDUCE_WARPS = 128, 32, 4
+REDUCE_CHUNK, REDUCE_ROWS, REDUCE_WARPS = 32, 128, 4
 LEPE_CHANNELS = 32
 
 # kernel -> head width, or else padded head width -> Launch. Sixteen elements per thread and tensor: what a thread does
@@ -192,13 +186,6 @@ _TABLE: dict[str, dict[str, dict[int, Launch]]] = {
 }
 
 
-def lepe_launch(dtype: torch.dtype, channels: int) -> Launch:
-    """The settings of the kernel that sums the LePE gradients; its ten sums stay in registers."""
-    if channels % 16:  # unaligned tokens are loaded channel by channel, at an address each
-        return Launch(8, 8, 8)
-    return Launch(8, 8, 4, registers=None if dtype == torch.float32 else 168)
-
-
 def launch(kernel: str, products: str, head_width: int, straddles: bool, hopper: bool) -> Launch:
     """The settings of one kernel.
 
@@ -221,15 +208,66 @@ MAX_STENCIL_CHANNELS = 1024
 """Widest tokens of the block's stencils: a LayerNorm holds all channels of a token in one program."""
 STENCIL_CHANNELS = 32
 """Channels of one program of the stencils that need no sum over channels."""
-TILES_PER_STENCIL_SPLIT = 8
 _ROW_ELEMENTS = 2048
+_STRIP_PROGRAMS = 1024
+
+
+@dataclass(frozen=True)
+class Strip:
+    """How a stencil walks down a map (:mod:`mila_mm.ops.triton.strip`).
+
+    Attributes:
+        groups: Pairs of columns of one program.
+        warps: Warps per program. Four channels of a pair a thread: nine weights of each stay in its registers.
+        registers: As :attr:`Launch.registers`.
+    """
+
+    groups: int
+    warps: int
+    registers: int | None = None
+
+    def strips(self, width: int) -> int:
+        """Strips that a map of a width has."""
+        return -(-width // (2 * self.groups))
+
+    def options(self) -> dict[str, int]:
+        """The launch options and the compile-time argument."""
+        limit = {} if self.registers is None else {'maxnreg': self.registers}
+        return {'GROUPS': self.groups, 'num_warps': self.warps, **limit}
+
+
+STRIP = Strip(16, 4)
+STRIP_BACKWARD = Strip(8, 4)
+"""Nine weights, ten sums and four rows of x: two channels of a pair a thread are what registers hold."""
+
+
+def strip(dtype: torch.dtype) -> Strip:
+    """How the stencils walk that keep nine weights or ten sums: 16 bits leave room for more programs at a time."""
+    return STRIP if dtype == torch.float32 else replace(STRIP, registers=128)
+
+
+def rows_per_run(height: int, programs: int) -> int:
+    """Rows that a program walks down, where ``programs`` walk side by side.
+
+    A run reads two rows more than it has, so long ones read less; but all of a GPU should have something to do. A
+    result at a token does not depend on it.
+    """
+    for rows in (32, 16, 8):
+        if programs * -(-height // rows) >= _STRIP_PROGRAMS:
+            return rows
+    return 4
+
+
+def norm_strip(channels: int) -> Strip:
+    """How the stencil walks that holds all channels of a token."""
+    padded = padded_width(channels)
+    return Strip(max(1, 512 // padded), max(4, padded // 128))
 
 
 def norm_launch(channels: int) -> Launch:
-    """The settings of the kernels that hold all channels of a token: 16 elements a thread, at most 64 tokens."""
-    tokens = max(2, min(64, _ROW_ELEMENTS // padded_width(channels)))  # two rows at least, see `stencil`
-    columns = 1 << ((tokens.bit_length() - 1) // 2)
-    return Launch(tokens // columns, columns, 4)
+    """The settings of a LayerNorm's kernels, with all channels of a token: 16 elements a thread, at most 64 tokens."""
+    tokens = max(2, min(64, _ROW_ELEMENTS // padded_width(channels)))
+    return Launch(tokens, 1, 4)
 
 
 def norm_tokens_per_split(channels: int) -> int:
@@ -237,10 +275,6 @@ def norm_tokens_per_split(channels: int) -> int:
     setting = norm_launch(channels)
     return 8 * setting.rows * setting.columns
 
-
-STENCIL = Launch(8, 8, 4)
-STENCIL_BACKWARD = Launch(4, 8, 4)
-"""Ten sums, two rows of x and of results: eight elements a thread is what registers hold."""
 
 COLUMN_SUM = Launch(64, 64, 4)
 """Rows of one step and channels of one program: 32 elements a thread."""
