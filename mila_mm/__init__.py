@@ -20,6 +20,7 @@ __all__ = [
     'LinearAttentionTransformer',
     'MESAHook',
     'MILAClassifier',
+    'Predictor',
     '__version__',
     'models',
     'ops',
@@ -31,6 +32,7 @@ _HOMES = {
     'LinearAttentionTransformer': 'mila_mm.study.model.backbone',
     'MESAHook': 'mila_mm.engine',
     'MILAClassifier': 'mila_mm.nn.classifier',
+    'Predictor': 'mila_mm.engine',
     'swap_backbone': 'mila_mm.swap',
 }
 

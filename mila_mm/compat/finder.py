@@ -49,7 +49,7 @@ def install() -> None:
     if late and 'mmcv' in sys.modules and _EXT_NAME not in sys.modules:
         warnings.warn(
             f'{", ".join(late)} was imported before mila_mm, while mmcv has no compiled ops: its calls of mmcv.ops '
-            "will raise. Import mila_mm first, or put custom_imports=dict(imports=['mila_mm']) into the config.",
+            'will raise. Import mila_mm first; tools of mmdet and mmseg run by: mila run mmdet TOOL',
             stacklevel=3,
         )
 

@@ -9,6 +9,8 @@ from mila_mm.engine.hooks.mesa import MESAHook
 from mila_mm.engine.hooks.nonfinite import NonFiniteHook
 from mila_mm.engine.hooks.resume_state import ResumeStateHook
 from mila_mm.engine.hooks.stop import StopHook
+from mila_mm.engine.inference.predict import predict
+from mila_mm.engine.inference.predictor import Predictor
 from mila_mm.engine.optimizers.amp import AmpOptimWrapper
 from mila_mm.engine.optimizers.layer_decay import LayerDecayOptimWrapperConstructor
 from mila_mm.engine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop
@@ -30,6 +32,7 @@ __all__ = [
     'MESAHook',
     'NonFiniteHook',
     'PredictionDrawHook',
+    'Predictor',
     'ResumableBatchSampler',
     'ResumeStateHook',
     'RunIdentityHook',
@@ -37,6 +40,7 @@ __all__ = [
     'StopHook',
     'build_runner',
     'load_config',
+    'predict',
     'scope_of',
     'test',
     'train',

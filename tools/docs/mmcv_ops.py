@@ -12,8 +12,10 @@ HEAD = """\
 
 `import mila_mm` appends an import hook to the end of `sys.meta_path`. Where mmcv was installed without its compiled
 ops, the hook supplies `mmcv._ext` over torchvision's kernels and plain PyTorch, on CPU and CUDA. A compiled mmcv
-always wins: the hook is then never asked. `mila_mm` must be imported before `mmdet` or `mmseg`; this package's tools
-do so, and a config does it with `custom_imports = dict(imports=['mila_mm'])`.
+always wins: the hook is then never asked. `mila_mm` must be imported before `mmdet` or `mmseg`: `mila` and
+`tools/*.py` do so, in Python `import mila_mm` comes first, and a tool of mmdet or mmseg runs by `mila run mmdet TOOL`.
+A config's `custom_imports = dict(imports=['mila_mm'])` is enough for mmdet's `train.py` only: the other tools import
+mmcv's ops before they read a config.
 
 Provided is what the models of mmdet and mmseg call. Where the original computes in float32 only, float64 and, through
 float32, float16 and bfloat16 work too. Nothing here is compiled or installed at run time. Speed beside a compiled mmcv:

@@ -1,0 +1,1 @@
+"""Predictions of a trained model on pictures, folders, videos and cameras."""

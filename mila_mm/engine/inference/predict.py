@@ -1,0 +1,120 @@
+"""Predict on everything that a source gives, and write it."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+
+from mila_mm.engine.config.build_errors import plain_failures
+from mila_mm.engine.inference.outputs import Outputs
+from mila_mm.engine.inference.predictor import Predictor
+from mila_mm.engine.inference.sources import Picture, Source, open_source
+from mila_mm.errors import UserError
+
+
+@dataclass
+class Summary:
+    """What became of a run.
+
+    Attributes:
+        images: Number of images that were predicted on.
+        found: Boxes and instances above the threshold, of a detector.
+        seconds: Time of reading, predicting, drawing and writing.
+        model_seconds: That of the model and its pipeline alone.
+        written: A line for each kind of output.
+        failures: A line for each image that could not be read, and for a video that broke off.
+        interrupted: Whether Ctrl-C ended it.
+    """
+
+    images: int = 0
+    found: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+    written: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def predict(
+    config: str,
+    checkpoint: str,
+    source: str,
+    *,
+    out: str = 'predictions',
+    pictures: bool = True,
+    write_json: bool = False,
+    masks: bool = False,
+    score_thr: float = 0.3,
+    batch: int = 1,
+    device: str | None = None,
+    limit: int | None = None,
+    cfg_options: Sequence[str] = (),
+    progress: Callable[[Iterable[Picture], Source], Iterable[Picture]] | None = None,
+) -> Summary:
+    """Predict on a picture, a folder, a glob pattern, a video or a camera.
+
+    Args:
+        config: As for :class:`Predictor`.
+        checkpoint: As for :class:`Predictor`.
+        source: As for :func:`mila_mm.engine.inference.sources.open_source`.
+        out: Folder to write to. Defaults to ``predictions``.
+        pictures: Whether to draw pictures, or a video of a video. Defaults to True.
+        write_json: Whether to write ``predictions.json`` in COCO's layout. Defaults to False.
+        masks: Whether to write label maps as PNG. Defaults to False.
+        score_thr: Boxes and instances of lower scores are left out. Defaults to 0.3.
+        batch: Images that the model takes at once. Defaults to 1.
+        device: As for :class:`Predictor`.
+        limit: Stop after so many images. Defaults to all.
+        cfg_options: Overrides as ``key.of.entry=value``.
+        progress: Wraps the images, to show how many have come.
+
+    Returns:
+        What became of it; a file that cannot be read does not end it.
+
+    Raises:
+        UserError: If nothing can be predicted, or the disk is full.
+    """
+    if batch < 1:
+        raise UserError(f'--batch: expected a number above 0, got {batch}')
+    images = open_source(source)  # before the model, which takes longer
+    predictor = Predictor(config, checkpoint, device=device, cfg_options=cfg_options)
+    options: dict[str, Any] = dict(pictures=pictures, write_json=write_json, masks=masks, score_thr=score_thr)
+    outputs = Outputs(out, predictor, images, **options)
+    summary = Summary()
+    start = time.perf_counter()
+    shown = images if progress is None else progress(images, images)
+    try:
+        with plain_failures():
+            for group in _groups(islice(shown, limit), batch):
+                began = time.perf_counter()
+                samples = _run(predictor, group)
+                summary.model_seconds += time.perf_counter() - began
+                for picture, sample in zip(group, samples, strict=True):
+                    outputs.add(picture, sample)
+                summary.images += len(group)
+    except KeyboardInterrupt:
+        summary.interrupted = True
+    finally:
+        summary.written = outputs.close()
+    summary.seconds = time.perf_counter() - start
+    summary.found, summary.failures = outputs.found, images.failures
+    return summary
+
+
+def _run(predictor: Predictor, group: list[Picture]) -> list[Any]:
+    try:
+        return predictor([picture.image for picture in group])
+    except torch.OutOfMemoryError as error:
+        height, width = group[0].image.shape[:2]
+        raise UserError(
+            f'the GPU has too little memory for {len(group)} images of {width} x {height}: give a smaller --batch'
+        ) from error
+
+
+def _groups(images: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    iterator = iter(images)
+    while group := list(islice(iterator, size)):
+        yield group

@@ -1,0 +1,192 @@
+"""Where images to predict on come from: pictures, folders, glob patterns, videos, cameras."""
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+
+from mila_mm.engine.config.load import one_line
+from mila_mm.errors import UserError
+
+PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+VIDEOS = ('.mp4', '.avi', '.mkv', '.mov', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
+_STREAMS = ('rtsp://', 'rtmp://', 'http://', 'https://')
+_PATTERN = frozenset('*?[')
+# The number of frames in a video's header is often off by one or two.
+_MISCOUNTED = 2
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image to predict on.
+
+    Attributes:
+        name: Path for what is written about it, relative, with the suffix of the picture or without one.
+        image: (H, W, 3) uint8, BGR.
+        origin: The file, for messages and in JSON; of a frame the name alone.
+    """
+
+    name: str
+    image: np.ndarray
+    origin: str
+
+
+class Source:
+    """Images one after the other.
+
+    Attributes:
+        total: How many there are; None where nobody can know.
+        fps: Frames per second of a video or a camera; None for pictures.
+        name: Name for a video that is written of them, without suffix.
+        failures: One line for each that could not be read; grows while iterating.
+    """
+
+    def __init__(self, name: str, total: int | None, fps: float | None) -> None:
+        self.name, self.total, self.fps = name, total, fps
+        self.failures: list[str] = []
+
+    def __iter__(self) -> Iterator[Picture]:
+        raise NotImplementedError
+
+
+class Pictures(Source):
+    """Picture files; one that cannot be read is told in ``failures`` and left out.
+
+    Args:
+        paths: The files.
+        root: Folder that names are relative to.
+    """
+
+    def __init__(self, paths: list[Path], root: Path) -> None:
+        super().__init__(root.name, len(paths), None)
+        self.paths, self.root = paths, root
+
+    def __iter__(self) -> Iterator[Picture]:
+        for path in self.paths:
+            try:
+                image = read_picture(path)
+            except UserError as error:
+                self.failures.append(str(error))
+                continue
+            yield Picture(path.relative_to(self.root).as_posix(), image, str(path))
+
+
+class Video(Source):
+    """Frames of a video file or a camera.
+
+    Args:
+        where: File, number of a camera, or address of a stream.
+        name: What messages call it.
+
+    Raises:
+        UserError: If it cannot be opened, or has no frame.
+    """
+
+    def __init__(self, where: str | int, name: str) -> None:
+        with _quiet_opencv():
+            self.capture = cv2.VideoCapture(where)
+        self.where, self.is_file = name, isinstance(where, str) and not where.startswith(_STREAMS)
+        if not self.capture.isOpened():
+            if isinstance(where, int):
+                raise UserError(f'camera {where} is not there or in use; 0 is the first one, /dev/video* lists them')
+            what = 'cannot be read as a video: damaged, or of an unknown format' if self.is_file else 'does not answer'
+            raise UserError(f'{name} {what}')
+        count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)) if self.is_file else 0
+        fps = self.capture.get(cv2.CAP_PROP_FPS)
+        super().__init__(
+            Path(name).stem if self.is_file else 'camera', count if count > 0 else None, fps if 0 < fps < 1000 else 25.0
+        )
+
+    def __iter__(self) -> Iterator[Picture]:
+        index = 0
+        try:
+            while True:
+                with _quiet_opencv():
+                    there, image = self.capture.read()
+                if not there:
+                    break
+                yield Picture(f'{self.name}_{index:06d}', image, f'{self.name}_{index:06d}')
+                index += 1
+        finally:
+            self.capture.release()
+        if not self.is_file:
+            self.failures.append(f'{self.where}: no more frames came after {index}')
+        elif index == 0:
+            self.failures.append(f'{self.where}: holds no frame that can be read')
+        elif self.total is not None and index < self.total - _MISCOUNTED:
+            self.failures.append(f'{self.where}: broke off after {index} of {self.total} frames')
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """Read a picture as training does: (H, W, 3) uint8, BGR, turned as its EXIF data say.
+
+    Raises:
+        UserError: If it is not there or cannot be read.
+    """
+    try:
+        image = mmcv.imfrombytes(Path(path).read_bytes(), flag='color')
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror or one_line(error)}') from error
+    except (cv2.error, ValueError) as error:
+        raise UserError(f'{path}: cannot be read as a picture') from error
+    if image is None:
+        raise UserError(f'{path}: cannot be read as a picture')
+    return image
+
+
+def open_source(source: str) -> Source:
+    """Open what a user named.
+
+    Args:
+        source: A picture, a folder of pictures, a glob pattern (``'**'`` goes into folders), a video, the number of a
+            camera, or the address of a stream.
+
+    Raises:
+        UserError: If it is not there, cannot be opened, or holds no picture.
+    """
+    if source.isdecimal():
+        return Video(int(source), f'camera {source}')
+    if source.startswith(_STREAMS):
+        return Video(source, source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Pictures(_pictures_among([entry for entry in path.iterdir() if entry.is_file()], source), path)
+    if path.is_file():
+        if path.suffix.lower() in VIDEOS:
+            return Video(str(path), source)
+        if path.suffix.lower() not in PICTURES:
+            kinds = f'a picture ({" ".join(PICTURES)}), a video ({" ".join(VIDEOS)})'
+            raise UserError(f'{source}: expected {kinds}, a folder or a pattern')
+        return Pictures([path], path.parent)
+    if _PATTERN & set(source):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+        paths = _pictures_among(found, source)
+        return Pictures(paths, Path(os.path.commonpath([each.parent for each in paths])))
+    raise UserError(f'{source} does not exist (looked in {Path.cwd()})')
+
+
+def _pictures_among(paths: list[Path], source: str) -> list[Path]:
+    found = sorted(path for path in paths if path.suffix.lower() in PICTURES)
+    if not found:
+        videos = sum(path.suffix.lower() in VIDEOS for path in paths)
+        others = f'; {videos} of them are videos: name one' if videos else ''
+        raise UserError(f'{source}: no picture among {len(paths)} files (expected {" ".join(PICTURES)}){others}')
+    return found
+
+
+@contextmanager
+def _quiet_opencv() -> Iterator[None]:
+    """Keep OpenCV's and ffmpeg's lines off the screen: what is wrong is said in ours."""
+    os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
+    before = cv2.getLogLevel()
+    cv2.setLogLevel(0)
+    try:
+        yield
+    finally:
+        cv2.setLogLevel(before)

@@ -1,0 +1,74 @@
+"""Sources of images, sound and broken."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mila_mm.engine.inference.sources import open_source, read_picture
+from mila_mm.errors import UserError
+
+
+def test_folder(folder: Path) -> None:
+    source = open_source(str(folder))
+    assert source.total == 4
+    assert [(picture.name, picture.image.shape) for picture in source] == [
+        ('a.jpg', (48, 64, 3)),
+        ('b.png', (40, 56, 3)),
+        ('c.bmp', (48, 64, 3)),
+    ]
+    assert source.failures == [f'{folder / "broken.jpg"}: cannot be read as a picture']
+
+
+def test_pattern_keeps_the_folders_below_the_common_one(folder: Path) -> None:
+    (folder / 'below').mkdir()
+    (folder / 'b.png').rename(folder / 'below' / 'a.jpg')
+    names = [picture.name for picture in open_source(f'{folder}/**/[ac].*')]
+    assert names == ['a.jpg', 'below/a.jpg', 'c.bmp']
+
+
+def test_picture_is_what_training_reads(folder: Path) -> None:
+    from mmcv.transforms import LoadImageFromFile
+
+    expected = LoadImageFromFile()({'img_path': str(folder / 'a.jpg')})['img']
+    assert np.array_equal(read_picture(folder / 'a.jpg'), expected)
+
+
+def test_video(video: Path) -> None:
+    source = open_source(str(video))
+    assert (source.total, source.fps, source.name) == (8, 10.0, 'clip')
+    assert [picture.name for picture in source][:2] == ['clip_000000', 'clip_000001']
+    assert source.failures == []
+
+
+def test_a_video_that_breaks_off_says_where(video: Path) -> None:
+    data = video.read_bytes()
+    video.write_bytes(data[: len(data) // 2])
+    source = open_source(str(video))
+    source.total = source.total or 8  # the cut file may have lost its count
+    frames = len(list(source))
+    assert 0 < frames < 6
+    assert source.failures == [f'{video}: broke off after {frames} of {source.total} frames']
+
+
+@pytest.mark.parametrize(
+    ('make', 'said'),
+    [
+        (lambda tmp: '987', 'camera 987 is not there or in use'),
+        (lambda tmp: str(tmp / 'nowhere.jpg'), 'does not exist'),
+        (lambda tmp: str(tmp / 'nothing*.jpg'), 'no picture among 0 files'),
+        (lambda tmp: _file(tmp / 'text.txt'), 'expected a picture'),
+        (lambda tmp: _file(tmp / 'clip.mp4'), 'cannot be read as a video'),
+        (lambda tmp: str(Path(_file(tmp / 'only' / 'clip.mp4')).parent), 'no picture among 1 files'),
+    ],
+    ids=['camera', 'missing', 'pattern', 'text', 'damaged video', 'folder without pictures'],
+)
+def test_what_cannot_be_opened_is_one_message(make, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        open_source(make(tmp_path))
+
+
+def _file(path: Path) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b'nothing of use')
+    return str(path)
