@@ -135,7 +135,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(len(caught), caught[0].message)
 """
     printed = run_python(code, mmcv_without_ops)
-    assert printed.startswith('1 mmdet.models was imported before mila_mm') and 'custom_imports' in printed
+    assert printed.startswith('1 mmdet.models was imported before mila_mm') and 'mila run mmdet' in printed
 
 
 def names_mmcv_asks_for() -> set[str]:
