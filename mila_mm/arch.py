@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ ARCHS: Mapping[str, Arch] = {
 _FIELDS = ('embed_dim', 'depths', 'num_heads')
 
 
-def _is_counts(value: object) -> bool:
+def _is_counts(value: object) -> TypeGuard[Sequence[int]]:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)

@@ -56,7 +56,7 @@ def export(
             raise UserError(f'{source}: no MILA backbone in it')
         tensors = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
     if naming == 'released':
-        content = names.to_released(tensors, layout=layout, image_size=image_size)
+        content: dict[str, Any] = {**names.to_released(tensors, layout=layout, image_size=image_size)}
         tensors = next(iter(content.values()))
     else:
         content = {layout or 'state_dict': tensors}

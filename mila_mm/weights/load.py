@@ -162,7 +162,8 @@ def _read(source: str | Path | Mapping[str, Any], key: str | None, label: str | 
     label = label or 'checkpoint'
     state_dict, _ = names.unwrap(source, key=key, source=label)
     tensors, dropped = names.to_project(state_dict)
-    known = source.get('dropped') if isinstance(source.get('dropped'), Mapping) else {}
+    known = source.get('dropped')
+    known = known if isinstance(known, Mapping) else {}
     return {'state_dict': tensors, 'dropped': {**known, **dropped}}, label
 
 
@@ -172,16 +173,16 @@ def _inner(model: nn.Module) -> nn.Module:
     from mmengine.model import BaseTTAModel, is_model_wrapper
 
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
     return model
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Any], report: LoadReport, strict: bool, adapt: bool) -> LoadReport:
     """Match, load, log; raise where strict."""
     own = module.state_dict()
-    fitting = OrderedDict(tensors)
-    if getattr(tensors, '_metadata', None) is not None:
-        fitting._metadata = tensors._metadata
+    fitting = names.with_versions(OrderedDict(tensors), tensors)
     _drop_not_built(module, fitting, own, report)
     for name in [name for name in fitting if name in own]:
         if adapt and name.endswith(names.STEM):
@@ -229,10 +230,7 @@ def _lacks_some_counts(own: Mapping[str, Any], tensors: Mapping[str, Any]) -> bo
 
 def _snapshot(own: Mapping[str, Any]) -> OrderedDict:
     """Copy a state dict, which shares its memory with the model."""
-    copied = OrderedDict((name, copy.deepcopy(value)) for name, value in own.items())
-    if hasattr(own, '_metadata'):
-        copied._metadata = own._metadata  # versions: without them modules would take the keys for older ones
-    return copied
+    return names.with_versions(OrderedDict((name, copy.deepcopy(value)) for name, value in own.items()), own)
 
 
 def _compare(value: Any, target: Any, name: str, report: LoadReport) -> str:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -27,6 +27,9 @@ from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.load import disarm, load_backbone
 from mila_mm.weights.source.fetching import local_path
 from mila_mm.weights.source.published import PUBLISHED, SCHEME
+
+if TYPE_CHECKING:
+    from mmengine.model import BaseModule
 
 _OPENMMLAB = ('open-mmlab://', 'openmmlab://')
 _TORCHVISION = ('modelzoo://', 'torchvision://')
@@ -264,7 +267,7 @@ def register_loaders() -> None:
 _OPTIONS = frozenset({'type', 'checkpoint', 'prefix', 'strict', 'adapt_in_channels', 'key', 'map_location'})
 
 
-def init_pretrained(backbone: nn.Module, base_init: Callable[[], None]) -> None:
+def init_pretrained(backbone: BaseModule, base_init: Callable[[], None]) -> None:
     """Initialise a backbone as its ``init_cfg`` says, loading ``Pretrained`` weights completely or not at all.
 
     mmengine's own ``Pretrained`` loads what fits and prints the rest. Beyond its ``checkpoint``,

@@ -74,6 +74,17 @@ def backbone_prefix(keys: Mapping[str, Any]) -> str | None:
     return min((key[: -len(STEM)] for key in keys if key.endswith(STEM)), key=len, default=None)
 
 
+def with_versions(tensors: OrderedDict[str, Any], like: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """Give a state dict the versions of another's modules (torch's ``_metadata``), if that has them.
+
+    Without them modules would take its keys for those of their first version.
+    """
+    versions = getattr(like, '_metadata', None)
+    if versions is not None:
+        vars(tensors)['_metadata'] = versions
+    return tensors
+
+
 def to_project(state_dict: Mapping[str, Any]) -> tuple[OrderedDict[str, Any], dict[str, list[str]]]:
     """Turn the names of a file into those of this package's models.
 
@@ -83,7 +94,6 @@ def to_project(state_dict: Mapping[str, Any]) -> tuple[OrderedDict[str, Any], di
     Returns:
         The renamed state dict (with torch's ``_metadata``, if any), and what was dropped: reason -> keys.
     """
-    metadata = getattr(state_dict, '_metadata', None)
     tensors = dict(state_dict)
     for wrapper in _WRAPPERS:
         if tensors and all(key.startswith(wrapper) for key in tensors):
@@ -95,10 +105,7 @@ def to_project(state_dict: Mapping[str, Any]) -> tuple[OrderedDict[str, Any], di
         if reason:
             dropped.setdefault(reason, []).append(key)
             del tensors[key]
-    result = OrderedDict(tensors)
-    if metadata is not None:
-        result._metadata = metadata
-    return result, dropped
+    return with_versions(OrderedDict(tensors), state_dict), dropped
 
 
 def is_classifier_leftover(key: str) -> bool:

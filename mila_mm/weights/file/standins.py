@@ -91,7 +91,7 @@ class HistoryBuffer(_Holder):
 class _Mapping:
     """A class of dicts: making one makes an ``OrderedDict``, the only kind that takes items and a state."""
 
-    def __new__(cls, *args: Any) -> OrderedDict:
+    def __new__(cls, *args: Any) -> Any:
         """Return a plain mapping of what is given; a factory of defaults is dropped."""
         return OrderedDict(args[0]) if args and isinstance(args[0], dict) else OrderedDict()
 
@@ -99,7 +99,7 @@ class _Mapping:
 class _Text:
     """A class of strings or paths: making one makes a string."""
 
-    def __new__(cls, *args: Any) -> str:
+    def __new__(cls, *args: Any) -> Any:
         """Return the parts joined as a path joins them."""
         # a path joined with itself again and again would double with each turn; one part alone cannot grow
         if not all(isinstance(arg, str) for arg in args) or (
@@ -254,7 +254,9 @@ STAND_INS: dict[str, Any] = {
     **{f'builtins.{name}': Named(f'builtins.{name}') for name in ('int', 'float', 'str', 'bool', 'list', 'dict')},
 }
 # torch's unpickler sets the state of allowed classes only, and asks for the classes of what was made.
-REGISTRATIONS = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+REGISTRATIONS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (stand_in, name) for name, stand_in in STAND_INS.items()
+]
 
 
 def plain(value: Any) -> Any:

@@ -99,7 +99,7 @@ def configure(
         least = 0 if name in ('backoff', 'min_rate') else 1e-9
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least):
             raise UserError(f'{name}: expected a number above 0, got {value!r}')
-    given = {'mirrors': None if mirrors is None else tuple(mirrors), 'offline': offline, **limits}
+    given: dict[str, Any] = {'mirrors': None if mirrors is None else tuple(mirrors), 'offline': offline, **limits}
     _Configured.settings = replace(_Configured.settings, **{k: v for k, v in given.items() if v is not None})
     return settings()
 
