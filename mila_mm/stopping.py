@@ -3,19 +3,131 @@
 Only the standard library: the handlers are in place before torch is imported.
 """
 
+import contextlib
+import json
 import os
+import select
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from mila_mm.files import write_whole
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+MARKER = 'stopped.json'
 
 # SIGUSR1 is what Slurm is usually told to send ahead of the time limit (sbatch --signal).
 SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name))
 _POLL = 5.0  # seconds until a worker notices that its parent is gone
+
+# Seconds from a signal to the end of the process, whatever it is doing. Slurm kills 30 after SIGTERM unless told
+# otherwise, and SIGUSR1 comes ahead of SIGTERM. Where there is nothing to save, a few are enough for an orderly end.
+GRACE_VARIABLE, MARKER_VARIABLE = 'MILA_MM_STOP_GRACE', 'MILA_MM_STOP_MARKER'
+_GRACE = {'SIGTERM': 25.0, 'SIGUSR1': 110.0}
+_NOTHING_TO_SAVE = 5.0
+
+
+def grace_of(signum: int) -> float:
+    """Return the seconds that a training has after a signal: those of ``MILA_MM_STOP_GRACE``, else 25 or 110."""
+    try:
+        return max(float(os.environ[GRACE_VARIABLE]), 0.0)
+    except (KeyError, ValueError):
+        return _GRACE.get(signal.Signals(signum).name, _NOTHING_TO_SAVE)
+
+
+def exit_code_of(signum: int) -> int:
+    """Return the exit status after a signal: 130 after SIGINT, else 75, which asks for the job to be queued again."""
+    return EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_REQUEUE
+
+
+def leave_marker(path: Path, signum: int, checkpoint: str | None) -> None:
+    """Say in a file that a run was stopped and waits to be continued, for scripts that would queue it again.
+
+    An exit status does not say so for certain: that of a job is the worst of all its processes', of which a scheduler
+    may have killed one.
+
+    Args:
+        path: The file, ``stopped.json`` in the work folder; whoever starts the run again removes it.
+        signum: The signal.
+        checkpoint: What was saved for the stop, None where nothing was.
+    """
+    content = dict(
+        signal=signal.Signals(signum).name,
+        checkpoint=checkpoint,
+        time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+        host=socket.gethostname(),
+        job=os.environ.get('SLURM_JOB_ID'),
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(content) + '\n')
+    except OSError as error:
+        _write(f'{path} cannot be written: {error.strerror}')
+
+
+class SignalWatch:
+    """A thread that hears signals whatever the main thread does.
+
+    Python's handlers wait for the main thread to leave the C++ that it may be in: a collective, or a store that
+    another machine never comes to. The C-level handler writes to a pipe at once, from which this thread reads.
+
+    Args:
+        heard: Called with each signal, in the thread; returns when to call ``expired``, as of ``time.monotonic()``, or
+            None for never.
+        expired: Called in the thread once that time has come.
+    """
+
+    def __init__(self, heard: Callable[[int], float | None], expired: Callable[[], None]) -> None:
+        self._heard, self._expired = heard, expired
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._thread = threading.Thread(target=self._run, name='signals', daemon=True)
+        self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after what it has heard so far."""
+        signal.set_wakeup_fd(self._before)
+        os.write(self._writing, b'\0')
+        self._thread.join()
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def _run(self) -> None:
+        deadline: float | None = None
+        while True:
+            wait = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            if not select.select([self._reading], [], [], wait)[0]:
+                self._expired()
+                deadline = None
+                continue
+            for signum in os.read(self._reading, 64):
+                if not signum:
+                    return
+                if signum in SIGNALS:  # torch has a handler for SIGCHLD, which comes here as well
+                    deadline = self._heard(signum)
+
+
+def _deaf() -> None:
+    # A forked helper has the pipe as well, and what it hears is not for the parent.
+    with contextlib.suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_deaf)
+
+
+def _write(line: str) -> None:
+    # not print(), which may be what a signal has interrupted
+    with contextlib.suppress(OSError):
+        os.write(2, f'{line}\n'.encode())
 
 
 class Stopped(BaseException):
@@ -42,8 +154,8 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """Return the exit status: 130 after SIGINT, else 75, which asks for the job to be queued again."""
-        return EXIT_INTERRUPTED if self.signum == signal.SIGINT else EXIT_REQUEUE
+        """Return the exit status, 75 or 130."""
+        return exit_code_of(self.signum)
 
 
 class StopRequest:
@@ -55,21 +167,21 @@ class StopRequest:
             process at once: there is nothing to save.
         begun: Whether the loop has ever looked at it.
         saved: Whether the stop has been saved; the process is about to end, and further signals change nothing.
+        ended: Whether the training is over and the process is about to end.
+        marker: File to leave behind for whoever queues the job again; None while it is not known where.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.armed = False
-        self.begun = False
-        self.saved = False
+        self.armed = self.begun = self.saved = self.ended = False
+        self.marker = Path(os.environ[MARKER_VARIABLE]) if os.environ.get(MARKER_VARIABLE) else None
         self._pid = os.getpid()
+        self._answered = threading.Lock()
+        self._heard: list[int] = []
+        self._deadline: float | None = None
 
     def receive(self, signum: int, frame: FrameType | None = None) -> None:
-        """Handle a signal.
-
-        Args:
-            signum: The signal.
-            frame: Not used.
+        """Handle a signal, in the main thread.
 
         Raises:
             KeyboardInterrupt: On SIGINT before the loop runs, or on SIGINT after any other signal.
@@ -80,23 +192,70 @@ class StopRequest:
         if self.saved:
             return
         first = self.signum is None
+        if self.ended:
+            if first:
+                self._end(
+                    signum, 'after the training: --resume finds it finished, or continues from the last checkpoint'
+                )
+            return
         if signum == signal.SIGINT and not (first and self.armed):
             raise KeyboardInterrupt
         if first:
             self.signum = signum
+        self._answer(signum)
         if not self.armed:
             raise Stopped(signum, begun=self.begun)
-        if first:
+
+    def hear(self, signum: int) -> float | None:
+        """Answer a signal and settle until when the process must have ended, in the thread of the watch."""
+        if self.saved:
+            return self._deadline
+        self._answer(signum)
+        self._heard.append(signum)
+        if self.armed and signum != signal.SIGINT:
+            grace = grace_of(signum)
+        elif self.armed and self._heard == [signal.SIGINT]:
+            return self._deadline  # whoever sits at the keyboard can press it once more
+        else:
+            grace = min(_NOTHING_TO_SAVE, grace_of(signal.SIGTERM))
+        deadline = time.monotonic() + grace
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+        return self._deadline
+
+    def expire(self) -> None:
+        """End the process: its time is over, and the main thread has not come to an end."""
+        signum = next((each for each in self._heard if each != signal.SIGINT), signal.SIGINT)
+        if self.saved:
+            os._exit(exit_code_of(self.signum or signum))
+        self._end(
+            signum,
+            'which did not come to a step in time: --resume continues from the last checkpoint'
+            if self.begun
+            else 'before the training began',
+        )
+
+    def _end(self, signum: int, what: str) -> None:
+        _write(f'stopped by {signal.Signals(signum).name} {what}')
+        if self.marker is not None and signum != signal.SIGINT:
+            leave_marker(self.marker, signum, None)
+        os._exit(exit_code_of(signum))
+
+    def _answer(self, signum: int) -> None:
+        if self._answered.acquire(blocking=False):  # once, by whichever thread comes first
             again = ', a second one ends at once' if signum == signal.SIGINT else ''
-            # os.write: print() may be what the signal interrupted
-            os.write(2, f'{signal.Signals(signum).name}: ending after this iteration{again}\n'.encode())
+            _write(f'{signal.Signals(signum).name}: ending{f" after this iteration{again}" if self.armed else ""}')
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(until_exit: bool = False) -> Iterator[StopRequest]:
     """Receive SIGTERM, SIGINT and SIGUSR1 as requests to stop.
 
-    Outside the main thread, where Python sets no handlers, the request stays empty.
+    They are answered on stderr at once, and the process ends in :func:`grace_of` seconds whatever it does. Outside the
+    main thread, where Python sets no handlers, the request stays empty.
+
+    Args:
+        until_exit: Whether signals are answered until the process ends, because it has nothing else to do. Defaults to
+            False.
 
     Yields:
         The request.
@@ -106,12 +265,25 @@ def stop_signals() -> Iterator[StopRequest]:
         yield request
         return
     before = {signum: signal.signal(signum, request.receive) for signum in SIGNALS}
+    watch = SignalWatch(request.hear, request.expire)
+    keep = until_exit
     try:
         yield request
+    except Stopped as stopped:
+        if not request.saved and request.marker is not None:
+            leave_marker(request.marker, stopped.signum, None)
+        raise
+    except BaseException:
+        keep = False  # it failed: a launcher that then ends it by a signal does not ask for another start
+        raise
     finally:
+        request.ended = True
+        if not keep:
+            watch.stop()
         for signum, handler in before.items():
             # After a stop the process ends; schedulers repeat their signal, which must not change the exit status.
-            signal.signal(signum, signal.SIG_IGN if request.saved else handler)
+            if request.saved or not keep:
+                signal.signal(signum, signal.SIG_IGN if request.saved else handler)
 
 
 class WorkerStart:

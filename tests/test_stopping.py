@@ -1,5 +1,6 @@
 """Signals that ask a training to stop."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,103 @@ from torch.utils.data import DataLoader
 from mila_mm import cli
 from mila_mm.engine.config.build_errors import plain_failures
 from mila_mm.errors import LostPeerError, UserError
-from mila_mm.stopping import EXIT_REQUEUE, Stopped, StopRequest, WorkerStart, stop_signals
+from mila_mm.stopping import EXIT_REQUEUE, Stopped, StopRequest, WorkerStart, grace_of, stop_signals
+
+
+def test_other_signals_are_no_business_of_the_watch() -> None:
+    """torch has a handler for SIGCHLD, and what Python handles comes through the same pipe."""
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        with stop_signals() as request:
+            os.kill(os.getpid(), signal.SIGCHLD)
+        assert request._heard == []
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+# A mutex that is taken twice waits in C through any signal, as a collective does that another rank never comes to.
+IN_C = """
+    import ctypes, sys, threading
+    from mila_mm.stopping import stop_signals
+
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    with stop_signals(until_exit=True) as request:
+        request.armed = request.begun = sys.argv[1] == 'armed'
+        threading.Timer(0.5, print, ['waiting'], dict(flush=True)).start()
+        libc.pthread_mutex_lock(mutex)
+"""
+
+
+def signalled(program: str, argument: str, *signums: int, **env: str) -> tuple[int, str]:
+    """Start a program, signal it once it has printed a line, and return its status and what it said."""
+    command = [sys.executable, '-c', dedent(program), argument]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, env={**os.environ, **env}, **pipes)
+    process.stdout.readline()
+    said = ''
+    for signum in signums:
+        process.send_signal(signum)
+        said = said or process.stderr.readline()
+    return process.wait(60), said + process.stderr.read()
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize('state', ['armed', 'not armed'])
+def test_a_signal_is_answered_and_obeyed_while_the_main_thread_is_in_c(tmp_path, signum, state) -> None:
+    marker, name = tmp_path / 'run/stopped.json', signal.Signals(signum).name
+    status, said = signalled(IN_C, state, signum, MILA_MM_STOP_GRACE='1', MILA_MM_STOP_MARKER=str(marker))
+    assert status == 75, said
+    first, last = said.splitlines()
+    assert first == f'{name}: ending' + (' after this iteration' if state == 'armed' else '')
+    why = 'which did not come to a step in time: --resume continues from the last checkpoint'
+    assert last == f'stopped by {name} ' + (why if state == 'armed' else 'before the training began')
+    content = json.loads(marker.read_text())
+    assert content['signal'] == name and content['checkpoint'] is None
+
+
+@pytest.mark.parametrize(('state', 'count'), [('not armed', 1), ('armed', 2)])
+def test_so_is_the_keyboard(state, count) -> None:
+    status, said = signalled(IN_C, state, *[signal.SIGINT] * count, MILA_MM_STOP_GRACE='1')
+    assert status == 130
+    assert said.startswith('SIGINT: ending')
+
+
+def test_a_later_signal_brings_the_end_no_further_away(monkeypatch) -> None:
+    monkeypatch.delenv('MILA_MM_STOP_GRACE', raising=False)
+    request = StopRequest()
+    request.armed = True
+    late, soon, again = request.hear(signal.SIGUSR1), request.hear(signal.SIGTERM), request.hear(signal.SIGUSR1)
+    assert soon == again < late
+    monkeypatch.setenv('MILA_MM_STOP_GRACE', '7')
+    assert grace_of(signal.SIGTERM) == grace_of(signal.SIGUSR1) == 7
+    monkeypatch.setenv('MILA_MM_STOP_GRACE', 'soon')
+    assert grace_of(signal.SIGTERM) < 30 < grace_of(signal.SIGUSR1) < 120
+
+
+def test_a_signal_after_the_training_asks_for_another_start() -> None:
+    program = """
+        import time
+        from mila_mm.stopping import stop_signals
+
+        with stop_signals(until_exit=True) as request:
+            request.begun = True
+        print('leaving', flush=True)
+        time.sleep(60)
+    """
+    status, said = signalled(program, '', signal.SIGTERM)
+    assert status == 75
+    assert 'stopped by SIGTERM after the training' in said
+
+
+def test_a_forked_helper_does_not_speak_for_its_parent() -> None:
+    with stop_signals() as request:
+        request.armed = True
+        if os.fork() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        os.wait()
+    assert request._heard == [] and request.signum is None
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])

@@ -2,8 +2,8 @@
 # passes signals on and ends with the exit status of the script).
 #
 # launch SCRIPT GPUS ARGUMENT...   from the variables
-#   NNODES=1 NODE_RANK=0           number of machines, and which one this is
-#   MASTER_ADDR=127.0.0.1          address of machine 0
+#   NNODES=1 NODE_RANK=0           number of machines, and which one this is; both are needed on several
+#   MASTER_ADDR                    address of machine 0; needed on several
 #   PORT                           port on machine 0; without one a free port on one machine, 29500 on several
 #   PYTHON                         interpreter; without one that of .venv beside tools/, or python
 
@@ -28,6 +28,11 @@ launch() {
         exit 2
     fi
     local nnodes=${NNODES:-1} rendezvous
+    if [[ "$nnodes" != 1 && (-z "${MASTER_ADDR:-}" || -z "${NODE_RANK:-}") ]]; then
+        echo "error: NNODES=$nnodes: expected MASTER_ADDR (the address of machine 0) and NODE_RANK (0 to" \
+            "$((nnodes - 1))) as well, got MASTER_ADDR='${MASTER_ADDR:-}' NODE_RANK='${NODE_RANK:-}'" >&2
+        exit 2
+    fi
     if [[ "$nnodes" == 1 && -z "${PORT:-}" ]]; then
         # Port 0: torchrun takes a free one, so two jobs on one machine do not meet.
         rendezvous=(--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0 --local-addr=127.0.0.1)

@@ -3,68 +3,113 @@
 
 torchrun itself takes SIGTERM for an order to end its processes within 30 seconds, and ends with 1 whatever they ended
 with. Here they save and end by themselves, and the launcher ends as they did: 75 asks for the job to be
-queued again.
+queued again. Signals are heard by a thread, since torchrun's own may wait for another machine to come.
 """
 
 import logging
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# As mila_mm.stopping has them; this process must not need the package.
-EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
+from mila_mm.stopping import EXIT_REQUEUE, SIGNALS, SignalWatch, exit_code_of, grace_of
+
+# Seconds that the processes have to end after their time is over, before they are killed.
+_LATE = 3.0
 _SIGNALS_OPTION = '--signals-to-handle'
-_asked: list[int] = []
 
 
 def children() -> list[int]:
-    """Return the processes that this one has started.
-
-    Returns:
-        Their ids; none where there is no ``/proc``.
-    """
+    """Return the ids of the processes that this one has started; none where there is no ``/proc``."""
     found = []
     for stat in Path('/proc').glob('[0-9]*/stat'):
         try:
-            parent = stat.read_text().rpartition(')')[2].split()[1]
-        except OSError:
+            # in bytes: the name in the middle is the process's own choice, and need be no text
+            parent = stat.read_bytes().rpartition(b')')[2].split()[1]
+        except (OSError, IndexError):
             continue  # it has ended meanwhile
         if int(parent) == os.getpid():
             found.append(int(stat.parent.name))
     return found
 
 
-def forward(signum: int, frame: object = None) -> None:
-    """Pass a signal on to the processes of this machine; where there are none yet, end.
-
-    Args:
-        signum: The signal.
-        frame: Not used.
-
-    Raises:
-        SystemExit: If no process has been started.
-    """
-    _asked.append(signum)
+def signal_children(signum: int) -> bool:
+    """Send a signal to the processes of this machine; tell whether there are any."""
     found = children()
-    if not found:
-        sys.exit(stopped())
     for pid in found:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signum)
-        except ProcessLookupError:
-            continue
+    return bool(found)
 
 
-def stopped() -> int:
-    """Say that the job was stopped before any of it had anything to save.
+class Launcher:
+    """What this machine's part of a job was asked to do.
 
-    Returns:
-        The exit status.
+    Attributes:
+        asked: The signals that have come.
     """
-    sys.stderr.write(f'stopped by {signal.Signals(_asked[0]).name} before the training began\n')
-    return EXIT_INTERRUPTED if _asked[0] == signal.SIGINT else EXIT_REQUEUE
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self._deadline: float | None = None
+
+    def hear(self, signum: int) -> float | None:
+        """Pass a signal on; where there are no processes yet, end. Return when to end in any case."""
+        self.asked.append(signum)
+        if not signal_children(signum):
+            sys.stderr.write(self.nothing_begun())
+            sys.stderr.flush()
+            os._exit(exit_code_of(signum))
+        if signum != signal.SIGINT:
+            deadline = time.monotonic() + grace_of(signum) + _LATE
+            self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+        return self._deadline
+
+    def expire(self) -> None:
+        """End what has not ended by itself, which may be stopped or wait for another machine."""
+        signal_children(signal.SIGKILL)
+        self.say(f'stopped by {self.name()}, and a process did not end in time: --resume continues from the last save')
+        os._exit(exit_code_of(self.asked[0]))
+
+    def name(self) -> str:
+        """Return the name of the first signal."""
+        return signal.Signals(self.asked[0]).name
+
+    def nothing_begun(self) -> str:
+        """Return the line for a job that was stopped before any of it had anything to save."""
+        return f'stopped by {self.name()} before the training began\n'
+
+    def say(self, line: str) -> None:
+        """Write a line to stderr."""
+        sys.stderr.write(f'{line}\n')
+        sys.stderr.flush()
+
+    def status(self, codes: dict[int, int], first: int) -> int:
+        """Work out the exit status from those of the processes that did not end with 0.
+
+        Args:
+            codes: Exit status, or minus the signal, by rank.
+            first: Rank of the one that ended first.
+        """
+        # Whoever came too late to the end of a stop was killed for that. Where another failure came first, torchrun has
+        # ended the others by SIGTERM, which some of them take for an order to stop.
+        if EXIT_REQUEUE in (codes.values() if self.asked else [codes[first]]):
+            return EXIT_REQUEUE
+        if self.asked and all(code in (-self.asked[0], -signal.SIGTERM) for code in codes.values()):
+            sys.stderr.write(self.nothing_begun())  # it came before they could take it
+            return exit_code_of(self.asked[0])
+        # The others end with an error of their own once one has been killed, or are ended by SIGTERM.
+        rank = next((rank for rank, code in codes.items() if 0 > code != -signal.SIGTERM), first)
+        if codes[rank] >= 0:
+            return codes[rank]
+        name = signal.Signals(-codes[rank]).name
+        self.say(
+            f'error: the process of rank {rank} was killed by {name}, and the job ended with it; '
+            '--resume continues from the last checkpoint'
+        )
+        return 128 - codes[rank]
 
 
 def main(argv: list[str]) -> int:
@@ -74,11 +119,15 @@ def main(argv: list[str]) -> int:
         argv: Its arguments.
 
     Returns:
-        The exit status of the process that ended first with one other than 0; 128 + the signal where one was killed.
+        75 where the job was stopped; else the exit status of the process that ended first with one other than 0; 128 +
+        the signal where one was killed.
     """
+    launcher = Launcher()
     forwards = Path('/proc/self/stat').exists()
-    for signum in FORWARDED if forwards else ():
-        signal.signal(signum, forward)
+    if forwards:
+        for signum in SIGNALS:
+            signal.signal(signum, lambda *_: None)  # the watch hears it
+        SignalWatch(launcher.hear, launcher.expire)
     # Importing it takes seconds, in which a signal may come as well.
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -90,19 +139,14 @@ def main(argv: list[str]) -> int:
     try:
         run.main(argv)
     except ChildFailedError as error:
-        # The others end with an error of their own once one has been killed, or are ended by SIGTERM.
-        killed = {rank: each for rank, each in error.failures.items() if 0 > each.exitcode != -signal.SIGTERM}
-        rank, failure = next(iter(killed.items()), error.get_first_failure())
-        if _asked and all(each.exitcode in (-_asked[0], -signal.SIGTERM) for each in error.failures.values()):
-            return stopped()  # it came before they could take it
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        sys.stderr.write(
-            f'error: the process of rank {rank} was killed by {name}, and the job ended with it; '
-            '--resume continues from the last checkpoint\n'
-        )
-        return 128 - failure.exitcode
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return launcher.status(codes, error.get_first_failure()[0])
+    except Exception as error:
+        if not launcher.asked:
+            raise
+        # another machine of the job was quicker to end, and took the store with it
+        launcher.say(f'stopped by {launcher.name()}: {type(error).__name__} after the end of another machine')
+        return exit_code_of(launcher.asked[0])
     return 0
 
 

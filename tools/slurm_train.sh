@@ -7,7 +7,9 @@
 #   REQUEUE=1                                inside a batch job: put the job back into the queue when it was stopped
 #
 # A job that Slurm may preempt or that outlives its time limit continues by itself as a batch script of these lines
-# (USR1 comes two minutes before the limit; the training saves, ends with 75 and the job is queued again):
+# (USR1 comes two minutes before the limit; the training saves, leaves WORK_DIR/stopped.json, ends with 75, and the job
+# is queued again. The file counts, and not only the status: srun's is the worst of all tasks', one of which may have
+# been killed for being late):
 #   #!/bin/bash
 #   #SBATCH --requeue --open-mode=append --signal=USR1@120 --nodes=1 --ntasks-per-node=8 --gres=gpu:8 --time=04:00:00
 #   REQUEUE=1 GPUS=8 tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR --resume
@@ -35,11 +37,17 @@ COMMAND=(srun -p "$PARTITION" --job-name="$JOB_NAME" --gres="gpu:$GPUS_PER_NODE"
 if [[ -z "${REQUEUE:-}" || -z "${SLURM_JOB_ID:-}" ]]; then
     exec "${COMMAND[@]}"
 fi
+# Said by the training itself, as far as it comes: what is there already is of an earlier start.
+MARKER=$WORK_DIR/stopped.json
+[[ "$MARKER" == /* ]] || MARKER=$PWD/$MARKER
+rm -f "$MARKER"
+export MILA_MM_STOP_MARKER=$MARKER
 # Slurm may signal this shell as well: it waits for the training to save and end.
 trap : TERM USR1
 status=0
 "${COMMAND[@]}" || status=$?
-if [[ "$status" == 75 ]]; then # stopped by a signal and saved
+if [[ "$status" == 75 || -e "$MARKER" ]]; then # stopped by a signal, to be continued
     scontrol requeue "$SLURM_JOB_ID"
+    status=75
 fi
 exit "$status"

@@ -6,24 +6,22 @@ it. Neither of them imports torch or mmengine before it is needed, so that ``--h
 """
 
 import argparse
-import gc
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
+from mila_mm.cli.ending import job
 from mila_mm.errors import LostPeerError, UserError
 from mila_mm.stopping import EXIT_INTERRUPTED, Stopped
 
 EXIT_USER_ERROR = 2
 
 # Seconds that the other ranks leave to rank 0 for saying what is wrong on all of them and for ending, on which the
-# launcher ends them; and that rank 0 leaves to the others for ending after a stop.
+# launcher ends them.
 _FIRST_WORD = 15.0
-_LAST_END = 3.0
 
 # Raised at import or at every start by the libraries below us. Each is about a choice of theirs
 # that no user of a command can change, and would bury the one line that the user can act upon.
@@ -118,11 +116,12 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 
 def export_local_rank(args: argparse.Namespace) -> None:
-    """Set ``LOCAL_RANK`` for mmengine where the launcher only passed the flag.
+    """Set ``LOCAL_RANK`` for mmengine where the launcher only passed the flag, and note which launcher it is.
 
     Args:
-        args: Parsed arguments with ``local_rank``.
+        args: Parsed arguments with ``local_rank`` and ``launcher``.
     """
+    job.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
 
 
@@ -137,18 +136,19 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
 
     Returns:
         The exit status: 0; 2 after a mistake of the user's; 65 after a training that diverged; 130 after Ctrl-C;
-        75 after another signal that asked a training to stop, which then continues from what it saved. Of a job
-        that was stopped, rank 0 tells so, and the other ranks end with 0.
+        75 after another signal that asked a training to stop, which then continues from what it saved. All ranks of a
+        job that was stopped end with the same, and rank 0 tells so.
     """
     for category, message in _NOISE:
         warnings.filterwarnings('ignore', message=message, category=category)
+    job.begin(owns_process=argv is None)
     try:
         main(argv)
     except UserError as error:
         if os.environ.get('MILA_MM_TRACEBACK'):
             raise
         sys.stdout.flush()
-        rank = _rank()
+        rank = job.rank()
         if rank:
             if isinstance(error, LostPeerError) and os.environ.get('LOCAL_RANK') != '0':
                 return EXIT_USER_ERROR  # each machine says it once
@@ -158,49 +158,20 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         sys.stderr.write(f'{who}: {user_message(error)}\n')
         return error.exit_code
     except Stopped as stopped:
-        rank = _rank()
-        saved = stopped.checkpoint is not None
-        if saved:
-            _leave_process_group()
-        if rank and saved:
-            return 0
         sys.stdout.flush()
-        sys.stderr.write(f'{stopped}\n')
-        # Launchers kill what still runs when a process ends with another status than 0, and pass the worst one on.
+        saved = stopped.checkpoint is not None
         # Where nothing was saved the others may wait for this rank, and it is for the launcher to end them.
-        if rank is not None and saved:
-            time.sleep(_LAST_END)
+        if not saved or not job.rank():
+            sys.stderr.write(f'{stopped}\n')
+            sys.stderr.flush()
+        if saved:
+            job.leave(stopped.exit_code)
         return stopped.exit_code
     except KeyboardInterrupt:
         sys.stderr.write('interrupted\n')
         return EXIT_INTERRUPTED
-    _leave_process_group()
+    job.leave(0)
     return 0
-
-
-def _leave_process_group() -> None:
-    # Threads of gloo that still hold a tensor while the interpreter shuts down abort the process, in a run that has
-    # done all it should (github.com/pytorch/pytorch/pull/179291), and NCCL warns about groups that nobody closed.
-    # After a failure nobody waits: the other ranks may never come.
-    torch = sys.modules.get('torch')
-    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    with suppress(RuntimeError):  # the work is done here; a rank that does not come says itself why
-        torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    gc.collect()  # a model under DDP holds its group, and the runner holds itself
-
-
-def _rank() -> int | None:
-    """Return the rank of this process in a distributed job, None outside of one."""
-    for rank, size in (
-        ('RANK', 'WORLD_SIZE'),
-        ('SLURM_PROCID', 'SLURM_NTASKS'),
-        ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),
-    ):
-        if rank in os.environ:
-            return int(os.environ[rank]) if int(os.environ.get(size, '1')) > 1 else None
-    return None
 
 
 def user_message(error: UserError) -> str:

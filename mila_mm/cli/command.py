@@ -24,10 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, as of :func:`mila_mm.cli.execute`.
     """
-    return cli.execute(_dispatch, sys.argv[1:] if argv is None else argv)
+    return cli.execute(_dispatch, argv)
 
 
 def _dispatch(argv: Sequence[str] | None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     name, rest = (argv[0], argv[1:]) if argv else ('--help', [])
     if name in ('-h', '--help'):
         print(usage())

@@ -20,7 +20,8 @@ def submit(folder: Path, status: int, **env: str) -> tuple[int, str]:
         path.write_text(f'#!/bin/sh\n{body}\n')
         path.chmod(0o755)
     environment = {'PATH': f'{folder}:{os.environ["PATH"]}', 'PYTHON': sys.executable, **env}
-    done = subprocess.run(['bash', SCRIPT, 'gpu', 'job', 'c.py', 'run', '--resume'], env=environment, check=False)
+    command = ['bash', SCRIPT, 'gpu', 'job', 'c.py', 'run', '--resume']
+    done = subprocess.run(command, env=environment, cwd=folder, check=False)
     return done.returncode, told.read_text() if told.exists() else ''
 
 
@@ -41,6 +42,28 @@ BATCH = dict(REQUEUE='1', SLURM_JOB_ID='77')
 )
 def test_only_a_stopped_job_is_queued_again(tmp_path, status, env, told) -> None:
     assert submit(tmp_path, status, **env) == (status, told)
+
+
+@pytest.mark.parametrize('status', [0, 75, 137, 143])
+def test_what_a_stopped_training_left_behind_counts(tmp_path, status) -> None:
+    """srun's status is the worst of its tasks', one of which may have been killed for being late."""
+    for name, body in (
+        ('srun', f'echo {{}} > "$MILA_MM_STOP_MARKER"; exit {status}'),
+        ('scontrol', f'echo "$@" >> {tmp_path}/told'),
+    ):
+        path = tmp_path / name
+        path.write_text(f'#!/bin/sh\n{body}\n')
+        path.chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PYTHON': sys.executable, **BATCH}
+    command = ['bash', SCRIPT, 'gpu', 'job', 'c.py', tmp_path, '--resume']
+    assert subprocess.run(command, env=env, check=False).returncode == 75
+    assert (tmp_path / 'told').read_text() == 'requeue 77\n'
+
+
+def test_what_an_earlier_start_left_behind_does_not(tmp_path) -> None:
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/stopped.json').touch()
+    assert submit(tmp_path, 2, **BATCH) == (2, '')
 
 
 def test_a_signal_to_the_batch_script_leaves_the_requeue_to_it(tmp_path) -> None:

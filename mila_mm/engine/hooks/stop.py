@@ -1,17 +1,18 @@
 """Stopping a training on a signal, on all ranks after the same iteration."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.dist import barrier, get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
-from torch import Tensor, distributed
+from torch import Tensor
 
 from mila_mm.engine.hooks.checkpoint import CheckpointHook
+from mila_mm.engine.runner.agree import Agreement
 from mila_mm.registry import HOOKS
-from mila_mm.stopping import Stopped, StopRequest
+from mila_mm.stopping import MARKER, Stopped, StopRequest, leave_marker
 
 
 @HOOKS.register_module()
@@ -21,8 +22,8 @@ class StopHook(Hook):
     A validation ends at once; the run that continues does it from its beginning. With gradient accumulation, the
     run ends after the iteration that updates the weights.
 
-    Ranks agree by a reduction of one number per iteration, over a gloo group of their own, so that no GPU is waited
-    for. Its result is looked at one iteration later: it travels while the next iteration computes.
+    Ranks agree by a reduction of one number per iteration (:class:`mila_mm.engine.runner.agree.Agreement`). Its result
+    is looked at one iteration later: it travels while the next iteration computes.
 
     Args:
         request: What the signal handlers write to.
@@ -32,7 +33,7 @@ class StopHook(Hook):
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
-        self._group: Any = None
+        self._ranks: Agreement | None = None
         self._pending: tuple[Any, Tensor] | None = None
         self._agreed = 0
         self._common_steps = 0
@@ -41,8 +42,11 @@ class StopHook(Hook):
         """Take over from the signal handlers' own way to end, which is at once."""
         if get_world_size() > 1:
             seconds = ((runner.cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
-            timeout = None if seconds is None else timedelta(seconds=seconds)
-            self._group = distributed.new_group(backend='gloo', timeout=timeout)
+            self._ranks = Agreement(None if seconds is None else timedelta(seconds=seconds))
+        if self.request.marker is None:
+            self.request.marker = Path(runner.work_dir).absolute() / MARKER
+        if is_main_process():
+            self.request.marker.unlink(missing_ok=True)  # this is the run that it asked for
         self.request.armed = self.request.begun = True
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -58,10 +62,8 @@ class StopHook(Hook):
     def before_val(self, runner: Runner) -> None:
         """Find out for how many batches all ranks are in the validation together."""
         self._common_steps = len(runner.val_dataloader)
-        if self._group is not None:
-            steps = torch.tensor([self._common_steps])
-            distributed.all_reduce(steps, distributed.ReduceOp.MIN, group=self._group)
-            self._common_steps = int(steps)
+        if self._ranks is not None:
+            self._common_steps = self._ranks.least(self._common_steps)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Stop where it was asked for.
@@ -81,17 +83,15 @@ class StopHook(Hook):
         """Hand back to the signal handlers."""
         self.request.armed = False
         self._finish_pending()
-        self._group = None
+        self._ranks = None
 
     def _asked(self) -> bool:
         """Tell whether a signal has come to any rank, the same on all of them."""
-        if self._group is None:
+        if self._ranks is None:
             self._agreed = self.request.signum or 0
             return bool(self._agreed)
         self._finish_pending()
-        flag = torch.tensor([self.request.signum or 0])
-        work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = work, flag
+        self._pending = self._ranks.begin(self.request.signum or 0)
         return bool(self._agreed)
 
     def _finish_pending(self) -> None:
@@ -107,8 +107,9 @@ class StopHook(Hook):
         barrier()  # a launcher ends the other ranks when the first one ends
         self.request.saved = True
         self.request.armed = False
-        self._group = None
+        self._ranks = None
         if is_main_process():
+            leave_marker(self.request.marker, self._agreed, path)
             runner.logger.info(f'stopped after iteration {meta["iter"]}, saved to {path}')
         raise Stopped(self._agreed, path)
 

@@ -1,12 +1,12 @@
 """mmengine's runner, strict where it is lenient, and clean when a run fails before it starts."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
@@ -253,7 +253,7 @@ class Runner(ShardingRunner):
 
     def _leave_nothing(self) -> None:
         """Remove what this run wrote, and nothing that was there or that another run writes."""
-        if int(os.environ.get('RANK', '0')) != 0:
+        if not is_main_process():
             return
         log_dir = getattr(self, '_log_dir', None)
         if log_dir is not None:
