@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--show-dir', metavar='DIR', help='write a picture of the predictions on each image into DIR')
     parser.add_argument('--wait-time', type=float, default=2.0, help='seconds that a window of --show stays [2]')
     parser.add_argument('--tta', action='store_true', help="test with the config's tta_model and tta_pipeline")
+    parser.add_argument('--no-check', action='store_true', help='start without checking config and data')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,5 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         wait_time=args.wait_time,
         tta=args.tta,
         launcher=args.launcher,
+        check=not args.no_check,
         cfg_options=args.cfg_options,
     )

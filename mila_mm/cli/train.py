@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='N',
         help='end with status 65 after N losses in a row that are NaN or infinite [10]',
     )
+    parser.add_argument('--no-check', action='store_true', help='start without checking config and data')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,6 +90,7 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> None:
         resume_changed=args.resume_changed,
         max_nonfinite=args.max_nonfinite,
         launcher=args.launcher,
+        check=not args.no_check,
         cfg_options=args.cfg_options,
         stop=stop,
     )

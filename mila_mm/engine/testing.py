@@ -10,9 +10,10 @@ from mmengine.evaluator import DumpResults
 from mmengine.registry import METRICS
 
 from mila_mm.engine.config.build_errors import plain_failures
-from mila_mm.engine.config.checks import check_data, check_work_dir
-from mila_mm.engine.config.load import load_config, scope_of
+from mila_mm.engine.config.checks import check_data, check_launcher, check_work_dir
+from mila_mm.engine.config.load import load_config, refuse_old, scope_of
 from mila_mm.engine.config.prepare import fetch_weights, prepare, prepare_launch, set_work_dir
+from mila_mm.engine.hooks.check_data import checked_start
 from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
 from mila_mm.engine.runner.runner import build_runner
 from mila_mm.errors import UserError
@@ -31,6 +32,7 @@ def test(
     wait_time: float = 2.0,
     tta: bool = False,
     launcher: str = 'none',
+    check: bool = True,
     cfg_options: Sequence[str] = (),
 ) -> dict[str, float]:
     """Test a checkpoint as a config's ``test_dataloader`` and ``test_evaluator`` say.
@@ -45,6 +47,7 @@ def test(
         wait_time: Seconds that a window stays. Defaults to 2.
         tta: Whether to use the config's ``tta_model`` and ``tta_pipeline``. Defaults to False.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
+        check: Whether to check config and data before the first image. Defaults to True.
         cfg_options: Overrides as ``key.of.entry=value``.
 
     Raises:
@@ -56,6 +59,7 @@ def test(
     # mmpretrain's configs write test_cfg = dict()
     missing = [name for name in ('test_dataloader', 'test_cfg', 'test_evaluator') if cfg.get(name) is None]
     if missing:
+        refuse_old(cfg)
         raise UserError(f'config {config} cannot be tested: it has no {", ".join(missing)}')
     check_checkpoint_file(checkpoint, 'CHECKPOINT')
     check_data(cfg, ['test'])
@@ -66,13 +70,19 @@ def test(
         _add_dump(cfg, scope, out)
     if show or show_dir is not None:
         _add_drawing(cfg, scope, show, show_dir, wait_time)
+    check_launcher(launcher)
+    cfg.launcher = launcher
+    checking = checked_start(cfg, ['test'], scope) if check else None
     if tta:
         _use_tta(cfg)
     fetch_weights(cfg)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
     with plain_failures():
-        return build_runner(cfg).test()
+        runner = build_runner(cfg)
+        if checking is not None:
+            runner.register_hook(checking)
+        return runner.test()
 
 
 # pytest would take a function of this name for a test wherever it is imported

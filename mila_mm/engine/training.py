@@ -9,9 +9,11 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mila_mm.engine.config.build_errors import plain_failures, say_once_that_the_log_is_full
-from mila_mm.engine.config.checks import check_data
-from mila_mm.engine.config.load import load_config, scope_of
+from mila_mm.engine.config.checks import check_data, check_launcher
+from mila_mm.engine.config.load import load_config, refuse_old, scope_of
 from mila_mm.engine.config.prepare import fetch_weights, make_safe, prepare, prepare_launch, set_work_dir
+from mila_mm.engine.data.first_step import naming_parts
+from mila_mm.engine.hooks.check_data import checked_start
 from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
 from mila_mm.engine.runner.find_checkpoint import candidates, check_checkpoint_file, settle_resume
@@ -37,6 +39,7 @@ def train(
     max_nonfinite: int | None = None,
     resume_changed: str = '',
     launcher: str = 'none',
+    check: bool = True,
     cfg_options: Sequence[str] = (),
     stop: StopRequest | None = None,
 ) -> Runner:
@@ -57,6 +60,7 @@ def train(
         resume_changed: What differs on purpose from the run that is resumed: names of
             :data:`mila_mm.engine.runner.identity.CHANGES`, with commas. Defaults to ''.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
+        check: Whether to check config and data before the first step. Defaults to True.
         cfg_options: Overrides as ``key.of.entry=value``.
         stop: What :func:`mila_mm.stopping.stop_signals` gives, for signals to save and stop. Defaults to None.
 
@@ -71,6 +75,7 @@ def train(
     set_work_dir(cfg, work_dir)
     missing = [name for name in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not cfg.get(name)]
     if missing:
+        refuse_old(cfg)
         raise UserError(f'config {config} cannot be trained: it has no {", ".join(missing)}')
     _set_resume(cfg, resume)
     if pretrained is not None:
@@ -82,10 +87,14 @@ def train(
         _use_auto_scale_lr(cfg)
     if tensorboard:
         _add_tensorboard(cfg)
-    check_data(cfg, ['train', 'val'] if cfg.get('val_cfg') else ['train'])
+    stages = ['train', 'val'] if cfg.get('val_cfg') else ['train']
+    check_data(cfg, stages)
     if max_nonfinite is not None:
         _set_hook(cfg, 'DivergenceHook', max_nonfinite=max_nonfinite)
     _set_hook(cfg, 'RunIdentityHook', changed=list(names_of(resume_changed)))
+    check_launcher(launcher)
+    cfg.launcher = launcher
+    checking = checked_start(cfg, stages, scope) if check else None
     fetch_weights(cfg, cfg.model)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
@@ -97,12 +106,15 @@ def train(
         runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
         notices = [nothing_to_resume(cfg), starts_beside_another(cfg), starts_from_scratch(cfg)]
         runner.register_hook(NoticeHook([line for line in notices if line is not None]))
+        if checking is not None:
+            runner.register_hook(checking)
         if stop is not None:
             runner.register_hook(StopHook(stop))
         say_once_that_the_log_is_full(runner.logger)
         if not isinstance(runner, OwnRunner):  # which does that by itself
             settle_resume(runner)
-        runner.train()
+        with naming_parts(runner):
+            runner.train()
     return runner
 
 

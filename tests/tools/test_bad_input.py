@@ -239,7 +239,8 @@ class TestData:
             category['name'] += '_other'
         path.write_text(json.dumps(content))
         option = f'train_dataloader.dataset.serialize_data={serialize}'
-        refused(command(TRAIN, detector_on(broken_data), '--cfg-options', option), 'no image', 'classes')
+        ended = command(TRAIN, detector_on(broken_data), '--cfg-options', option)
+        refused(ended, 'classes', 'no category', 'circle_other')
 
     @pytest.mark.parametrize('workers', [0, 1])
     @pytest.mark.parametrize('content', [b'not an image', b'', None], ids=['garbage', 'empty', 'missing'])
@@ -304,7 +305,7 @@ class TestCheckpoint:
 
     def test_of_other_classes(self, command, refused, detector, trained_detector) -> None:
         option = 'model.roi_head.bbox_head.num_classes=3'
-        ended = command(TEST, detector, trained_detector, '--cfg-options', option)
+        ended = command(TEST, detector, trained_detector, '--no-check', '--cfg-options', option)
         refused(ended, 'of another shape', 'roi_head.bbox_head.fc_cls', 'load_strict=False')
 
     def test_of_another_task(self, command, refused, detector, trained_segmentor) -> None:

@@ -100,8 +100,9 @@ class TestTrain:
 
     def test_load_from_takes_what_fits_on_request(self, command, segmentor, trained_segmentor, workspace) -> None:
         options = [f'load_from={trained_segmentor}', 'model.auxiliary_head.num_classes=9', 'train_cfg.max_iters=1']
-        assert command(TRAIN, segmentor, '--cfg-options', *options).status == cli.EXIT_USER_ERROR
-        assert command(TRAIN, segmentor, '--cfg-options', *options, 'load_strict=False').status == 0
+        options = ['--no-check', '--cfg-options', *options]
+        assert command(TRAIN, segmentor, *options).status == cli.EXIT_USER_ERROR
+        assert command(TRAIN, segmentor, *options, 'load_strict=False').status == 0
 
     def test_auto_scale_lr(self, command, detector, workspace) -> None:
         options = ['--cfg-options', 'auto_scale_lr.base_batch_size=4', 'optim_wrapper.optimizer.lr=0.4']
@@ -116,7 +117,10 @@ class TestTrain:
     def test_a_bad_image_later_on_keeps_what_was_written(self, command, refused, detector, workspace, shapes) -> None:
         # held-out images are first read after the first epoch
         option = 'val_dataloader.dataset.data_prefix.img=annotations'
-        ended = command(TRAIN, detector, '--cfg-options', option, 'default_hooks.checkpoint.interval=1')
+        options = ['--cfg-options', option, 'default_hooks.checkpoint.interval=1']
+        refused(command(TRAIN, detector, *options), 'image', str(shapes / 'annotations'), lines=(1, 2, 3))
+        assert not (workspace / 'work_dirs').exists()
+        ended = command(TRAIN, detector, '--no-check', *options)
         refused(ended, 'image', str(shapes / 'annotations'))
         assert (workspace / 'work_dirs/detector/epoch_1.pth').is_file()
 
@@ -174,7 +178,12 @@ class TestTest:
 
     def test_takes_what_fits_on_request(self, command, detector, trained_detector) -> None:
         options = [f'model.roi_head.{head}.num_classes=3' for head in ('bbox_head', 'mask_head')]
-        assert command(TEST, detector, trained_detector, '--cfg-options', *options, 'load_strict=False').status == 0
+        assert (
+            command(
+                TEST, detector, trained_detector, '--no-check', '--cfg-options', *options, 'load_strict=False'
+            ).status
+            == 0
+        )
 
     def test_same_name_in_two_folders_gives_two_pictures(
         self, command, detector, trained_detector, workspace, shapes

@@ -1,9 +1,10 @@
 """Errors in a config that only show while its parts are built, said without a traceback."""
 
+import difflib
 import errno
-import json
+import inspect
+import linecache
 import logging
-import os
 import re
 import sys
 import traceback
@@ -12,28 +13,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from mmcv.transforms import BaseTransform
-
+from mila_mm.datasets.checks.coco_annotations import OtherLayoutError, UnreadableError, check_entries, read_coco
+from mila_mm.datasets.checks.findings import ERROR
+from mila_mm.datasets.checks.needs import Needs
 from mila_mm.engine.config.load import REGISTRY_PREFIX, one_line
 from mila_mm.errors import LostPeerError, UserError, printable_path
+
+_REGISTRY = re.compile(r'(?P<kind>\S+) is not in the (?P<registry>\S+) registry')
+_UNEXPECTED = re.compile(r"got an unexpected keyword argument '(?P<name>\w+)'")
+_ARGUMENTS = re.compile(r'missing \d+ required|takes .* positional argument|got multiple values for')
+# An error that is raised in one of these while a part is built comes of a value in the config.
+_LIBRARIES = frozenset({'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torch', 'timm', 'pycocotools', 'lvis'})
+# Functions of data sets and metrics in which an annotation file is read.
+_READERS = frozenset({'load_data_list', 'parse_data_info', 'filter_data', 'createIndex', 'full_init', '_init_refs'})
 
 
 @contextmanager
 def building(what: str) -> Iterator[None]:
     """Turn the errors that wrong values in a config cause into a :class:`UserError`.
 
-    These are a ``type`` that no registry knows, arguments that a constructor does not take, and
-    values that it refuses with a message (``ValueError``, ``AssertionError``). Everything
-    else passes as it is.
+    These are a ``type`` that no registry knows, arguments that a constructor or one of those above it does not take,
+    values that it refuses with a message, and whatever else OpenMMLab's own code raises while it builds a part.
+    What is raised in other code, the user's or ours, passes as it is.
 
     Args:
         what: What is being built, the first words of the message.
     """
     try:
         yield
-    except (ValueError, AssertionError, KeyError, TypeError, FileNotFoundError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         message = _config_mistake(error)
         if message is None:
             raise
@@ -42,21 +52,114 @@ def building(what: str) -> Iterator[None]:
 
 def _config_mistake(error: Exception) -> str | None:
     """Return what to tell the user, None where the error is not about a value in the config."""
+    while REGISTRY_PREFIX.match(str(error)) and isinstance(error.__context__, Exception):
+        error = error.__context__  # mmengine up to 0.10 raises anew what a constructor raised
     text = REGISTRY_PREFIX.sub('', one_line(error))
-    if isinstance(error, KeyError):
-        return text.partition('. Please check')[0] if 'registry' in text else None
+    frames = list(traceback.walk_tb(error.__traceback__))
+    part = _part_being_built(frames)
+    if isinstance(error, KeyError) and _REGISTRY.search(text):
+        return _unknown_type(text, frames)
     if isinstance(error, TypeError):
-        # The call itself failed inside mmengine: the arguments do not fit the constructor's.
-        caller = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        return text if 'mmengine' in caller.parts or REGISTRY_PREFIX.match(str(error)) else None
-    return text if error.args else None
+        told = _wrong_arguments(error, text, frames, part)
+        if told is not None:
+            return told
+    elif isinstance(error, (ValueError, AssertionError, FileNotFoundError, ImportError)) and error.args:
+        return text
+    return _in_library(error, text, part, frames)
+
+
+def _wrong_arguments(error: TypeError, text: str, frames: list[Any], part: dict[str, Any] | None) -> str | None:
+    name = _UNEXPECTED.search(text)
+    if part is not None and name and name['name'] in part:
+        return _unexpected_argument(name['name'], part)
+    if part is not None and _ARGUMENTS.search(text) and _only_constructors(frames):
+        return f'{_kind(part)}: {text}'
+    # The call itself failed inside mmengine: the arguments do not fit the constructor's.
+    caller = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+    return text if 'mmengine' in caller.parts or REGISTRY_PREFIX.match(str(error)) else None
+
+
+def _in_library(error: Exception, text: str, part: dict[str, Any] | None, frames: list[Any]) -> str | None:
+    """Tell of an error that OpenMMLab's own code, or what it builds on, ran into while it built a part."""
+    frame, line = frames[-1]
+    place = Path(frame.f_code.co_filename)
+    inside = [index for index, name in enumerate(place.parts) if name in _LIBRARIES]
+    # An OSError is of the machine, a RuntimeError outside of a part too: a lost peer, a device that is not there.
+    if not inside or isinstance(error, (OSError, MemoryError)) or (part is None and isinstance(error, RuntimeError)):
+        return None
+    if part is None and 'mmengine' not in place.parts:
+        return None
+    if isinstance(error, AssertionError):
+        text = linecache.getline(str(place), line).strip() or 'AssertionError'
+    elif not isinstance(error, RuntimeError):
+        text = f'{type(error).__name__}: {text}'
+    who = f'{_kind(part)}: ' if part else ''
+    return f'{who}{text} ({"/".join(place.parts[inside[-1] :])}:{line})'
+
+
+def _part_being_built(frames: list[Any]) -> dict[str, Any] | None:
+    """Return the config of the innermost part that mmengine was building."""
+    for frame, _ in reversed(frames):
+        if frame.f_code.co_name == 'build_from_cfg' and isinstance(frame.f_locals.get('cfg'), dict):
+            part = dict(frame.f_locals['cfg'])
+            return {**part, '__class__': frame.f_locals.get('obj_cls')}
+    return None
+
+
+def _kind(part: dict[str, Any]) -> str:
+    kind = part.get('type')
+    return str(getattr(kind, '__name__', kind))
+
+
+def _only_constructors(frames: list[Any]) -> bool:
+    """Tell whether the failing call was one that a constructor, or mmengine for it, handed its arguments up with."""
+    names = [frame.f_code.co_name for frame, _ in frames]
+    start = max((i for i, name in enumerate(names) if name == 'build_from_cfg'), default=-1)
+    return all(name in ('__init__', 'get_instance', '__call__') for name in names[start + 1 :])
+
+
+def _unexpected_argument(name: str, part: dict[str, Any]) -> str:
+    known = sorted(_arguments(part.get('__class__')))
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f'; did you mean {close[0]!r}?' if close else f'; it takes {", ".join(known)}' if known else ''
+    return f'{_kind(part)} does not take {name!r} (unexpected argument){hint}'
+
+
+def _arguments(kind: Any) -> set[str]:
+    names: set[str] = set()
+    for base in inspect.getmro(kind) if inspect.isclass(kind) else ():
+        constructor = vars(base).get('__init__')
+        if constructor is None or base.__module__ in ('builtins', 'torch.nn.modules.module'):
+            continue
+        parameters = inspect.signature(constructor).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {'self'}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+def _unknown_type(text: str, frames: list[Any]) -> str:
+    text = text.partition('. Please check')[0]
+    kind = _REGISTRY.search(text)
+    names: set[str] = set()
+    for frame, _ in reversed(frames):
+        registry = frame.f_locals.get('registry') if frame.f_code.co_name == 'build_from_cfg' else None
+        while registry is not None:
+            names |= set(registry.module_dict)
+            registry = registry.parent
+        if names:
+            break
+    wanted = kind['kind'].rpartition('.')[2] if kind else ''
+    close = difflib.get_close_matches(wanted, names, n=1)
+    return f'{text}; did you mean {close[0]!r}?' if close else text
 
 
 @contextmanager
 def reading(what: str, ann_files: list[Path]) -> Iterator[None]:
     """Name the annotation file where one turns out to be broken while a dataset or metric reads it.
 
-    The files are looked into only after something failed, so that sound ones are read once.
+    The files are looked into only after reading one failed, so that sound ones are read once and a mistake elsewhere
+    in the config is not blamed on them.
 
     Args:
         what: What is being built, the first words of the message.
@@ -69,18 +172,24 @@ def reading(what: str, ann_files: list[Path]) -> Iterator[None]:
         with building(what):
             yield
     except Exception as error:
-        for path in ann_files:
+        origin = error.__cause__ if isinstance(error, UserError) and error.__cause__ is not None else error
+        for path in ann_files if _was_reading(origin) else []:
             fault = fault_of_annotations(path)
             if fault:
                 raise UserError(f'{what}: annotation file {printable_path(path)} {fault}') from error
         raise
 
 
+def _was_reading(error: BaseException) -> bool:
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(code.co_name in _READERS or 'pycocotools' in Path(code.co_filename).parts for code in frames)
+
+
 def fault_of_annotations(path: Path) -> str | None:
     """Say what is wrong with a COCO annotation file.
 
     Args:
-        path: The file; one that does not end in ``.json`` is not looked into.
+        path: The file; one that does not end in ``.json`` is not looked into, nor one in mmengine's layout.
 
     Returns:
         The rest of a sentence that begins with the file's name, or None if nothing is wrong.
@@ -88,36 +197,13 @@ def fault_of_annotations(path: Path) -> str | None:
     if path.suffix != '.json':
         return None
     try:
-        content: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        return f'cannot be read: {error.strerror}'
-    except json.JSONDecodeError as error:
-        return f'is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno} (cut short, or not JSON?)'
-    except UnicodeDecodeError:
-        return 'is not valid JSON: it is not text'
-    fault = _fault_of_layout(content)
-    return fault and f"is not in COCO's layout: {fault}"
-
-
-_COCO_FIELDS = {
-    'images': ('id', 'file_name', 'height', 'width'),
-    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
-    'categories': ('id', 'name'),
-}
-
-
-def _fault_of_layout(content: Any) -> str | None:
-    if not isinstance(content, dict):
-        return f'expected an object at its top, got a {type(content).__name__}'
-    for section, fields in _COCO_FIELDS.items():
-        entries = content.get(section)
-        if not isinstance(entries, list):
-            return f'it has no list {section!r}'
-        for index, entry in enumerate(entries):
-            absent = [field for field in fields if not isinstance(entry, dict) or field not in entry]
-            if absent:
-                return f'{section}[{index}] has no {absent[0]!r}'
-    return None
+        data = read_coco(path)
+    except OtherLayoutError:
+        return None
+    except UnreadableError as fault:
+        return str(fault)
+    faults = [finding for finding in check_entries(data, '', Needs(labels=False)) if finding.level == ERROR]
+    return f"is not in COCO's layout: {faults[0].message}" if faults else None
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -199,73 +285,3 @@ def _watch(handler: logging.FileHandler) -> None:
             sys.stderr.write(f'{handler.baseFilename} cannot be written any more: {error.strerror}\n')
 
     handler.handleError = handle  # type: ignore[method-assign]
-
-
-class _NamedLoading:
-    """A loading transform that tells which file it failed on, also from a dataloader's worker."""
-
-    def __init__(self, transform: BaseTransform) -> None:
-        self.transform = transform
-
-    def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Call the transform.
-
-        Args:
-            results: Sample with ``img_path`` and, for label maps, ``seg_map_path``.
-
-        Raises:
-            UserError: If the transform fails and the image or the label map is at fault.
-        """
-        try:
-            return self.transform(results)
-        except Exception as error:
-            fault = _fault_of_sample(results)
-            if fault is None:
-                raise
-            raise UserError(fault) from error
-
-    def __repr__(self) -> str:
-        return repr(self.transform)
-
-
-def name_unreadable_files(dataset: Any) -> None:
-    """Make the loading transforms of a dataset, and of those it wraps, name the file they fail on.
-
-    Args:
-        dataset: A dataset of mmengine's kind; one without ``pipeline`` is left as it is.
-    """
-    for inner in _datasets_in(dataset):
-        transforms = getattr(getattr(inner, 'pipeline', None), 'transforms', None)
-        if isinstance(transforms, list):
-            for index, transform in enumerate(transforms):
-                if type(transform).__name__.startswith('Load') and not isinstance(transform, _NamedLoading):
-                    transforms[index] = _NamedLoading(transform)
-
-
-def _datasets_in(dataset: Any) -> Iterator[Any]:
-    yield dataset
-    inner = getattr(dataset, 'dataset', None)
-    for child in [*([inner] if inner is not None else []), *(getattr(dataset, 'datasets', None) or [])]:
-        yield from _datasets_in(child)
-
-
-def _fault_of_sample(results: dict[str, Any]) -> str | None:
-    for kind, key in (('image', 'img_path'), ('label map', 'seg_map_path')):
-        path = results.get(key)
-        if isinstance(path, (str, os.PathLike)) and '://' not in str(path):
-            fault = _fault_of_image(Path(path))
-            if fault:
-                return f'{kind} {printable_path(path)} {fault}'
-    return None
-
-
-def _fault_of_image(path: Path) -> str | None:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return f'cannot be read: {error.strerror}'
-    if not content:
-        return 'is empty (0 bytes)'
-    if cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) is None:
-        return f'cannot be decoded: {len(content)} bytes that are no image that OpenCV knows'
-    return None

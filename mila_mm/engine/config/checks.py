@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mila_mm.engine.data.splits import leaf_datasets
 from mila_mm.errors import UserError
 
 _LAUNCHER_VARIABLES = {
@@ -61,6 +62,15 @@ class NeededPath:
     is_folder: bool
     dataset: dict[str, Any] | None = None
 
+    @property
+    def kind(self) -> str:
+        """What is expected there, in words."""
+        return 'folder' if self.is_folder else 'annotation file'
+
+    def exists(self) -> bool:
+        """Tell whether it is there."""
+        return self.path.is_dir() if self.is_folder else self.path.is_file()
+
 
 def check_data(cfg: Config, stages: Sequence[str]) -> None:
     """Check that the files and folders of the datasets and metrics exist.
@@ -75,18 +85,18 @@ def check_data(cfg: Config, stages: Sequence[str]) -> None:
         UserError: For the first path that is missing: what, where, and how to get it.
     """
     for stage in stages:
-        for needed in _needed_paths(cfg, stage):
-            if needed.path.is_dir() if needed.is_folder else needed.path.is_file():
+        for needed in needed_paths(cfg, stage):
+            if needed.exists():
                 continue
-            kind = 'folder' if needed.is_folder else 'annotation file'
             where = '' if needed.path.is_absolute() else f' (looked in {Path.cwd()})'
-            raise UserError(f'{needed.key}: {kind} {needed.path} does not exist{where}.\n{_how_to_get(needed)}')
+            raise UserError(f'{needed.key}: {needed.kind} {needed.path} does not exist{where}.\n{_how_to_get(needed)}')
 
 
-def _needed_paths(cfg: Config, stage: str) -> Iterator[NeededPath]:
+def needed_paths(cfg: Config, stage: str) -> Iterator[NeededPath]:
+    """Go through the local files and folders that the data sets and metrics of a stage name."""
     loader = cfg.get(f'{stage}_dataloader')
     if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
-        for key, dataset in _leaf_datasets(loader['dataset'], f'{stage}_dataloader.dataset'):
+        for key, dataset in leaf_datasets(loader['dataset'], f'{stage}_dataloader.dataset'):
             yield from _paths_of_dataset(key, dataset)
     evaluators = cfg.get(f'{stage}_evaluator')
     evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
@@ -95,17 +105,6 @@ def _needed_paths(cfg: Config, stage: str) -> Iterator[NeededPath]:
             path = str(evaluator['ann_file'])
             if '://' not in path:
                 yield NeededPath(f'{stage}_evaluator.ann_file', Path(path), is_folder=False)
-
-
-def _leaf_datasets(dataset: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Go through wrappers (``dataset=``, ``datasets=[...]``) to the datasets that read files."""
-    if isinstance(dataset.get('dataset'), dict):
-        yield from _leaf_datasets(dataset['dataset'], f'{key}.dataset')
-    elif isinstance(dataset.get('datasets'), (list, tuple)):
-        for index, inner in enumerate(dataset['datasets']):
-            yield from _leaf_datasets(inner, f'{key}.datasets.{index}')
-    else:
-        yield key, dataset
 
 
 def _paths_of_dataset(key: str, dataset: dict[str, Any]) -> Iterator[NeededPath]:

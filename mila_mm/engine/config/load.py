@@ -37,6 +37,22 @@ _EXTRA_KEYS = (
 )
 
 
+# Entries at the top of a config of mmdet 2 or mmseg 0, with what took their place.
+_OLD_KEYS = {
+    'data': 'train_dataloader, val_dataloader and test_dataloader',
+    'optimizer': 'optim_wrapper',
+    'optimizer_config': 'optim_wrapper',
+    'lr_config': 'param_scheduler',
+    'runner': 'train_cfg',
+    'total_epochs': 'train_cfg',
+    'evaluation': 'val_evaluator and val_cfg',
+    'checkpoint_config': 'default_hooks',
+    'log_config': 'default_hooks',
+    'dist_params': 'env_cfg',
+    'fp16': 'optim_wrapper',
+}
+
+
 def load_config(name: str, cfg_options: Sequence[str] = (), import_custom_modules: bool = True) -> Config:
     """Read a config and apply the overrides of the command line.
 
@@ -147,6 +163,23 @@ def _merge_cfg_options(cfg: Config, items: Sequence[str]) -> None:
             raise UserError(f'--cfg-options {key}={value} does not fit the config: {one_line(error)}') from error
 
 
+def refuse_old(cfg: Config) -> None:
+    """Refuse a config of mmdet 2 or mmseg 0, whose entries nothing reads any more.
+
+    Raises:
+        UserError: If it is one, with the successors of its entries.
+    """
+    old = [key for key in _OLD_KEYS if key in cfg]
+    if not old or 'train_dataloader' in cfg or 'test_dataloader' in cfg:
+        return
+    shown = ', '.join(old[:4]) + (f' and {len(old) - 4} more' if len(old) > 4 else '')
+    raise UserError(
+        f'config {cfg.filename}: it is of mmdet 2 or mmseg 0 ({shown}), which mmengine does not read: '
+        + '; '.join(f'{key} is now {_OLD_KEYS[key]}' for key in old[:3])
+        + "\nStart from a config of today (_base_ = 'mmdet::...') and carry the data set over: docs/custom_data.md"
+    )
+
+
 def scope_of(cfg: Config) -> str:
     """Tell which library a config is for.
 
@@ -160,6 +193,7 @@ def scope_of(cfg: Config) -> str:
     named = [cfg.get('default_scope'), prefix if dot else None, cfg.model.get('_scope_')]
     scope = next((name for name in named if name in SCOPES), None)
     if scope is None:
+        refuse_old(cfg)
         raise UserError(
             'is the config a detector, a segmentor or a classifier? '
             f'Its default_scope is {cfg.get("default_scope")!r}\n'

@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from mila_mm.engine.config.build_errors import building, fault_of_annotations, name_unreadable_files, reading
+from mila_mm.engine.config.build_errors import building, fault_of_annotations, reading
+from mila_mm.engine.data.samples import name_failing_samples
 from mila_mm.engine.optimizers.groups import merge_groups, regroup, use_fused
 from mila_mm.engine.resumed_state import check_groups, check_optimizer, check_resumed, check_schedulers
 from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into, settle_resume
@@ -27,6 +28,8 @@ from mila_mm.weights.load import read_checkpoint
 
 # What comes of it when mmengine's dataset packs an empty list.
 _NUMPY_OF_NO_IMAGE = 'need at least one array to concatenate'
+# Where hooks build what their config names, such as an averaged model.
+_BUILDING_HOOKS = ('before_run', 'before_train', 'before_test')
 _FIRST_BATCH_HOOKS = ('before_train_iter', 'before_val_iter', 'before_test_iter')
 
 
@@ -72,7 +75,11 @@ class Runner(ShardingRunner):
         if not self._started and fn_name in _FIRST_BATCH_HOOKS:
             self._started = True
             self.dump_config()
-        super().call_hook(fn_name, **kwargs)
+        if fn_name not in _BUILDING_HOOKS:
+            super().call_hook(fn_name, **kwargs)
+            return
+        with building('hook'):
+            super().call_hook(fn_name, **kwargs)
 
     def dump_config(self) -> None:
         """Write the config of a training into the work folder, once it has started; a test leaves it alone."""
@@ -184,7 +191,7 @@ class Runner(ShardingRunner):
             raise _no_image(files) from error
         if len(loader.dataset) == 0:
             raise _no_image(files)
-        name_unreadable_files(loader.dataset)
+        name_failing_samples(loader.dataset)
         return loader
 
     def load_checkpoint(
@@ -312,4 +319,5 @@ def build_runner(cfg: Config) -> MMEngineRunner:
     if 'runner_type' in cfg:
         with building('runner'):
             return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    with building('config'):
+        return Runner.from_cfg(cfg)

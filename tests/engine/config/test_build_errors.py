@@ -26,7 +26,7 @@ class Part:
     ('config', 'message'),
     [
         (dict(type='Part', number=-1), '^part: Part: expected number >= 0, got -1$'),
-        (dict(type='Prat', number=1), '^part: Prat is not in the .*registry$'),
+        (dict(type='Prat', number=1), '^part: Prat is not in the .*registry; did you mean .Part.\\?$'),
         (dict(type='Part', numbre=1), 'numbre'),
         (dict(type='Part'), "missing 1 required positional argument: 'number'"),
     ],
@@ -34,6 +34,11 @@ class Part:
 def test_mistakes(config, message) -> None:
     with pytest.raises(UserError, match=message), building('part'):
         PARTS.build(config)
+
+
+def load_data_list(error: Exception) -> None:
+    """Fail as a data set does while it reads its file."""
+    raise error
 
 
 def test_a_bug_inside_a_constructor_passes() -> None:
@@ -63,7 +68,13 @@ def test_reading_blames_the_broken_file(tmp_path) -> None:
     (tmp_path / 'broken.json').write_text('{')
     files = [tmp_path / 'list.txt', tmp_path / 'sound.json', tmp_path / 'broken.json']
     with pytest.raises(UserError, match=r'broken\.json is not valid JSON'), reading('dataset', files):
-        raise RuntimeError('whatever came of it')
+        load_data_list(RuntimeError('whatever came of it'))
+
+
+def test_reading_blames_no_file_for_a_mistake_elsewhere(tmp_path) -> None:
+    (tmp_path / 'broken.json').write_text('{')
+    with pytest.raises(UserError, match=r'^dataset: .*numbre'), reading('dataset', [tmp_path / 'broken.json']):
+        PARTS.build(dict(type='Part', numbre=1))
 
 
 def test_reading_of_sound_files_keeps_the_error(tmp_path) -> None:

@@ -1,0 +1,102 @@
+"""Segmentations of COCO's annotations: polygons and run-length encodings of both kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mila_mm.datasets.checks.faults import Faults, are_numbers
+from mila_mm.datasets.checks.findings import brief
+from mila_mm.datasets.checks.needs import Needs
+
+
+def check_mask(
+    index: int, annotation: dict[str, Any], images: dict[Any, tuple[int, int]], needs: Needs, faults: Faults
+) -> None:
+    """Check the mask of one annotation.
+
+    Args:
+        index: Its position in the file.
+        annotation: The annotation.
+        images: Id to height and width of its images.
+        needs: What is done with it.
+        faults: Takes what is wrong.
+    """
+    segmentation = annotation.get('segmentation')
+    here = f'annotations[{index}].segmentation'
+    if not segmentation:
+        if needs.masks and not annotation.get('ignore'):
+            what = f'{here} is {brief(segmentation)}' if 'segmentation' in annotation else f'{here} is missing'
+            faults.add('no mask', f'{what}, but the config reads masks (with_mask=True, or metric segm)')
+        return
+    if isinstance(segmentation, dict):
+        _check_runs(here, segmentation, _size_of(annotation['image_id'], images), needs, faults)
+    elif isinstance(segmentation, list):
+        _check_polygons(here, segmentation, needs, faults)
+    elif needs.masks:
+        faults.add('mask', f'{here} is {brief(segmentation)}, expected a list of polygons or a run-length encoding')
+
+
+def _size_of(image_id: Any, images: dict[Any, tuple[int, int]]) -> tuple[int, int]:
+    return images.get(image_id, (0, 0)) if isinstance(image_id, (int, str)) else (0, 0)
+
+
+def _level(needs: Needs) -> str:
+    return 'error' if needs.masks else 'warning'
+
+
+def _check_polygons(here: str, polygons: list[Any], needs: Needs, faults: Faults) -> None:
+    if not isinstance(polygons[0], list):
+        what = 'a flat list of numbers' if are_numbers(polygons) else f'a list of {type(polygons[0]).__name__}'
+        faults.add(
+            'flat', f'{here} is {what}, expected a list of polygons: [[x0, y0, x1, y1, ...], ...]', _level(needs)
+        )
+        return
+    usable = 0
+    for position, polygon in enumerate(polygons):
+        if not are_numbers(polygon):
+            faults.add(
+                'polygon', f'{here}[{position}] is {brief(polygon)}, expected [x0, y0, x1, y1, ...]', _level(needs)
+            )
+            return
+        usable += len(polygon) >= 6 and len(polygon) % 2 == 0
+    if not usable and needs.masks:
+        faults.add(
+            'short polygons',
+            f'{here} has no polygon of three points or more (an even count of at least 6 numbers), got '
+            f'{len(polygons[0])} numbers: the loader ignores the whole instance',
+            'warning',
+        )
+
+
+def _check_runs(here: str, runs: dict[str, Any], size: tuple[int, int], needs: Needs, faults: Faults) -> None:
+    level = _level(needs)
+    counts, own = runs.get('counts'), runs.get('size')
+    if not isinstance(counts, (list, str)) or not are_numbers(own) or len(own) != 2:
+        faults.add('runs', f'{here} is {brief(runs)}, expected dict(size=[height, width], counts=...)', level)
+        return
+    if all(size) and list(own) != list(size):
+        why = ': height and width are swapped' if list(own) == list(size)[::-1] else ''
+        faults.add('runs size', f'{here}.size is {brief(own)}, the image has [height, width] {list(size)}{why}', level)
+        return
+    if isinstance(counts, list):
+        if not are_numbers(counts) or any(run < 0 for run in counts) or sum(counts) != own[0] * own[1]:
+            total = sum(counts) if are_numbers(counts) else brief(counts)
+            faults.add('runs sum', f'{here}.counts add up to {total}, expected {own[0]} * {own[1]}', level)
+    elif needs.masks and not _decodes(counts, own):
+        faults.add('runs text', f'{here}.counts is no compressed run-length encoding of {list(own)}', level)
+    if needs.polygons_only:
+        faults.add(
+            'runs unread', f'{here} is run-length encoded, which poly2mask=False ignores with its instance', 'warning'
+        )
+
+
+def _decodes(counts: str, size: Sequence[int]) -> bool:
+    from pycocotools import mask
+
+    decode: Callable[[dict[str, Any]], Any] = mask.decode
+    try:
+        decode({'size': [int(side) for side in size], 'counts': counts.encode()})
+    except (ValueError, TypeError, UnicodeError):
+        return False
+    return True

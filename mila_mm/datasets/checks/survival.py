@@ -1,0 +1,153 @@
+"""What becomes of annotations on their way through a loader of COCO's kind: which survive, which do not, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from mila_mm.datasets.checks.findings import Finding, error, note, warning
+
+# Share of the boxes of a split above which their loss is worth a line that a person sees.
+_MUCH = 0.05
+
+_REASONS = {
+    'ignore': 'marked "ignore"',
+    'outside': 'outside of the image',
+    'area': 'area 0',
+    'thin': 'less than a pixel wide or high',
+    'other': 'of categories that are no class',
+    'small': 'on images below filter_cfg.min_size',
+}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What a data set keeps, after mmdet's ``CocoDataset``.
+
+    Attributes:
+        classes: Class names.
+        min_size: Least shorter side of an image, in pixels.
+        filter_empty: Whether images without an annotation of the classes go.
+        drop_images: Whether images are filtered at all (not in ``test_mode``).
+    """
+
+    classes: tuple[str, ...]
+    min_size: float = 0
+    filter_empty: bool = False
+    drop_images: bool = True
+
+
+def count_survivors(data: dict[str, Any], keep: Filter) -> dict[str, Any]:
+    """Count what a loader of COCO's kind keeps of a file.
+
+    Args:
+        data: Content of a well-formed file.
+        keep: What it keeps.
+
+    Returns:
+        ``images``, ``images_loaded``, ``images_small``, ``images_empty``, ``boxes``, ``boxes_loaded``, ``crowd``,
+        ``dropped`` (reason to number), ``per_class`` (name to boxes) and ``smallest_side`` of the images.
+    """
+    wanted = set(keep.classes)
+    names = {category['id']: category['name'] for category in data['categories'] if category['name'] in wanted}
+    sizes = {image['id']: (image['width'], image['height']) for image in data['images']}
+    annotated = {item['image_id'] for item in data.get('annotations', []) if item['category_id'] in names}
+    small = {number for number, size in sizes.items() if keep.drop_images and min(size) < keep.min_size}
+    empty = {number for number in sizes if keep.drop_images and keep.filter_empty and number not in annotated}
+    gone = small | empty
+    dropped: Counter[str] = Counter()
+    per_class: Counter[str] = Counter()
+    crowd = 0
+    for item in data.get('annotations', []):
+        reason = _reason(item, sizes, names)
+        if reason is None and item['image_id'] in gone:
+            reason = 'small'
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        if item.get('iscrowd'):
+            crowd += 1
+        else:
+            per_class[names[item['category_id']]] += 1
+    return {
+        'images': len(sizes),
+        'images_loaded': len(sizes) - len(gone),
+        'images_small': len(small),
+        'images_empty': len(empty - small),
+        'boxes': len(data.get('annotations', [])),
+        'boxes_loaded': sum(per_class.values()),
+        'crowd': crowd,
+        'dropped': dict(dropped),
+        'per_class': {name: per_class.get(name, 0) for name in keep.classes},
+        'smallest_side': min((min(size) for size in sizes.values()), default=0),
+    }
+
+
+def _reason(item: dict[str, Any], sizes: dict[Any, tuple[int, int]], names: dict[Any, str]) -> str | None:
+    """Return why mmdet's loader passes an annotation over, in its order, None where it does not."""
+    if item.get('ignore', False):
+        return 'ignore'
+    width, height = sizes.get(item['image_id'], (0, 0))
+    x, y, w, h = item['bbox']
+    if max(0, min(x + w, width) - max(x, 0)) * max(0, min(y + h, height) - max(y, 0)) == 0:
+        return 'outside' if w > 0 and h > 0 else 'thin'
+    if item['area'] <= 0:
+        return 'area'
+    if w < 1 or h < 1:
+        return 'thin'
+    return None if item['category_id'] in names else 'other'
+
+
+def judge_survivors(where: str, path: str, counts: dict[str, Any], training: bool) -> list[Finding]:
+    """Say what is wrong with the share that survives.
+
+    Args:
+        where: Key of the data set in the config.
+        path: Its annotation file.
+        counts: As :func:`count_survivors` returns them.
+        training: Whether a model learns from it.
+    """
+    findings = []
+    reasons = counts['dropped']
+    told = ', '.join(f'{number} {_REASONS[reason]}' for reason, number in sorted(reasons.items(), key=lambda i: -i[1]))
+    wanted = counts['boxes'] - reasons.get('other', 0) - reasons.get('ignore', 0)
+    lost = wanted - counts['boxes_loaded'] - counts['crowd']
+    if not counts['images']:
+        return [error(where, f'{path} has no image')]
+    if not counts['images_loaded']:
+        return [error(where, f'no image of {path} is left: {_images_gone(counts)}{_and(told)}')]
+    if not counts['boxes']:
+        text = f'{path} has no annotation'
+        return [error(where, f'{text}: there is nothing to learn') if training else warning(where, text)]
+    if not counts['boxes_loaded']:
+        text = f'no box is left of {counts["boxes"]} in {path}: {told or str(counts["crowd"]) + " crowd"}'
+        # A small validation set may lack a rare class; the figures are empty then, and not wrong.
+        return [warning(where, text) if set(reasons) == {'other'} and not training else error(where, text)]
+    if lost > _MUCH * wanted:
+        share = round(100 * lost / wanted)
+        findings.append(warning(where, f'{share} % of the boxes of {path} are not used ({lost} of {wanted}): {told}'))
+    elif told:
+        findings.append(note(where, f'{path}: {sum(reasons.values())} of {counts["boxes"]} boxes are not used: {told}'))
+    if counts['images_small'] > _MUCH * counts['images']:
+        findings.append(warning(where, f'{_images_gone(counts)} of {path} are not used'))
+    never = [name for name, number in counts['per_class'].items() if not number]
+    if never and len(never) < len(counts['per_class']):
+        findings.append(note(where, f'{len(never)} of {len(counts["per_class"])} classes have no box in {path}'))
+    return findings
+
+
+def _images_gone(counts: dict[str, Any]) -> str:
+    parts = []
+    if counts['images_small']:
+        parts.append(
+            f'{counts["images_small"]} of {counts["images"]} images are below filter_cfg.min_size '
+            f'(the smallest side of any is {counts["smallest_side"]})'
+        )
+    if counts['images_empty']:
+        parts.append(f'{counts["images_empty"]} of {counts["images"]} images have no annotation of the classes')
+    return '; '.join(parts)
+
+
+def _and(text: str) -> str:
+    return f'; boxes: {text}' if text else ''

@@ -1,0 +1,235 @@
+"""Checks of data sets that are built: what their own loaders give, whatever their kind."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mila_mm.datasets.checks.findings import Finding, brief, error, note, warning
+from mila_mm.engine.data.maps import check_label_maps
+from mila_mm.engine.data.samples import datasets_in, load_sample
+from mila_mm.engine.data.splits import is_coco
+from mila_mm.errors import UserError
+
+# Of the images looked at, more than this share with a wrong size is an error, less a warning.
+_MANY = 0.05
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is looked at.
+
+    Attributes:
+        samples: Images and label maps of a split that are opened, 0 for all.
+        seconds: Time after which opening stops, whatever ``samples`` says.
+    """
+
+    samples: int = 16
+    seconds: float = math.inf
+
+
+@dataclass
+class Looked:
+    """What a check of a built data set saw.
+
+    Attributes:
+        findings: What is wrong.
+        counts: Numbers for the report.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def check_built(dataset: Any, key: str, stage: str, effort: Effort, ignored: Sequence[int] = (255,)) -> Looked:
+    """Check a data set that is built: images, boxes, labels, label maps, as its own loader gives them.
+
+    Args:
+        dataset: A data set of mmengine's kind, wrapped or not.
+        key: Where it stands in the config.
+        stage: 'train', 'val' or 'test'.
+        effort: How much is looked at.
+        ignored: Labels that the loss ignores.
+    """
+    looked = Looked()
+    leaves = [inner for inner in datasets_in(dataset) if hasattr(inner, 'get_data_info') and not _wraps(inner)]
+    for leaf in leaves:
+        if getattr(leaf, 'data_address', None) is None and not getattr(leaf, 'data_list', None):
+            looked.findings.append(error(key, 'finds no image that it can use'))
+            continue
+        deadline = time.monotonic() + effort.seconds / len(leaves)
+        _one(leaf, key, stage, effort, deadline, ignored, looked)
+    return looked
+
+
+def _wraps(dataset: Any) -> bool:
+    return getattr(dataset, 'dataset', None) is not None or bool(getattr(dataset, 'datasets', None))
+
+
+def _one(
+    leaf: Any, key: str, stage: str, effort: Effort, deadline: float, ignored: Sequence[int], looked: Looked
+) -> None:
+    total = len(leaf)
+    classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
+    classes = classes if isinstance(classes, (list, tuple)) else None
+    looked.counts['images'] = looked.counts.get('images', 0) + total
+    if 'instances' in leaf.get_data_info(0) and not is_coco(type(leaf)):
+        _check_instances(leaf, key, stage, classes, deadline, looked)
+    chosen = spread(total, effort.samples)
+    infos = [leaf.get_data_info(index) for index in chosen]
+    _check_paths(key, chosen, infos, looked)
+    if any(finding.level == 'error' for finding in looked.findings):
+        return
+    load_image, load_map = _loaders(leaf)
+    if load_map is not None and classes and 'seg_map_path' in infos[0] and 'instances' not in infos[0]:
+        looked.findings += check_label_maps(
+            leaf, key, load_image, load_map, chosen, classes, tuple(ignored), deadline, looked.counts
+        )
+    elif load_image is not None:
+        _check_sizes(leaf, key, load_image, chosen, deadline, looked)
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """Return positions spread evenly over a set, all where ``wanted`` is 0 or there are no more."""
+    if wanted <= 0 or wanted >= total:
+        return list(range(total))
+    return sorted({round(i * (total - 1) / max(wanted - 1, 1)) for i in range(wanted)})
+
+
+def _loaders(leaf: Any) -> tuple[Any, Any]:
+    """Return the transforms of a pipeline that load an image and a label map, None where it has none of the usual."""
+    found: dict[str, Any] = {}
+    for transform in getattr(getattr(leaf, 'pipeline', None), 'transforms', None) or []:
+        inner = getattr(transform, 'transform_itself', transform)
+        found.setdefault(type(inner).__name__, inner)
+    load_map = found.get('LoadAnnotations')
+    is_map = load_map is not None and getattr(load_map, 'with_seg', False)
+    return found.get('LoadImageFromFile'), load_map if is_map else None
+
+
+def _check_instances(
+    leaf: Any, key: str, stage: str, classes: Sequence[str] | None, deadline: float, looked: Looked
+) -> None:
+    """Check boxes and labels as the loader gives them, one by one."""
+    first: dict[str, tuple[str, str]] = {}
+    count: Counter[str] = Counter()
+    per_class: Counter[int] = Counter()
+    seen = 0
+    for index in range(len(leaf)):
+        if seen and not index % 64 and time.monotonic() > deadline:
+            break
+        seen += 1
+        info = leaf.get_data_info(index)
+        for position, instance in enumerate(info.get('instances') or []):
+            for kind, what in _faults_of_instance(instance, classes):
+                count[kind] += 1
+                where = f'sample {index} ({info.get("img_path")}), instances[{position}]'
+                first.setdefault(kind, (where, what))
+            if not instance.get('ignore_flag') and isinstance(instance.get('bbox_label'), (int, np.integer)):
+                per_class[int(instance['bbox_label'])] += 1
+    for kind, (where, what) in first.items():
+        more = f' (and {count[kind] - 1} more like it)' if count[kind] > 1 else ''
+        level = warning if kind == 'empty' else error
+        looked.findings.append(level(key, f'{where}: {what}{more}'))
+    looked.counts['boxes_loaded'] = looked.counts.get('boxes_loaded', 0) + sum(per_class.values())
+    if classes:
+        looked.counts['per_class'] = {name: per_class.get(index, 0) for index, name in enumerate(classes)}
+    if seen == len(leaf) and not per_class and not first:
+        text = f'no box is left in {len(leaf)} images'
+        looked.findings.append(error(key, f'{text}: nothing to learn') if stage == 'train' else warning(key, text))
+
+
+def _faults_of_instance(instance: dict[str, Any], classes: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+    bbox, label = instance.get('bbox'), instance.get('bbox_label')
+    if bbox is not None:
+        try:
+            numbers = np.asarray(bbox, dtype=float)
+        except (TypeError, ValueError):
+            numbers = np.full(0, np.nan)
+        if numbers.size < 4 or not np.isfinite(numbers).all():
+            yield 'bbox', f'bbox is {brief(bbox)}, expected [x1, y1, x2, y2]'
+        elif numbers.shape == (4,) and (numbers[2] <= numbers[0] or numbers[3] <= numbers[1]):
+            yield 'empty', f'bbox {brief(bbox)} has no area (expected [x1, y1, x2, y2], not width and height)'
+    if (
+        classes
+        and isinstance(label, (int, np.integer))
+        and not isinstance(label, bool)
+        and label not in range(len(classes))
+    ):
+        yield 'label', f'bbox_label is {label}, the {len(classes)} classes are 0 to {len(classes) - 1}'
+    elif label is not None and not isinstance(label, (int, np.integer, list, np.ndarray)):
+        yield 'label type', f'bbox_label is {brief(label)}, expected a whole number'
+
+
+def _check_paths(key: str, chosen: Sequence[int], infos: Sequence[dict[str, Any]], looked: Looked) -> None:
+    """Check that images and label maps of the sample exist."""
+    for kind, name in (('image', 'img_path'), ('label map', 'seg_map_path')):
+        local = [
+            info[name]
+            for info in infos
+            if isinstance(info.get(name), (str, os.PathLike)) and '://' not in str(info[name])
+        ]
+        absent = [path for path in local if not Path(path).is_file()]
+        if absent:
+            hint = _twice(Path(absent[0]))
+            looked.findings.append(
+                error(key, f'{kind} {absent[0]} does not exist ({len(absent)} of {len(local)} looked for){hint}')
+            )
+
+
+def _twice(path: Path) -> str:
+    """Say so where a folder stands twice in a path: in data_prefix and again in file_name."""
+    parts = path.parent.parts
+    if len(parts) > 1 and parts[-1] == parts[-2]:
+        return f'; {parts[-1]} stands in data_prefix and again in the file names'
+    if path.parent.is_dir():
+        near = [other.name for other in path.parent.glob(f'{path.stem}.*')][:1]
+        return f'; there is {near[0]}' if near else ''
+    return f'; the folder {path.parent} does not exist'
+
+
+def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline: float, looked: Looked) -> None:
+    """Compare the size of the image that is loaded with that which its annotations are for."""
+    wrong, seen = [], 0
+    for index in chosen:
+        if seen and time.monotonic() > deadline:
+            break
+        info = leaf.get_data_info(index)
+        told = info.get('height'), info.get('width')
+        if not all(isinstance(side, (int, float)) for side in told):
+            return
+        loaded = load_sample(load, info, index)
+        if loaded is None:
+            return
+        seen += 1
+        got = loaded['ori_shape'][:2]
+        if tuple(got) != tuple(told):
+            wrong.append((info['img_path'], got, told))
+    if wrong:
+        path, got, told = wrong[0]
+        turned = '; turned by its EXIF orientation' if tuple(got) == tuple(told)[::-1] else ''
+        text = (
+            f'image {path} is {got[1]} x {got[0]} (width x height) as loaded, its annotations are for '
+            f'{told[1]} x {told[0]}{turned} ({len(wrong)} of {seen} images looked at)'
+        )
+        many = len(wrong) > _MANY * seen
+        looked.findings.append(error(key, text) if many else warning(key, text))
+    if 0 < seen < len(leaf):
+        looked.findings.append(note(key, f'sizes of {seen} of {len(leaf)} images were looked at'))
+
+
+def try_pipeline(dataset: Any, key: str) -> Finding | None:
+    """Take one sample through the whole pipeline; what fails there would fail in the first batch or after an epoch."""
+    try:
+        dataset[0]
+    except UserError as fault:
+        return error(key, str(fault))
+    return None

@@ -1,0 +1,125 @@
+"""All checks of a config and its data together: some at the start of a run, everything with ``mila check-data``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mila_mm.datasets.checks.findings import Report, error
+from mila_mm.engine.config.build_errors import building
+from mila_mm.engine.config.checks import needed_paths
+from mila_mm.engine.data.built import Effort, check_built, try_pipeline
+from mila_mm.engine.data.files import check_files, is_labelled
+from mila_mm.engine.data.samples import name_failing_samples
+from mila_mm.engine.data.splits import splits_of
+from mila_mm.engine.data.static import check_static
+from mila_mm.engine.random_state import capture_random_state, restore_random_state
+from mila_mm.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Return where results of checks are kept: ``$MILA_HOME/checks``, else below the user's cache."""
+    home = os.environ.get('MILA_HOME')
+    if home:
+        return Path(home).expanduser() / 'checks'
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mila_mm' / 'checks'
+
+
+def check_before_building(cfg: Config, stages: Sequence[str], scope: str, remember: bool = True) -> Report:
+    """Check what needs no data set to be built: the config and its annotation files in COCO's layout.
+
+    Args:
+        cfg: A config.
+        stages: Those that will run, of 'train', 'val', 'test'.
+        scope: 'mmdet', 'mmseg' or 'mmpretrain', of which the last is left alone.
+        remember: Whether results are kept for the next start. Defaults to True.
+    """
+    report = Report()
+    if scope not in ('mmdet', 'mmseg'):
+        return report
+    report.add(check_static(cfg, stages, scope))
+    check_files(cfg, splits_of(cfg, stages, scope), cache_folder() if remember else None, report)
+    return report
+
+
+def check_everything(cfg: Config, stages: Sequence[str], scope: str, samples: int = 0) -> Report:
+    """Check a config and all of its data, and report everything at once.
+
+    Args:
+        cfg: A config.
+        stages: Some of 'train', 'val', 'test'.
+        scope: 'mmdet' or 'mmseg'.
+        samples: Images and label maps that are opened in each split, 0 for all. Defaults to 0.
+    """
+    report = Report()
+    absent = [needed for stage in stages for needed in needed_paths(cfg, stage) if not needed.exists()]
+    report.add(error(needed.key, f'{needed.kind} {needed.path} does not exist') for needed in absent)
+    static = check_before_building(cfg, stages, scope, remember=False)
+    report.add(static.findings)
+    report.counts.update(static.counts)
+    broken = {needed.key for needed in absent}
+    for stage in stages:
+        loader = cfg.get(f'{stage}_dataloader')
+        if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
+            key = f'{stage}_dataloader.dataset'
+            if not any(name.startswith(key) for name in broken):
+                _check_split(cfg, key, stage, scope, Effort(samples), report)
+    return report
+
+
+def _check_split(cfg: Config, key: str, stage: str, scope: str, effort: Effort, report: Report) -> None:
+    from mmengine.registry import DATASETS
+
+    try:
+        with building(key), DATASETS.switch_scope_and_registry(scope) as registry:
+            dataset = registry.build(cfg[f'{stage}_dataloader']['dataset'])
+    except UserError as fault:
+        if not report.of('error'):  # what was found is the reason, and says it better
+            report.add([error('', str(fault))])
+        return
+    report.add(judge_built(cfg, dataset, key, stage, scope, effort, report))
+
+
+def judge_built(
+    cfg: Config, dataset: Any, key: str, stage: str, scope: str, effort: Effort, report: Report
+) -> list[Any]:
+    """Check a data set that is built, and take one sample through its pipeline.
+
+    Args:
+        cfg: The config.
+        dataset: The data set.
+        key: Where it stands in the config.
+        stage: 'train', 'val' or 'test'.
+        scope: 'mmdet' or 'mmseg'.
+        effort: How much is looked at.
+        report: Takes the counts.
+    """
+    name_failing_samples(dataset)
+    state = capture_random_state()
+    try:
+        looked = check_built(dataset, key, stage, effort, _ignored(cfg))
+        findings = list(looked.findings)
+        if not any(finding.level == 'error' for finding in findings):
+            failed = try_pipeline(dataset, key)
+            findings += [failed] if failed is not None else []
+    except UserError as fault:
+        looked, findings = None, [error(key, str(fault))]
+    finally:
+        restore_random_state(state)
+    splits = [split for split in splits_of(cfg, [stage], scope) if split.key.startswith(key)]
+    if not all(is_labelled(cfg, split) for split in splits):
+        findings = [finding for finding in findings if 'no box is left' not in finding.message]
+    if looked is not None and looked.counts:
+        report.counts[key] = {**looked.counts, **report.counts.get(key, {})}
+    return findings
+
+
+def _ignored(cfg: Config) -> list[int]:
+    """Return the labels that a segmentor's heads ignore."""
+    heads = cfg.model.get('decode_head')
+    heads = heads if isinstance(heads, (list, tuple)) else [heads]
+    return sorted({head.get('ignore_index', 255) for head in heads if isinstance(head, dict)} or {255})

@@ -1,0 +1,127 @@
+"""Label maps of a data set that is built, as its own transforms load them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+from mmengine import fileio
+
+from mila_mm.datasets.checks.findings import Finding, error, note, shown, warning
+from mila_mm.datasets.checks.label_maps import MapSummary, fault_of_labels, fault_of_map, judge_maps
+from mila_mm.engine.data.samples import NamedTransform, load_sample
+
+_IMAGES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'})
+# Of sets above this size the folders are not compared.
+_MANY_FILES = 50_000
+
+
+def check_label_maps(
+    leaf: Any,
+    key: str,
+    load_image: Any,
+    load_map: Any,
+    chosen: Sequence[int],
+    classes: Sequence[str],
+    ignored: Sequence[int],
+    deadline: float,
+    counts: dict[str, Any],
+) -> list[Finding]:
+    """Check label maps one by one and together.
+
+    Args:
+        leaf: The data set.
+        key: Where it stands in the config.
+        load_image: Transform that loads images, or None.
+        load_map: Transform that loads label maps.
+        chosen: Positions to look at.
+        classes: Class names.
+        ignored: Labels that the loss ignores.
+        deadline: When to stop, on the monotonic clock.
+        counts: Takes the numbers.
+    """
+    summary = MapSummary(total=len(leaf))
+    reduced = bool(getattr(leaf, 'reduce_zero_label', False) or getattr(load_map, 'reduce_zero_label', False))
+    for index in chosen:
+        if summary.seen and time.monotonic() > deadline:
+            break
+        finding = _look(leaf.get_data_info(index), index, load_image, load_map, classes, ignored, reduced, summary)
+        if finding is not None:
+            kind = finding.message.split(maxsplit=2)[:2]
+            summary.findings.setdefault(' '.join(kind), finding)
+    findings = list(summary.findings.values())
+    if not findings:
+        findings += judge_maps(key, summary, classes, ignored, reduced)
+    findings += _partners(leaf, key)
+    pixels = sum(summary.labels.values())
+    counts['label_maps'] = len(leaf)
+    counts['label_maps_seen'] = summary.seen
+    if pixels:
+        known = {name: summary.labels.get(index, 0) for index, name in enumerate(classes)}
+        counts['pixels_per_class'] = known
+        counts['ignored_pixels'] = round(sum(summary.labels.get(label, 0) for label in ignored) / pixels, 4)
+    return findings
+
+
+def _look(
+    info: dict[str, Any],
+    index: int,
+    load_image: Any,
+    load_map: Any,
+    classes: Sequence[str],
+    ignored: Sequence[int],
+    reduced: bool,
+    summary: MapSummary,
+) -> Finding | None:
+    path = str(info['seg_map_path'])
+    image = load_sample(load_image, info, index) if load_image is not None else None
+    loaded = NamedTransform(load_map)({**info, 'sample_idx': index, 'seg_fields': []})
+    labels = loaded.get('gt_seg_map') if isinstance(loaded, dict) else None
+    if labels is None:
+        return None
+    content = fileio.get(path, backend_args=load_map.backend_args)
+    raw = mmcv.imfrombytes(content, flag='unchanged', backend=load_map.imdecode_backend)
+    fault = fault_of_map(path, raw, str(info.get('img_path')), None if image is None else image['img_shape'][:2])
+    if fault is not None:
+        return fault
+    raw = raw.squeeze()
+    if raw.shape != labels.shape:
+        return None
+    summary.add(raw.astype(np.int64), labels.astype(np.int64))
+    return fault_of_labels(path, labels.astype(np.int64), raw, classes, ignored, reduced)
+
+
+def _partners(leaf: Any, key: str) -> list[Finding]:
+    """Name images without a label map, label maps without an image, and images of a suffix that is not read."""
+    prefix = getattr(leaf, 'data_prefix', None) or {}
+    images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
+    suffixes = getattr(leaf, 'img_suffix', None), getattr(leaf, 'seg_map_suffix', None)
+    local = all(isinstance(name, str) and Path(name).is_dir() for name in (images, maps))
+    if not local or not all(isinstance(suffix, str) for suffix in suffixes) or len(leaf) > _MANY_FILES:
+        return []
+    infos = [leaf.get_data_info(index) for index in range(len(leaf))]
+    lonely = [info['img_path'] for info in infos if not Path(info.get('seg_map_path') or images).exists()]
+    if lonely:
+        return [
+            error(key, f'{len(lonely)} of {len(infos)} images have no label map ({suffixes[1]!r}): {shown(lonely, 2)}')
+        ]
+    listed = isinstance(getattr(leaf, 'ann_file', ''), str) and Path(getattr(leaf, 'ann_file', '') or '.').is_file()
+    if listed:
+        return []  # a list chooses some of the files
+    findings = []
+    known = {str(Path(info['seg_map_path'])) for info in infos}
+    spare = [str(p) for p in sorted(Path(maps).rglob(f'*{suffixes[1]}')) if str(p) not in known]
+    if spare:
+        findings.append(note(key, f'{len(spare)} label maps have no image ({suffixes[0]!r}): {shown(spare, 2)}'))
+    read = {str(Path(info['img_path'])) for info in infos}
+    others = [p for p in sorted(Path(images).rglob('*')) if p.suffix.lower() in _IMAGES and str(p) not in read | known]
+    if others and images != maps:
+        share = len(others) / (len(others) + len(read))
+        level = warning if share > 0.05 else note
+        text = f'{len(others)} images in {images} are not read, for img_suffix is {suffixes[0]!r}: {others[0]}'
+        findings.append(level(key, text))
+    return findings

@@ -1,0 +1,114 @@
+"""What the metrics of a config read and write, before the work that they judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mila_mm.datasets.checks.findings import Finding, error
+from mila_mm.engine.config.checks import check_work_dir
+from mila_mm.engine.data.splits import Split, kind_name
+from mila_mm.errors import UserError
+
+_PREFIXES = ('outfile_prefix', 'out_file_path')
+_FOLDERS = ('output_dir',)
+
+
+def metrics_of(cfg: Config, stage: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the metrics of a stage with the keys under which they stand."""
+    evaluator = cfg.get(f'{stage}_evaluator')
+    if isinstance(evaluator, dict) and 'metrics' in evaluator:
+        evaluator = evaluator['metrics']
+    if isinstance(evaluator, dict):
+        return [(f'{stage}_evaluator', evaluator)]
+    if isinstance(evaluator, (list, tuple)):
+        return [(f'{stage}_evaluator.{i}', metric) for i, metric in enumerate(evaluator) if isinstance(metric, dict)]
+    return []
+
+
+def check_metrics(cfg: Config, stages: Sequence[str], splits: Sequence[Split]) -> list[Finding]:
+    """Check the metrics of validation and test against their data sets and the model.
+
+    Args:
+        cfg: A config.
+        stages: Those that will run.
+        splits: Its data sets.
+    """
+    findings = []
+    for stage in stages:
+        own = [split for split in splits if split.stage == stage]
+        for key, metric in metrics_of(cfg, stage):
+            findings += _same_file(key, metric, own)
+            findings += _masks(key, metric, cfg.model)
+            findings += _format_only(key, metric)
+    return findings
+
+
+def _same_file(key: str, metric: dict[str, Any], own: Sequence[Split]) -> list[Finding]:
+    name = metric.get('ann_file')
+    if not isinstance(name, str) or not name or '://' in name or len(own) != 1 or own[0].local_ann_file is None:
+        return []
+    if kind_name(metric) not in ('CocoMetric', 'LVISMetric', 'CocoPanopticMetric', 'CocoOccludedSeparatedMetric'):
+        return []
+    read, compared = own[0].local_ann_file, Path(name)
+    if read.suffix != compared.suffix or _real(read) == _real(compared):
+        return []
+    return [
+        error(
+            f'{key}.ann_file',
+            f'the metric compares with {compared}, but {own[0].key} reads {read}: they must be one file',
+        )
+    ]
+
+
+def _real(path: Path) -> Path:
+    return path.expanduser().resolve()
+
+
+def _masks(key: str, metric: dict[str, Any], model: Any) -> list[Finding]:
+    """Refuse to compare masks of a model that has none: it would show after a whole validation."""
+    wanted = metric.get('metric', ())
+    wanted = [wanted] if isinstance(wanted, str) else wanted or ()
+    parts = {name: part for name, part in model.items() if name not in ('data_preprocessor', 'backbone', 'init_cfg')}
+    if 'segm' not in wanted or kind_name(metric) not in ('CocoMetric', 'LVISMetric') or 'mask' in repr(parts).lower():
+        return []
+    return [
+        error(f'{key}.metric', f"asks for 'segm', but the model ({kind_name(model)}) predicts no masks: metric='bbox'")
+    ]
+
+
+def _format_only(key: str, metric: dict[str, Any]) -> list[Finding]:
+    if metric.get('format_only') and kind_name(metric) == 'CocoMetric' and not metric.get('outfile_prefix'):
+        return [error(f'{key}.outfile_prefix', 'is not set, and format_only=True writes results there')]
+    return []
+
+
+def check_outputs(cfg: Config, stages: Sequence[str]) -> list[Finding]:
+    """Try every path that the config writes to beside the work folder, before the work instead of after it.
+
+    Args:
+        cfg: A config.
+        stages: Those that will run.
+    """
+    paths = []
+    for stage in stages:
+        for key, metric in metrics_of(cfg, stage):
+            paths += [(f'{key}.{name}', Path(metric[name]).parent) for name in _PREFIXES if metric.get(name)]
+            paths += [(f'{key}.{name}', Path(metric[name])) for name in _FOLDERS if metric.get(name)]
+    checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint')
+    if isinstance(checkpoint, dict) and checkpoint.get('out_dir') and '://' not in str(checkpoint['out_dir']):
+        paths.append(('default_hooks.checkpoint.out_dir', Path(checkpoint['out_dir'])))
+    backends = (cfg.get('visualizer') or {}).get('vis_backends') or []
+    for index, backend in enumerate(backends if isinstance(backends, (list, tuple)) else []):
+        if isinstance(backend, dict) and backend.get('save_dir'):
+            paths.append((f'visualizer.vis_backends.{index}.save_dir', Path(backend['save_dir'])))
+    findings = []
+    for key, path in paths:
+        try:
+            check_work_dir(path, key)
+        except UserError as fault:
+            findings.append(error('', str(fault)))
+    return findings

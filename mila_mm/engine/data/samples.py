@@ -1,0 +1,121 @@
+"""Errors of single samples: which file, which position, which transform, also from a dataloader's worker."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mila_mm.engine.config.load import one_line
+from mila_mm.errors import UserError, printable_path
+
+
+class NamedTransform:
+    """A transform of a pipeline that tells which sample it failed on.
+
+    Args:
+        transform: The transform to call; everything else that is asked of this one is asked of it.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        self.transform_itself = transform
+
+    def __call__(self, results: dict[str, Any]) -> Any:
+        """Call the transform.
+
+        Raises:
+            UserError: If the transform fails: the image or label map that cannot be read, else the sample, the
+                transform and its error.
+        """
+        try:
+            return self.transform_itself(results)
+        except UserError:
+            raise
+        except Exception as error:
+            fault = fault_of_sample(results) if type(self.transform_itself).__name__.startswith('Load') else None
+            raise UserError(fault or _of_sample(results, self.transform_itself, error)) from error
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'transform_itself':  # while being unpickled in a worker
+            raise AttributeError(name)
+        return getattr(self.transform_itself, name)
+
+    def __repr__(self) -> str:
+        return repr(self.transform_itself)
+
+
+def _of_sample(results: Any, transform: Any, error: Exception) -> str:
+    known = results if isinstance(results, dict) else {}
+    sample = f'sample {known["sample_idx"]}' if 'sample_idx' in known else 'a sample'
+    files = [printable_path(known[key]) for key in ('img_path', 'seg_map_path') if known.get(key)]
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    place = '/'.join(Path(frame.f_code.co_filename).parts[-3:])
+    name = getattr(transform, '__name__', type(transform).__name__)
+    return (
+        f'{sample} of the data set{f" ({chr(44).join(files)})" if files else ""}: '
+        f'{name} fails with {type(error).__name__}: {one_line(error)} ({place}:{line})'
+    )
+
+
+def name_failing_samples(dataset: Any) -> None:
+    """Make the transforms of a dataset, and of those it wraps, name the sample they fail on.
+
+    Args:
+        dataset: A dataset of mmengine's kind; one without ``pipeline`` is left as it is.
+    """
+    for inner in datasets_in(dataset):
+        transforms = getattr(getattr(inner, 'pipeline', None), 'transforms', None)
+        if isinstance(transforms, list):
+            for index, transform in enumerate(transforms):
+                if not isinstance(transform, NamedTransform):
+                    transforms[index] = NamedTransform(transform)
+
+
+def datasets_in(dataset: Any) -> Iterator[Any]:
+    """Go through a dataset and all that it wraps, outer ones first."""
+    yield dataset
+    inner = getattr(dataset, 'dataset', None)
+    for child in [*([inner] if inner is not None else []), *(getattr(dataset, 'datasets', None) or [])]:
+        yield from datasets_in(child)
+
+
+def load_sample(load: Any, info: dict[str, Any], index: int) -> dict[str, Any] | None:
+    """Load an image with a transform of the pipeline.
+
+    Raises:
+        UserError: If the file is at fault.
+    """
+    loaded = NamedTransform(load)({**info, 'sample_idx': index})
+    return loaded if isinstance(loaded, dict) and 'ori_shape' in loaded else None
+
+
+def fault_of_sample(results: dict[str, Any]) -> str | None:
+    """Say which file of a sample cannot be read, None where all can."""
+    for kind, key in (('image', 'img_path'), ('label map', 'seg_map_path')):
+        path = results.get(key)
+        if isinstance(path, (str, os.PathLike)) and '://' not in str(path):
+            fault = _fault_of_image(Path(path))
+            if fault:
+                return f'{kind} {printable_path(path)} {fault}'
+    return None
+
+
+def _fault_of_image(path: Path) -> str | None:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return f'cannot be read: {error.strerror}'
+    if not content:
+        return 'is empty (0 bytes)'
+    if path.suffix.lower() in _IMAGES and cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) is None:
+        return f'cannot be decoded: {len(content)} bytes that are no image that OpenCV knows'
+    return None
+
+
+# Others, arrays and volumes, are read by transforms of their own.
+_IMAGES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.gif', ''})

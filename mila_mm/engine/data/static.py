@@ -1,0 +1,50 @@
+"""What a config alone shows to be wrong, without a look at its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmengine.config import Config
+
+from mila_mm.datasets.checks.classes import check_same_names
+from mila_mm.datasets.checks.findings import ERROR, Finding
+from mila_mm.engine.data.channels import check_channels
+from mila_mm.engine.data.heads import check_heads, reads_text
+from mila_mm.engine.data.keys import check_keys, check_stages, check_test_mode
+from mila_mm.engine.data.metrics import check_metrics, check_outputs
+from mila_mm.engine.data.splits import Split, splits_of
+
+
+def check_static(cfg: Config, stages: Sequence[str], scope: str) -> list[Finding]:
+    """Check a config's keys, classes, heads, metrics and written paths.
+
+    Args:
+        cfg: A config.
+        stages: Those that will run, of 'train', 'val', 'test'.
+        scope: 'mmdet' or 'mmseg'.
+    """
+    splits = splits_of(cfg, stages, scope)
+    findings = check_stages(cfg, stages)
+    for split in splits:
+        findings += check_keys(split, cfg[f'{split.stage}_dataloader'])
+        findings += check_test_mode(split)
+    if not any(finding.level == ERROR for finding in findings):
+        findings += _classes(cfg, splits, scope)
+    findings += check_channels(cfg.model)
+    findings += check_metrics(cfg, stages, splits)
+    findings += check_outputs(cfg, stages)
+    return findings
+
+
+def _classes(cfg: Config, splits: Sequence[Split], scope: str) -> list[Finding]:
+    """Check that all data sets name the same classes and the heads have as many."""
+    named = [split for split in splits if split.classes and not _is_video(split)]
+    if not named or reads_text(cfg.model):
+        return []
+    findings = check_same_names({split.key: list(split.classes or ()) for split in named})
+    return findings + check_heads(cfg.model, named[0], scope)
+
+
+def _is_video(split: Split) -> bool:
+    """Tell whether a data set is a video's: a tracker learns one class and is judged beside many others."""
+    return any(kind.__name__ in ('BaseVideoDataset', 'ReIDDataset') for kind in getattr(split.kind, '__mro__', ()))
