@@ -10,7 +10,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.registry import METRICS
 
 from mila_mm.engine.config.build_errors import plain_failures
-from mila_mm.engine.config.checks import check_data, check_launcher, check_work_dir
+from mila_mm.engine.config.checks import check_data, check_work_dir
 from mila_mm.engine.config.load import load_config, refuse_old, scope_of
 from mila_mm.engine.config.prepare import fetch_weights, prepare, prepare_launch, set_work_dir
 from mila_mm.engine.hooks.check_data import checked_start
@@ -70,9 +70,7 @@ def test(
         _add_dump(cfg, scope, out)
     if show or show_dir is not None:
         _add_drawing(cfg, scope, show, show_dir, wait_time)
-    check_launcher(launcher)
-    cfg.launcher = launcher
-    checking = checked_start(cfg, ['test'], scope) if check else None
+    checking = checked_start(cfg, ['test'], scope, launcher) if check else None
     if tta:
         _use_tta(cfg)
     fetch_weights(cfg)

@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mila_mm.engine.config.build_errors import plain_failures, say_once_that_the_log_is_full
-from mila_mm.engine.config.checks import check_data, check_launcher
+from mila_mm.engine.config.checks import check_data
 from mila_mm.engine.config.load import load_config, refuse_old, scope_of
 from mila_mm.engine.config.prepare import fetch_weights, make_safe, prepare, prepare_launch, set_work_dir
 from mila_mm.engine.data.first_step import naming_parts
@@ -73,10 +73,7 @@ def train(
     cfg = load_config(config, cfg_options)
     scope = scope_of(cfg)
     set_work_dir(cfg, work_dir)
-    missing = [name for name in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not cfg.get(name)]
-    if missing:
-        refuse_old(cfg)
-        raise UserError(f'config {config} cannot be trained: it has no {", ".join(missing)}')
+    _refuse_incomplete(cfg, config)
     _set_resume(cfg, resume)
     if pretrained is not None:
         use_pretrained(cfg, pretrained)
@@ -92,9 +89,7 @@ def train(
     if max_nonfinite is not None:
         _set_hook(cfg, 'DivergenceHook', max_nonfinite=max_nonfinite)
     _set_hook(cfg, 'RunIdentityHook', changed=list(names_of(resume_changed)))
-    check_launcher(launcher)
-    cfg.launcher = launcher
-    checking = checked_start(cfg, stages, scope) if check else None
+    checking = checked_start(cfg, stages, scope, launcher) if check else None
     fetch_weights(cfg, cfg.model)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
@@ -116,6 +111,13 @@ def train(
         with naming_parts(runner):
             runner.train()
     return runner
+
+
+def _refuse_incomplete(cfg: Config, config: str) -> None:
+    missing = [name for name in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not cfg.get(name)]
+    if missing:
+        refuse_old(cfg)
+        raise UserError(f'config {config} cannot be trained: it has no {", ".join(missing)}')
 
 
 def _set_resume(cfg: Config, resume: str | None) -> None:

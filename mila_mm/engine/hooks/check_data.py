@@ -22,7 +22,7 @@ _SAMPLES, _SECONDS = 32, 10.0
 _RANKS = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
 
 
-def checked_start(cfg: Config, stages: Sequence[str], scope: str) -> CheckDataHook | None:
+def checked_start(cfg: Config, stages: Sequence[str], scope: str, launcher: str) -> CheckDataHook | None:
     """Check what needs no data set to be built, and return the hook that checks the rest.
 
     Of a distributed job the first process does that for all.
@@ -31,6 +31,7 @@ def checked_start(cfg: Config, stages: Sequence[str], scope: str) -> CheckDataHo
         cfg: A config.
         stages: Those that run, of 'train', 'val', 'test'.
         scope: 'mmdet' or 'mmseg'; None comes back for another.
+        launcher: What started the processes, 'none' for a single one.
 
     Raises:
         UserError: If something is wrong.
@@ -38,7 +39,7 @@ def checked_start(cfg: Config, stages: Sequence[str], scope: str) -> CheckDataHo
     if scope not in ('mmdet', 'mmseg'):
         return None
     ranks = [os.environ[name] for name in _RANKS if name in os.environ]
-    if cfg.get('launcher', 'none') != 'none' and ranks and ranks[0] != '0':
+    if launcher != 'none' and ranks and ranks[0] != '0':
         return CheckDataHook(stages, scope, Report())
     report = check_before_building(cfg, stages, scope)
     report.refuse(HINT)
