@@ -20,11 +20,11 @@ and, from dy, with do = dy silu(g), r_n = z_n do_n S^T and e_n = -z_n <q~_n, r_n
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from mila_mm.ops.common import compute_dtype, to_image
 from mila_mm.ops.rope import rope_grid, to_device
@@ -90,7 +90,8 @@ def _lepe(v: Tensor, weight: Tensor | None, bias: Tensor | None, height: int, wi
     """Depthwise 3x3 over the grid, or zeros without a weight: (B, N, C), contiguous, in memory of its own."""
     if weight is None:
         return torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    out = F.conv2d(to_image(v, height, width), weight.to(v.dtype), bias.to(v.dtype), padding=1, groups=v.shape[-1])
+    bias = None if bias is None else bias.to(v.dtype)
+    out = F.conv2d(to_image(v, height, width), weight.to(v.dtype), bias, padding=1, groups=v.shape[-1])
     return out.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
@@ -124,7 +125,7 @@ def _differentiate(
     key_mean: Tensor,
     z: Tensor,
     options: Options,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Compute all gradients in the dtype of ``values``; ``out`` is o, or None to compute it again where needed."""
     height, width, num_heads, _, rope_base = options
     tokens, channels = values.shape[1:]
@@ -227,8 +228,7 @@ def attention_backward(
     """Compute the gradients of qk (one buffer, (B, N, 2C)), v, lepe_weight, lepe_bias and gate, each in its dtype."""
     dtype = state.dtype
     features = _feature_map(qk, dtype).unflatten(-1, (2, v.shape[-1]))
-    inputs = qk, v, lepe_weight, lepe_bias, gate
-    grads = _differentiate(
+    grad_qk, grad_v, grad_weight, grad_bias, grad_gate = _differentiate(
         grad_y.to(dtype),
         features,
         v.to(dtype),
@@ -241,18 +241,29 @@ def attention_backward(
         _normaliser(features[:, :, 0], key_mean, eps),
         (height, width, num_heads, eps, rope_base),
     )
-    return tuple(None if x is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+    return (
+        grad_qk.to(qk.dtype),
+        grad_v.to(v.dtype),
+        _in_dtype_of(lepe_weight, grad_weight),
+        _in_dtype_of(lepe_bias, grad_bias),
+        _in_dtype_of(gate, grad_gate),
+    )
+
+
+def _in_dtype_of(given: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Return the gradient of what was given; None where nothing was."""
+    return None if given is None or grad is None else grad.to(given.dtype)
 
 
 class _FirstOrderOnly(torch.autograd.Function):
     """The identity of its first argument, which cannot be differentiated with respect to any of them."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, grad: Tensor, *sources: Tensor | None) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
+    def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(NO_SECOND_ORDER)
 
 
@@ -271,14 +282,14 @@ class ClosedFormAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         source: Tensor,
         qk: Tensor,
         v: Tensor,
         lepe_weight: Tensor | None,
         lepe_bias: Tensor | None,
         gate: Tensor | None,
-        *options: int | float,
+        *options: Any,
     ) -> Tensor:
         """Compute y (B, N, C); ``source`` stands for qk where the gradients are differentiated."""
         features = _feature_map(qk, qk.dtype).unflatten(-1, (2, v.shape[-1]))
@@ -289,15 +300,17 @@ class ClosedFormAttention(torch.autograd.Function):
         return out if gate is None else F.silu(gate).mul_(out)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of the five tensors."""
-        source, *saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
+        # once: under activation checkpointing each access recomputes
+        source, features, v, lepe_weight, lepe_bias, gate, out, state, key_mean, z = ctx.saved_tensors
         with torch.no_grad(), torch.autocast('cpu', enabled=False):
-            *grads, grad_weight, grad_bias, grad_gate = _differentiate(grad_y, *saved, ctx.options)
-            if (weight := saved[2]) is not None:
-                grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(saved[3].dtype)
-        grads += grad_weight, grad_bias, grad_gate
+            grad_qk, grad_v, grad_weight, grad_bias, grad_gate = _differentiate(
+                grad_y, features, v, lepe_weight, lepe_bias, gate, out, state, key_mean, z, ctx.options
+            )
+            grad_weight, grad_bias = _in_dtype_of(lepe_weight, grad_weight), _in_dtype_of(lepe_bias, grad_bias)
+        grads: list[Tensor | None] = [grad_qk, grad_v, grad_weight, grad_bias, grad_gate]
         if torch.is_grad_enabled():  # create_graph=True
-            sources = (grad_y, source, *saved[1:5])
+            sources = (grad_y, source, v, lepe_weight, lepe_bias, gate)
             grads = [None if grad is None else _FirstOrderOnly.apply(grad, *sources) for grad in grads]
         return None, *grads, *(None,) * len(ctx.options)

@@ -183,8 +183,10 @@ def attention_backward(
     grad_qk = plan.result(plan.batch, plan.tokens, 2 * plan.channels)
     grad_v = plan.result(plan.batch, plan.tokens, plan.channels)
     if plan.batch == 0 or plan.tokens == 0:
-        gone = [None if x is None else torch.zeros_like(x) for x in (lepe_weight, lepe_bias, gate)]
-        return grad_qk, grad_v, *gone
+        grad_weight, grad_bias, grad_gate = (
+            None if x is None else torch.zeros_like(x) for x in (lepe_weight, lepe_bias, gate)
+        )
+        return grad_qk, grad_v, grad_weight, grad_bias, grad_gate
     qk, v, grad_y = readable(qk, width), readable(v, width), readable(grad_y, width)
     state, key_mean = state.contiguous(), key_mean.contiguous()
     taps, grad_weight, grad_bias, grad_gate = v, None, None, None
@@ -197,7 +199,7 @@ def attention_backward(
                 plan, grad_y, qk, v, taps, lepe_bias, readable(gate, width), state, key_mean, eps
             )
         _query_key_value_backward(plan, grad_out, qk, v, taps, state, key_mean, eps, lepe_weight, grad_qk, grad_v)
-        if lepe_weight is not None:
+        if lepe_weight is not None and lepe_bias is not None:
             grad_weight, grad_bias = depthwise_weight_backward(grad_out, v, lepe_weight, lepe_bias, height, width)
     return grad_qk, grad_v, grad_weight, grad_bias, grad_gate
 

@@ -181,8 +181,9 @@ def _check_rest(v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None,
         _fail(f'lepe_weight of shape {(channels, 1, 3, 3)}', tuple(lepe_weight.shape))
     if lepe_bias is not None and tuple(lepe_bias.shape) != (channels,):
         _fail(f'lepe_bias of shape {(channels,)}', tuple(lepe_bias.shape))
-    if lepe_weight is not None and not (lepe_weight.is_floating_point() and lepe_bias.is_floating_point()):
-        _fail('lepe_weight and lepe_bias of floating dtypes', (lepe_weight.dtype, lepe_bias.dtype))
+    dtypes = [x.dtype for x in (lepe_weight, lepe_bias) if x is not None]
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        _fail('lepe_weight and lepe_bias of floating dtypes', tuple(dtypes))
     if gate is not None and gate.shape != v.shape:
         _fail(f'gate of the shape of v, {tuple(v.shape)}', tuple(gate.shape))
     if gate is not None and gate.dtype != v.dtype:

@@ -67,7 +67,8 @@ def mila_attention_reference(
         out = ((heads(q_rope) * z) @ state).transpose(1, 2).reshape(batch, tokens, channels)
         if lepe_weight is not None:
             image = values.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-            lepe = F.conv2d(image, lepe_weight.to(dtype), lepe_bias.to(dtype), padding=1, groups=channels)
+            bias = None if lepe_bias is None else lepe_bias.to(dtype)
+            lepe = F.conv2d(image, lepe_weight.to(dtype), bias, padding=1, groups=channels)
             out = out + lepe.permute(0, 2, 3, 1).flatten(1, 2)
         if gate is not None:
             out = out * F.silu(gate.to(dtype))

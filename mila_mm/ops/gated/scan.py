@@ -235,7 +235,8 @@ def scan_backward(
         state, found = _adjoint_starts(plan, cuts, rate, decays, state)
         grads = _walk_back(plan, cuts, rate, found, decays, weights, grad_rate)
         parts.insert(0, (grad_q, *grads))
-    return *(plan.joined(list(p)) for p in zip(*parts, strict=True)), grad_rate
+    grad_q, grad_k, grad_v, grad_delta = (plan.joined(list(p)) for p in zip(*parts, strict=True))
+    return grad_q, grad_k, grad_v, grad_delta, grad_rate
 
 
 def _recompute(plan: Plan, cuts: list[Tensor], rate: Tensor, state: Tensor, decays: Tensor, weights: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def _layer_norm_forward(
     compute = compute_dtype(x)
     with as_written(x):
         y, mean, rstd = torch.native_layer_norm(x.to(compute), x.shape[-1:], weight.to(compute), bias.to(compute), eps)
-    return tuple(t.contiguous() for t in (y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)))
+    return y.to(dtype).contiguous(), mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous()
 
 
 def _layer_norm_backward(

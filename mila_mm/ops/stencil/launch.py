@@ -82,8 +82,8 @@ def cpe_norm_backward(
         Gradients of x, conv_weight, conv_bias, norm_weight and norm_bias, contiguous, each in the dtype of its input.
     """
     if x.numel() == 0:
-        params = (conv_weight, conv_bias, norm_weight, norm_bias)
-        return torch.empty_like(x), *(torch.zeros_like(p) for p in params)
+        grad_conv = torch.zeros_like(conv_weight), torch.zeros_like(conv_bias)
+        return torch.empty_like(x), *grad_conv, torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)
     norm = row_launch.layer_norm_backward(grad_y, out, mean, rstd, norm_weight, norm_bias, grad_out, x.dtype)
     return *_stencil_backward(norm[0], x, conv_weight, conv_bias, height, width, residual=True), *norm[1:]
 

@@ -71,8 +71,9 @@ def _cpe_norm_forward(
         y, mean, rstd = torch.native_layer_norm(
             out.to(compute), x.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps
         )
-    results = out, y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
-    return tuple(t.contiguous() for t in results)  # as the fake kernel says, whatever the strides of x
+    # contiguous as the fake kernel says, whatever the strides of x
+    statistics = mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous()
+    return out.contiguous(), y.to(dtype).contiguous(), *statistics
 
 
 def _cpe_norm_backward(
@@ -134,8 +135,9 @@ def _dwc_silu_backward(
     with as_written(x):
         wide = x.to(compute)
         grad = torch.ops.aten.silu_backward(grad_y.to(compute), depthwise(wide, weight, bias, height, width))
-        grads = depthwise_backward(grad, wide, weight, height, width)
-    return tuple(grad.to(given.dtype).contiguous() for grad, given in zip(grads, (x, weight, bias), strict=True))
+        grad_x, grad_weight, grad_bias = depthwise_backward(grad, wide, weight, height, width)
+    grad_params = grad_weight.to(weight.dtype).contiguous(), grad_bias.to(bias.dtype).contiguous()
+    return grad_x.to(x.dtype).contiguous(), *grad_params
 
 
 def _fake_cpe_norm_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, eps, dtype):
