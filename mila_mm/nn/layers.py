@@ -169,8 +169,8 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) with zeros on the right and at the bottom."""
     # Written so, a compiler sees that the padded sides are multiples, and all later sizes stay short expressions.
     bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[2:])
-    # Under a compiler the branch would be one program for each remainder.
-    if torch.compiler.is_compiling() or bottom or right:
+    # Under a compiler the branch would be one program for each remainder, and a trace would keep the one that it saw.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or bottom or right:
         x = F.pad(x, (0, right, 0, bottom))
     return x
 

@@ -49,7 +49,7 @@ def mila_attention_reference(
         (B, N, C) in v's dtype.
     """
     height, width = spatial_shape
-    batch, tokens, channels = v.shape
+    tokens, channels = height * width, v.shape[2]
     dtype = torch.float64 if torch.float64 in (qk.dtype, v.dtype) else torch.float32
     grid = grid_for(v, height, width, channels, rope_base, dtype)
 
@@ -64,7 +64,7 @@ def mila_attention_reference(
 
         z = 1 / (heads(q) @ heads(k.mean(dim=1, keepdim=True)).transpose(-2, -1) + eps)
         state = heads(k_rope).transpose(-2, -1) @ heads(values) / tokens
-        out = ((heads(q_rope) * z) @ state).transpose(1, 2).reshape(batch, tokens, channels)
+        out = ((heads(q_rope) * z) @ state).transpose(1, 2).flatten(2)
         if lepe_weight is not None:
             image = values.unflatten(1, (height, width)).permute(0, 3, 1, 2)
             bias = None if lepe_bias is None else lepe_bias.to(dtype)
