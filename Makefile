@@ -66,6 +66,7 @@ test-classic: $(VENV_CLASSIC)/.ready
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
 
 GPU_TESTS = tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py tests/ops/test_stencil_gpu.py \
   tests/ops/test_gated_gpu.py
@@ -94,4 +95,4 @@ gpu-scale: $(READY)
 	  --plot docs/images/precision_curves_gpu.png
 
 clean:
-	rm -rf $(VENV) $(VENV_CLASSIC) build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_CLASSIC) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
