@@ -88,7 +88,6 @@ class Trainee:
 
     Args:
         name: A key of :data:`BACKBONES`.
-        args: The command line.
     """
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:

@@ -28,9 +28,6 @@ def make_file(folder: Path) -> Path:
 
     Args:
         folder: The cache.
-
-    Returns:
-        The file.
     """
     import torch
 

@@ -54,7 +54,6 @@ def leave_marker(path: Path, signum: int, checkpoint: str | None) -> None:
 
     Args:
         path: The file, ``stopped.json`` in the work folder; whoever starts the run again removes it.
-        signum: The signal.
         checkpoint: What was saved for the stop, None where nothing was.
     """
     content = dict(
@@ -134,7 +133,6 @@ class Stopped(BaseException):
     """A run that ended because a signal asked for it; like ``KeyboardInterrupt``, no error.
 
     Args:
-        signum: The signal.
         checkpoint: What was saved for the stop, None where nothing was.
         begun: Whether the training had begun, where nothing was saved. Defaults to False.
     """

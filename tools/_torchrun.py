@@ -115,9 +115,6 @@ class Launcher:
 def main(argv: list[str]) -> int:
     """Run torchrun.
 
-    Args:
-        argv: Its arguments.
-
     Returns:
         75 where the job was stopped; else the exit status of the process that ended first with one other than 0; 128 +
         the signal where one was killed.

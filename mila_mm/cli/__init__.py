@@ -66,7 +66,6 @@ def parse(
 
     Args:
         add_arguments: Adds the subcommand's arguments to a parser.
-        argv: Arguments, None for ``sys.argv[1:]``.
         options: For :class:`ArgumentParser`, the description among them.
 
     Raises:

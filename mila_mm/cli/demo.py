@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the demo.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Run the demo."""
     args = cli.parse(
         add_arguments,
         argv,

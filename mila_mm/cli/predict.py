@@ -49,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict as the command line says.
 
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
     Raises:
         UserError: If something could not be read; what could is written.
     """

@@ -25,9 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a tool as its own command line would.
 
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
     Raises:
         UserError: If the package or the tool is not there.
     """

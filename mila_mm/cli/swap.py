@@ -29,11 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Swap as the command line says.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Swap as the command line says."""
     args = cli.parse(
         add_arguments,
         argv,

@@ -24,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Test as the command line says.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Test as the command line says."""
     args = cli.parse(add_arguments, argv, description='Test a detector (mmdet) or a segmentor (mmseg).')
     cli.export_local_rank(args)
     from mila_mm.engine import test

@@ -61,11 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Train as the command line says."""
     args = cli.parse(add_arguments, argv, description='Train a detector (mmdet) or a segmentor (mmseg).')
     if args.max_nonfinite is not None and args.max_nonfinite < 1:
         raise UserError(f'--max-nonfinite: expected a number of iterations above 0, got {args.max_nonfinite}')

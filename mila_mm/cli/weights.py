@@ -157,9 +157,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand.
 
-    Args:
-        argv: Arguments; None for those of the process.
-
     Raises:
         UserError: For anything the user can mend.
     """

@@ -10,14 +10,7 @@ from mila_mm import cli
 
 
 def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
-    Returns:
-        The arguments.
-    """
+    """Parse the command line."""
     parser = cli.ArgumentParser(
         description='Count the multiply-adds and parameters of a whole detector or segmentor, without data or weights.'
     )
@@ -39,11 +32,7 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Count and print.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Count and print."""
     args = parse_args(argv)
     from mila_mm.engine.complexity import count_complexity
     from mila_mm.engine.config.load import load_config

@@ -15,14 +15,7 @@ CONFIG = ROOT / 'configs' / 'demo' / 'study_nano_shapes.py'
 
 
 def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
-    Returns:
-        The arguments.
-    """
+    """Parse the command line."""
     parser = cli.ArgumentParser(
         description='Train every row of the study at nano width on the shapes set, all with the same budget, then '
         'write results (JSON) and a table (Markdown). Runs that are done already are not repeated.'
@@ -48,11 +41,7 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing and report.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Train what is missing and report."""
     args = parse_args(argv)
     # Threads that wait asleep: a busy machine loses a factor otherwise. Read when torch is loaded.
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')

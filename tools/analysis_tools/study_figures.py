@@ -16,14 +16,7 @@ MODEL_HELP = (
 
 
 def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
-    Returns:
-        The arguments.
-    """
+    """Parse the command line."""
     parser = cli.ArgumentParser(description="Draw the study's figures as PNG, from any checkpoint and images.")
     figures = parser.add_subparsers(dest='figure', required=True, metavar='FIGURE')
     decay = figures.add_parser('decay', help='what constant forget gates mean as decaying windows; needs no model')
@@ -54,11 +47,7 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw one figure.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Draw one figure."""
     args = parse_args(argv)
     from mila_mm.engine.config.checks import check_work_dir
     from mila_mm.errors import UserError
@@ -81,7 +70,6 @@ def open_models(args: cli.argparse.Namespace, default_limit: int) -> tuple[list[
     """Build the models and read the images.
 
     Args:
-        args: Parsed arguments.
         default_limit: Images taken without ``--limit``.
 
     Returns:

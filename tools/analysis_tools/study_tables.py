@@ -21,14 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
-    Returns:
-        The arguments.
-    """
+    """Parse the command line."""
     parser = cli.ArgumentParser(description='Print and write the tables and the plots of the study.')
     parser.add_argument('--measure', action='store_true', help='time every row, some minutes on a quiet machine')
     parser.add_argument('--rounds', type=int, default=9, help='timed runs of each row with --measure [9]')
@@ -73,7 +66,6 @@ def measure(args: cli.argparse.Namespace, rows: Sequence[str]) -> dict[str, Any]
     """Time the rows and write the result.
 
     Args:
-        args: The command line.
         rows: Keys of the rows, the baseline first.
 
     Returns:
@@ -135,11 +127,7 @@ def replace_part(text: str, name: str, content: str, where: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Count, time if asked to, print and write.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Count, time if asked to, print and write."""
     args = parse_args(argv)
     from mila_mm.study.figures.plots import save_plots
     from mila_mm.study.published import read_published

@@ -18,14 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
-    Returns:
-        The arguments.
-    """
+    """Parse the command line."""
     parser = cli.ArgumentParser(description='Swap MILA into every config that comes with mmdet and mmseg, and report.')
     parser.add_argument('--library', choices=['mmdet', 'mmseg', 'all'], default='all', help='whose configs [all]')
     parser.add_argument('--filter', default='', metavar='TEXT', help='only configs whose name contains TEXT')
@@ -58,11 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> cli.argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Sweep as the command line says.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Sweep as the command line says."""
     args = parse_args(argv)
     if args.step:
         _step(args.step)

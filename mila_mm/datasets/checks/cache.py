@@ -20,7 +20,6 @@ def remembered(folder: Path | None, path: Path, question: Any, answer: Callable[
 
     Args:
         folder: Where results are kept, None for nowhere. A folder that cannot be written costs only the memory.
-        path: The file.
         question: What the answer depends on besides the file, as JSON can hold it.
         answer: Computes the result, which JSON can hold too.
     """

@@ -62,7 +62,6 @@ def check_categories(where: str, path: str, classes: Sequence[str], names: Seque
 
     Args:
         where: Key of the classes.
-        path: The file.
         classes: The classes.
         names: Names of the file's categories, in its order.
     """

@@ -90,7 +90,6 @@ def judge_built(
     """Check a data set that is built, and take one sample through its pipeline.
 
     Args:
-        cfg: The config.
         dataset: The data set.
         key: Where it stands in the config.
         stage: 'train', 'val' or 'test'.

@@ -23,7 +23,6 @@ def check_files(cfg: Config, splits: Sequence[Split], cache: Path | None, report
     """Check the annotation files that are read as mmdet's ``CocoDataset`` reads them.
 
     Args:
-        cfg: The config.
         splits: Its data sets; those of other kinds are left alone.
         cache: Folder for what is remembered, or None.
         report: Takes findings and counts.

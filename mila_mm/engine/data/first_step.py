@@ -88,7 +88,6 @@ class BatchNormWatch:
     """Refuse a BatchNorm over a single value, now or in the last batch of an epoch, at the first forward.
 
     Args:
-        model: The model.
         last_batch: Images in the last batch of an epoch on one process.
     """
 

@@ -52,7 +52,6 @@ def checkpoint_folders(work_dir: str | Path, out_dir: str | Path | None) -> list
     """List where the checkpoints of a run may lie.
 
     Args:
-        work_dir: The run's folder.
         out_dir: What the config of the checkpoint hook names.
 
     Returns:
@@ -178,9 +177,6 @@ class CheckpointHook(MMEngineCheckpointHook):
 
         Args:
             meta: 'epoch' and 'iter' that the run continues from.
-
-        Returns:
-            The file.
         """
         if self.saved_iter != meta['iter'] or not self.save_optimizer:
             options = dict(self.args, save_optimizer=True, save_param_scheduler=True)

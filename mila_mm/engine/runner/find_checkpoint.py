@@ -39,7 +39,6 @@ class Skipped:
     """A checkpoint that cannot be resumed.
 
     Attributes:
-        path: The file.
         reason: Why not.
         foreign: Whether it could be, in another folder or named by ``--resume FILE``. Defaults to False.
     """
