@@ -123,7 +123,7 @@ def measure_one(op: Op, inputs: list[Tensor], grad_y: Tensor, size: tuple[int, i
     }
 
 
-def percent_of_copy(elements: int, passes: int, dtype: torch.dtype, milliseconds: float, bandwidth: float) -> float:
+def percent_of_copy(elements: int, passes: float, dtype: torch.dtype, milliseconds: float, bandwidth: float) -> float:
     """Minimal traffic over time, as a percentage of the bandwidth of a copy."""
     return 100 * elements * dtype.itemsize * passes / (milliseconds / 1e3) / bandwidth
 

@@ -28,13 +28,37 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.attention_op import DTYPES, SIZES, percent_of_copy, size
 from benchmarks.attention_op import describe as describe_stage
-from mila_mm.ops import cpe_norm, dwc_silu, why_not_triton_stencil
+from mila_mm.ops import column_sum, cpe_norm, dwc_silu, layer_norm, relu_dwc_relu, why_not_triton_stencil
 
 # Passes over a (B, N, C) tensor. cpe_norm: x, x', y, and backward x', dy, dx', g; g, x, dx. dwc_silu: x, u, and
 # backward x, du, g; g, x, dx. The projections, as if products were free: y and both results, and their gradients.
-PASSES = {'cpe_norm': (3, 7), 'dwc_silu': (2, 6), 'projections': (3, 3)}
+# layer_norm: x, y, and dy, x, dx. bias, whose sum is ours: x, y, and dy. relu_dwc_relu, over its 8C wide input: x, a
+# quarter for y, and a half for y and dy, x, dx.
+PASSES = {
+    'cpe_norm': (3, 7),
+    'dwc_silu': (2, 6),
+    'projections': (3, 3),
+    'layer_norm': (2, 3),
+    'bias': (2, 1),
+    'relu_dwc_relu': (1.25, 2.5),
+}
 LIMITS = {'bf16': (8e-3, 2e-2), 'fp16': (1e-3, 3e-3), 'fp32': (1e-5, 1e-4)}
 Op = Callable[..., tuple[Tensor, ...]]
+
+
+class BiasBySum(torch.autograd.Function):
+    """x + bias, with the bias's gradient by :func:`mila_mm.ops.column_sum`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        """Add."""
+        ctx.dtype = bias.dtype
+        return x + bias.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum."""
+        return grad, column_sum(grad, ctx.dtype)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
@@ -56,7 +80,19 @@ def modules(fusion: str) -> Op:
     def projections(x: Tensor, w_in: Tensor, b_in: Tensor, w_act: Tensor, b_act: Tensor, *_: int) -> tuple[Tensor, ...]:
         return F.linear(x, w_in, b_in), F.linear(x, w_act, b_act)
 
-    return {'cpe_norm': norm, 'dwc_silu': silu, 'projections': projections}[fusion]
+    def layer(x: Tensor, gamma: Tensor, beta: Tensor, *_: int) -> tuple[Tensor, ...]:
+        return (F.layer_norm(x, x.shape[-1:], gamma, beta).to(x.dtype),)  # what comes next casts it
+
+    def bias(x: Tensor, bias: Tensor, *_: int) -> tuple[Tensor, ...]:
+        return (x + bias.to(x.dtype),)
+
+    def down(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+        image = F.relu(x).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        y = F.relu(F.conv2d(image, weight, bias, stride=2, padding=1, groups=x.shape[-1]))
+        return (y.permute(0, 2, 3, 1).flatten(1, 2),)
+
+    forms = {'cpe_norm': norm, 'dwc_silu': silu, 'projections': projections}
+    return {**forms, 'layer_norm': layer, 'bias': bias, 'relu_dwc_relu': down}[fusion]
 
 
 def fused(fusion: str) -> Op:
@@ -71,16 +107,30 @@ def fused(fusion: str) -> Op:
     def projections(x: Tensor, w_in: Tensor, b_in: Tensor, w_act: Tensor, b_act: Tensor, *_: int) -> tuple[Tensor, ...]:
         return F.linear(x, torch.cat((w_in, w_act)), torch.cat((b_in, b_act))).chunk(2, dim=-1)
 
-    return {'cpe_norm': norm, 'dwc_silu': silu, 'projections': projections}[fusion]
+    def layer(x: Tensor, gamma: Tensor, beta: Tensor, *_: int) -> tuple[Tensor, ...]:
+        return (layer_norm(x, gamma, beta, backend='triton'),)
+
+    def bias(x: Tensor, bias: Tensor, *_: int) -> tuple[Tensor, ...]:
+        return (BiasBySum.apply(x, bias),)
+
+    def down(*args: Any) -> tuple[Tensor, ...]:
+        return (relu_dwc_relu(*args[:3], args[3:], backend='triton'),)
+
+    forms = {'cpe_norm': norm, 'dwc_silu': silu, 'projections': projections}
+    return {**forms, 'layer_norm': layer, 'bias': bias, 'relu_dwc_relu': down}[fusion]
 
 
 def draw(fusion: str, batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> list[Tensor]:
     """Random leaves: tokens of ``dtype``, parameters in fp32."""
+    channels *= 8 if fusion == 'relu_dwc_relu' else 1
     kernel, vector, matrix = (channels, 1, 3, 3), (channels,), (channels, channels)
     shapes = {
         'cpe_norm': [kernel, *[vector] * 3],
         'dwc_silu': [kernel, vector],
         'projections': [matrix, vector, matrix, vector],
+        'layer_norm': [vector, vector],
+        'bias': [vector],
+        'relu_dwc_relu': [kernel, vector],
     }[fusion]
     x = torch.randn(batch, height * width, channels, device='cuda').to(dtype)
     parameters = [torch.randn(shape, device='cuda') / math.sqrt(max(1, math.prod(shape[1:]))) for shape in shapes]

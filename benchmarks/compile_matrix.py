@@ -40,9 +40,9 @@ from benchmarks import measure
 from mila_mm.ops.attention import backward_kernels, forward_kernels, launch
 from mila_mm.ops.rows import kernels as row_kernels
 from mila_mm.ops.rows import launch as row_launch
+from mila_mm.ops.stencil import down_kernels, lepe_kernels
 from mila_mm.ops.stencil import kernels as stencil_kernels
 from mila_mm.ops.stencil import launch as stencil_launch
-from mila_mm.ops.stencil import lepe_kernels
 from mila_mm.ops.triton import configs
 
 CAPABILITIES = (80, 90, 100)
@@ -68,6 +68,8 @@ KERNELS = (
     (row_kernels, 'norm_backward_kernel'),
     (stencil_kernels, 'dwc_silu_kernel'),
     (stencil_kernels, 'stencil_backward_kernel'),
+    (down_kernels, 'relu_dwc_relu_kernel'),
+    (down_kernels, 'relu_dwc_relu_backward_kernel'),
     (row_kernels, 'column_parts_kernel'),
     (row_kernels, 'column_reduce_kernel'),
 )
@@ -210,6 +212,8 @@ def record_stencils(
         stencil_launch.cpe_norm_backward(x, x, x, *norm, out, mean, rstd, *size)
         stencil_launch.dwc_silu_forward(x, *weights, *size)
         stencil_launch.dwc_silu_backward(x, x, *weights, *size)
+        y = stencil_launch.relu_dwc_relu_forward(x, *weights, *size)
+        stencil_launch.relu_dwc_relu_backward(y, x, *weights, y, *size)
         row_launch.column_sum(x, dtype)
         for source in {x, x.float()}:  # the residual stream may be wider than what the norm writes
             _, mean, rstd = row_launch.layer_norm_forward(source, vector, vector, 1e-5, dtype)

@@ -1,5 +1,6 @@
 """The attention ops: ``mila_attention`` of MILA and ``gated_linear_attention`` with Mamba's gates, and their kernels;
-``cpe_norm`` and ``dwc_silu``, what a block does around them; ``layer_norm`` in 16 bits; ``column_sum``, bias gradients.
+``cpe_norm`` and ``dwc_silu``, what a block does around them; ``relu_dwc_relu``, the middle of a
+downsampling; ``layer_norm`` in 16 bits; ``column_sum``, bias gradients.
 
 Needs torch alone; Triton is imported when a CUDA tensor comes.
 """
@@ -11,8 +12,9 @@ from mila_mm.ops.gated.reference import gated_linear_attention_reference
 from mila_mm.ops.rope import clear_rope_cache, rope_tables
 from mila_mm.ops.rows.op import column_sum, layer_norm
 from mila_mm.ops.rows.reference import column_sum_reference, layer_norm_reference
+from mila_mm.ops.stencil.down import relu_dwc_relu
 from mila_mm.ops.stencil.op import cpe_norm, dwc_silu, why_not_triton_stencil
-from mila_mm.ops.stencil.reference import cpe_norm_reference, dwc_silu_reference
+from mila_mm.ops.stencil.reference import cpe_norm_reference, dwc_silu_reference, relu_dwc_relu_reference
 
 __all__ = [
     'clear_rope_cache',
@@ -28,6 +30,8 @@ __all__ = [
     'layer_norm_reference',
     'mila_attention',
     'mila_attention_reference',
+    'relu_dwc_relu',
+    'relu_dwc_relu_reference',
     'rope_tables',
     'why_not_triton',
     'why_not_triton_stencil',

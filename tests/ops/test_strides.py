@@ -95,6 +95,17 @@ def test_layer_norm(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> N
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_relu_dwc_relu(shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    batch, height, width, channels, _ = shape
+    x = layout(torch.randn(batch, height * width, channels).to(dtype))
+    weight, bias = torch.randn(channels, 1, 3, 3), torch.randn(channels)
+    (y,) = check(OPS.relu_dwc_relu_forward, x, weight, bias, height, width)
+    check(OPS.relu_dwc_relu_backward, layout(torch.randn_like(y)), x, weight, bias, y, height, width)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('tokens', [1, 9, 36, 37, 200])
 def test_gated_scan(tokens: int, layout: Callable[[Tensor], Tensor]) -> None:
     q, v = (layout(torch.rand(2, tokens, width)) for width in (4, 6))

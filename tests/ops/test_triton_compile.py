@@ -39,6 +39,8 @@ STENCILS = {
         'layer_norm',
         'dwc_silu',
         'stencil_backward',
+        'relu_dwc_relu',
+        'relu_dwc_relu_backward',
         'column_parts',
         'column_reduce',
     )

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from mila_mm.ops.rows import launch as row_launch
+from mila_mm.ops.stencil import down_kernels, lepe_kernels
 from mila_mm.ops.stencil import kernels as stencil_kernels
-from mila_mm.ops.stencil import lepe_kernels
 from mila_mm.ops.triton import configs
 from mila_mm.ops.triton.kept import start
 from mila_mm.ops.triton.tensors import aligned, fp32_like, on_device, readable
@@ -189,3 +189,57 @@ def reduce_weight_parts(parts: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
         ROWS=configs.REDUCE_ROWS, CHANNELS=configs.LEPE_CHANNELS, num_warps=configs.REDUCE_WARPS,
     )  # fmt: skip
     return grad_weight, grad_bias
+
+
+def relu_dwc_relu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """Run the kernel of :func:`mila_mm.ops.relu_dwc_relu`.
+
+    Args:
+        x: (B, N, C), any strides. weight: (C, 1, 3, 3) and bias (C,) of any float dtype.
+        height, width: The map of x, N = height * width.
+
+    Returns:
+        (B, ceil(height / 2) * ceil(width / 2), C) contiguous in x's dtype.
+    """
+    batch, _, channels = x.shape
+    out_height, out_width = -(-height // 2), -(-width // 2)
+    y = torch.empty((batch, out_height * out_width, channels), dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    x = readable(x, width)
+    setting = configs.STRIP_DOWN
+    blocks = -(-channels // configs.STENCIL_CHANNELS)
+    grid, rows = _runs(setting, x, blocks, out_height, out_width)
+    with on_device(x):
+        start(
+            down_kernels.relu_dwc_relu_kernel, grid,
+            x, weight.contiguous(), bias.contiguous(), y, x.stride(0), x.stride(1),
+            channels, height, width, out_height, out_width, blocks, rows,
+            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), **setting.options(),
+        )  # fmt: skip
+    return y
+
+
+def relu_dwc_relu_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernels of the gradients of x, weight and bias, from grad_y (B, N', C) of any strides and y."""
+    batch, tokens, channels = x.shape
+    if x.numel() == 0:
+        return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    out_height, out_width = -(-height // 2), -(-width // 2)
+    x, y, grad_y = readable(x, width), readable(y, width), readable(grad_y, width)
+    setting = configs.STRIP_DOWN_BACKWARD
+    blocks = -(-channels // configs.STENCIL_CHANNELS)
+    grid, rows = _runs(setting, x, blocks, out_height, out_width)
+    grad_x = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    parts = fp32_like(x, grid[0] // blocks * grid[1] * grid[2], 10, channels)
+    with on_device(x):
+        start(
+            down_kernels.relu_dwc_relu_backward_kernel, grid,
+            grad_y, y, x, weight.contiguous(), grad_x, parts, grad_y.stride(0), grad_y.stride(1),
+            y.stride(0), y.stride(1), x.stride(0), x.stride(1),
+            channels, height, width, out_height, out_width, blocks, rows,
+            CHANNELS=configs.STENCIL_CHANNELS, ALIGNED=aligned(channels), **setting.options(),
+        )  # fmt: skip
+        return grad_x, *reduce_weight_parts(parts, weight, bias)

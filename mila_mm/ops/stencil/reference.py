@@ -1,4 +1,4 @@
-"""``cpe_norm`` and ``dwc_silu`` from plain operators: the specification that the kernels equal."""
+"""``cpe_norm``, ``dwc_silu`` and ``relu_dwc_relu`` from plain operators: the specification that the kernels equal."""
 
 from __future__ import annotations
 
@@ -69,3 +69,12 @@ def dwc_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: t
     """Compute the result of :func:`dwc_silu` from plain operators, in fp64 for fp64 and in fp32 otherwise."""
     with as_written(x):
         return F.silu(depthwise(x.to(compute_dtype(x)), weight, bias, *spatial_shape)).to(x.dtype)
+
+
+def relu_dwc_relu_reference(x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: tuple[int, int]) -> Tensor:
+    """Compute the result of :func:`relu_dwc_relu` from plain operators, in fp64 for fp64 and in fp32 otherwise."""
+    compute = compute_dtype(x)
+    with as_written(x):
+        image = to_image(F.relu(x.to(compute)), *spatial_shape)
+        y = F.conv2d(image, weight.to(compute), bias.to(compute), stride=2, padding=1, groups=x.shape[-1])
+        return to_tokens(F.relu(y)).to(x.dtype)

@@ -132,17 +132,20 @@ def why_not(qk: Tensor, v: Tensor, num_heads: int, spatial_shape: tuple[int, int
     return _why_not_size(v.shape[0], spatial_shape, qk.shape[2])
 
 
-def why_not_stencil(x: Tensor, spatial_shape: tuple[int, int] | None = None) -> str | None:
+def why_not_stencil(
+    x: Tensor, spatial_shape: tuple[int, int] | None = None, widest: int = MAX_STENCIL_CHANNELS
+) -> str | None:
     """Say why the kernels of :mod:`mila_mm.ops.stencil.kernels` cannot take tokens x (B, N, C); None where they can.
 
-    ``spatial_shape`` is (H, W) with N = H * W, or None for no question about the map.
+    ``spatial_shape`` is (H, W) with N = H * W, or None for no question about the map; ``widest`` is how many channels
+    they take.
     """
     if (reason := _why_not_here(x.device)) is not None:
         return reason
     if x.dtype not in DTYPES:
         return f'expected float32, float16 or bfloat16, got {x.dtype}'
-    if x.shape[-1] > MAX_STENCIL_CHANNELS:
-        return f'expected at most {MAX_STENCIL_CHANNELS} channels, got {x.shape[-1]}'
+    if x.shape[-1] > widest:
+        return f'expected at most {widest} channels, got {x.shape[-1]}'
     return _why_not_size(x.shape[0], spatial_shape, x.shape[2])
 
 

@@ -241,6 +241,10 @@ STRIP_BACKWARD = Strip(8, 4)
 """Nine weights, ten sums and four rows of x: two channels of a pair a thread are what registers hold."""
 
 
+STRIP_DOWN, STRIP_DOWN_BACKWARD = Strip(8, 4), Strip(4, 4, 128)
+"""Of the convolution of stride 2, where twice ``groups`` columns of the result are what a program has."""
+
+
 def strip(dtype: torch.dtype) -> Strip:
     """How the stencils walk that keep nine weights or ten sums: 16 bits leave room for more programs at a time."""
     return STRIP if dtype == torch.float32 else replace(STRIP, registers=128)
