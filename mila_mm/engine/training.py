@@ -18,6 +18,7 @@ from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
 from mila_mm.engine.runner.find_checkpoint import candidates, check_checkpoint_file, settle_resume
 from mila_mm.engine.runner.identity import names_of
+from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner
 from mila_mm.errors import UserError
@@ -106,10 +107,13 @@ def train(
         if stop is not None:
             runner.register_hook(StopHook(stop))
         say_once_that_the_log_is_full(runner.logger)
-        if not isinstance(runner, OwnRunner):  # which does that by itself
-            settle_resume(runner)
         with naming_parts(runner):
-            runner.train()
+            if isinstance(runner, OwnRunner):
+                runner.train()
+            else:  # what ours does by itself
+                with leased(runner.work_dir):
+                    settle_resume(runner)
+                    runner.train()
     return runner
 
 

@@ -21,6 +21,7 @@ from mila_mm.engine.data.samples import name_failing_samples
 from mila_mm.engine.optimizers.groups import merge_groups, regroup, use_fused
 from mila_mm.engine.resumed_state import check_groups, check_optimizer, check_resumed, check_schedulers
 from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into, settle_resume
+from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.model_options import apply_model_options
 from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
 from mila_mm.errors import UserError, printable_path
@@ -50,6 +51,8 @@ class Runner(ShardingRunner):
     def __init__(self, *args: Any, work_dir: str, visualizer: Any = None, **kwargs: Any) -> None:
         self._started = False
         self._made_folders = _missing_folders(Path(work_dir).absolute())
+        # mmengine names the log folder by the second, and another run may have begun in the same one
+        self._others = {path.name for path in Path(work_dir).glob('*/')}
         if isinstance(visualizer, dict):
             visualizer = {key: value for key, value in visualizer.items() if key != 'name'}
         try:
@@ -60,7 +63,11 @@ class Runner(ShardingRunner):
 
     def train(self) -> nn.Module:
         """Train."""
-        return self._clean_unless_started(super().train)
+        return self._clean_unless_started(self._train_alone)
+
+    def _train_alone(self) -> nn.Module:
+        with leased(self.work_dir):
+            return super().train()
 
     def test(self) -> dict[str, float]:
         """Test."""
@@ -263,7 +270,7 @@ class Runner(ShardingRunner):
         if not is_main_process():
             return
         log_dir = getattr(self, '_log_dir', None)
-        if log_dir is not None:
+        if log_dir is not None and Path(log_dir).name not in self._others:
             shutil.rmtree(log_dir, ignore_errors=True)
         for folder in self._made_folders:
             if folder.is_dir() and not any(folder.iterdir()):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mila_mm.engine.config.prepare import make_safe
 from mila_mm.engine.runner.identity import read_record
+from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.runner import Runner
 from mila_mm.errors import UserError
 
@@ -259,3 +260,12 @@ def test_a_stop_checkpoint_of_another_run_stays(tmp_path) -> None:
     (tmp_path / 'last_checkpoint').write_text('stop_iter_4.pth')
     assert other.seen and list(run(tmp_path, resume=True).seen) == [4, 5, 6, 7]
     assert not (tmp_path / 'stop_iter_4.pth').exists() and (tmp_path / 'stop_iter_2.pth').exists()
+
+
+def test_a_folder_in_use_is_left_as_it_is(half) -> None:
+    with leased(half):
+        before = sorted(half.rglob('*'))
+        with pytest.raises(UserError, match='is in use by another run'):
+            run(half, resume=True)
+        assert sorted(half.rglob('*')) == before
+    assert list(run(half, resume=True).seen) == [4, 5, 6, 7]

@@ -1,0 +1,70 @@
+"""What tools/_torchrun.py makes of how its processes ended."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+
+
+@pytest.fixture(scope='module')
+def torchrun() -> ModuleType:
+    spec = importlib.util.spec_from_file_location('own_torchrun', TOOLS / '_torchrun.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('name', [b'\xff\xfe', b'a) S 1 (', b'\n)', b''])
+def test_processes_may_have_any_name(torchrun, name) -> None:
+    program = f'import sys; open("/proc/self/comm", "wb").write({name!r}); print(flush=True); sys.stdin.read()'
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, '-c', program], **pipes) as process:
+        process.stdout.readline()
+        assert process.pid in torchrun.children()
+        assert os.getppid() not in torchrun.children()
+
+
+TERM, KILL = -signal.SIGTERM, -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ('asked', 'codes', 'first', 'status'),
+    [
+        ([15], {0: 75, 1: 75}, 0, 75),
+        ([15], {0: 75, 1: KILL}, 0, 75),  # it was late for the end
+        ([15], {0: KILL, 1: 75}, 0, 75),
+        ([10], {0: -10, 1: -10}, 0, 75),  # before they could take it
+        ([2], {0: -2, 1: TERM}, 0, 130),
+        ([2], {0: 130, 1: 130}, 0, 130),
+        ([], {0: 75, 1: 75}, 1, 75),  # a signal to the ranks alone
+        ([], {0: 75, 1: KILL}, 0, 75),
+        ([], {0: 2, 1: 75}, 0, 2),  # the second was ended by torchrun, with SIGTERM
+        ([], {0: 75, 1: 1}, 1, 1),
+        ([], {0: 2, 1: KILL}, 1, 137),
+        ([], {0: TERM, 1: KILL}, 1, 137),
+        ([], {0: TERM, 1: 65}, 1, 65),
+        ([15], {1: 2}, 1, 2),
+    ],
+)
+def test_status_of_the_job(torchrun, capsys, asked, codes, first, status) -> None:
+    launcher = torchrun.Launcher()
+    launcher.asked = asked
+    assert launcher.status(codes, first) == status
+    assert ('was killed by SIGKILL' in capsys.readouterr().err) == (status == 137)
+
+
+@pytest.mark.parametrize('missing', ['MASTER_ADDR', 'NODE_RANK'])
+def test_several_machines_need_an_address_and_a_number(missing) -> None:
+    env = {**os.environ, 'NNODES': '2', 'MASTER_ADDR': 'there', 'NODE_RANK': '0', 'PYTHON': sys.executable}
+    del env[missing]
+    command = ['bash', TOOLS / 'dist_train.sh', 'config.py', '1']
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: NNODES=2: expected MASTER_ADDR') and done.stderr.count('\n') == 1
