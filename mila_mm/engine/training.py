@@ -108,12 +108,7 @@ def train(
             runner.register_hook(StopHook(stop))
         say_once_that_the_log_is_full(runner.logger)
         with naming_parts(runner):
-            if isinstance(runner, OwnRunner):
-                runner.train()
-            else:  # what ours does by itself
-                with leased(runner.work_dir):
-                    settle_resume(runner)
-                    runner.train()
+            _train(runner)
     return runner
 
 
@@ -122,6 +117,15 @@ def _refuse_incomplete(cfg: Config, config: str) -> None:
     if missing:
         refuse_old(cfg)
         raise UserError(f'config {config} cannot be trained: it has no {", ".join(missing)}')
+
+
+def _train(runner: Runner) -> None:
+    if isinstance(runner, OwnRunner):
+        runner.train()
+        return
+    with leased(runner.work_dir):  # what ours does by itself
+        settle_resume(runner)
+        runner.train()
 
 
 def _set_resume(cfg: Config, resume: str | None) -> None:
