@@ -70,8 +70,8 @@ def depthwise_taps(lepe_weight: Tensor | None, like: Tensor, width: int) -> Tens
         return like
     channels = lepe_weight.shape[0]
     blocks = -(-channels // width)
-    weight = lepe_weight.detach().reshape(channels, 9)
+    weight = lepe_weight.reshape(channels, 9)
     if blocks * width != channels:
         weight = torch.nn.functional.pad(weight, (0, 0, 0, blocks * width - channels))
-    taps = torch.empty((blocks, 9, width), dtype=torch.float32, device=lepe_weight.device)
-    return taps.copy_(weight.view(blocks, width, 9).transpose(1, 2))
+    taps = weight.view(blocks, width, 9).transpose(1, 2)
+    return taps.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
