@@ -144,6 +144,12 @@ class TestCommandLine:
         refused(command(TRAIN, detector, '--work-dir', 'detector.py/run'), 'is a file')
 
     @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs a folder that not even root can write to')
+    @pytest.mark.parametrize('name', ['nowhere', 'itself', 'n' * 300, 'n/' * 3000, 'ä' * 200])
+    def test_work_dir_that_can_be_none(self, command, refused, detector, workspace, name) -> None:
+        (workspace / 'nowhere').symlink_to('not there')
+        (workspace / 'itself').symlink_to('itself')
+        refused(command(TRAIN, detector, '--work-dir', f'{name}/run'), '--work-dir')
+
     def test_work_dir_not_writable(self, command, refused, detector) -> None:
         refused(command(TRAIN, detector, '--work-dir', '/proc/mila_mm_run'), '/proc/mila_mm_run', 'cannot write')
 

@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mila_mm.engine.data.splits import leaf_datasets
-from mila_mm.errors import UserError
+from mila_mm.errors import UserError, printable
 
 _LAUNCHER_VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
@@ -175,9 +175,17 @@ def check_work_dir(work_dir: str | os.PathLike[str], flag: str = '--work-dir') -
         UserError: If it cannot be written.
     """
     path = Path(work_dir).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (path, *path.parents) if parent.exists() or parent.is_symlink())
+        limits = [os.pathconf(existing, 'PC_NAME_MAX'), os.pathconf(existing, 'PC_PATH_MAX')]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f'{flag} {printable(str(work_dir))}: cannot be a folder: {reason}') from error
+    if max(len(os.fsencode(part)) for part in path.parts) > limits[0] or len(os.fsencode(path)) > limits[1]:
+        raise UserError(f'{flag} {printable(str(work_dir))}: expected a name of at most {limits[0]} bytes')
     if not existing.is_dir():
-        raise UserError(f'{flag} {work_dir}: {existing} is a file, not a folder')
+        what = 'a link that leads nowhere' if existing.is_symlink() else 'a file'
+        raise UserError(f'{flag} {work_dir}: {existing} is {what}, not a folder')
     probe = existing / f'.mila_mm_probe_{uuid.uuid4().hex}'
     try:
         # os.access() says yes to root on a read-only file system

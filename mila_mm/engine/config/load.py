@@ -1,5 +1,6 @@
 """Configs as the commands take them: a path, or ``mmdet::`` / ``mmseg::`` and a path in that package."""
 
+import ast
 import difflib
 import importlib.util
 import inspect
@@ -134,8 +135,36 @@ def parse_cfg_options(items: Sequence[str]) -> dict[str, Any]:
             raise UserError(f'--cfg-options: expected KEY=VALUE, got {item!r} (CONFIG goes before --cfg-options)')
         if value.count('(') != value.count(')') or value.count('[') != value.count(']'):
             raise UserError(f'--cfg-options: the brackets in {item!r} do not match (quote the value, no spaces in it)')
-        options.update(parser.parse_args([f'--item={item}']).item)
+        if 'dict(' in value or '{' in value:
+            options[key] = _literal(item, value)
+            continue
+        try:
+            options.update(parser.parse_args([f'--item={item}']).item)
+        except (AssertionError, RecursionError) as error:  # what mmengine makes of brackets that it does not expect
+            raise UserError(f'--cfg-options: the value in {item!r} cannot be read') from error
     return options
+
+
+def _literal(item: str, value: str) -> Any:
+    """Read a value with dicts in it, written as in a config, which mmengine's rules do not know; nothing is run."""
+
+    def read(node: ast.expr) -> Any:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
+            return {str(keyword.arg): read(keyword.value) for keyword in node.keywords}
+        if isinstance(node, ast.Dict):
+            return {read(key): read(entry) for key, entry in zip(node.keys, node.values, strict=True) if key}
+        if isinstance(node, (ast.List, ast.Tuple)):
+            entries = [read(entry) for entry in node.elts]
+            return entries if isinstance(node, ast.List) else tuple(entries)
+        return ast.literal_eval(node)
+
+    try:
+        return read(ast.parse(value, mode='eval').body)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f'--cfg-options: the value in {item!r} cannot be read: expected it as in a config, all of it in quotes: '
+            'key="[dict(type=\'StepLR\',step_size=2)]"'
+        ) from error
 
 
 def _merge_cfg_options(cfg: Config, items: Sequence[str]) -> None:

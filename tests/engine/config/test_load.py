@@ -34,6 +34,35 @@ def test_options_follow_openmmlab(item, value) -> None:
     assert parse_cfg_options([item]) == {'a.b': value}
 
 
+@pytest.mark.parametrize(
+    ('item', 'value'),
+    [
+        ("a=[dict(type='StepLR',step_size=2)]", [dict(type='StepLR', step_size=2)]),
+        ("a=[dict(b=-1e-3),{'c':(1,[2])}]", [dict(b=-1e-3), {'c': (1, [2])}]),
+        ('a={}', {}),
+    ],
+)
+def test_values_with_dicts_are_written_as_in_a_config(item, value) -> None:
+    assert parse_cfg_options([item]) == {'a': value}
+
+
+@pytest.mark.parametrize(
+    'item',
+    [
+        'a=[dict(type=StepLR)]',
+        'a=dict(1)',
+        'a=dict(b=f())',
+        'a={1:{}[0]}',
+        'a={[]:1}',
+        'a=[{]',
+        'a=' + '{1:' * 9999 + '}' * 9999,
+    ],
+)
+def test_other_values_with_dicts_are_refused(item) -> None:
+    with pytest.raises(UserError, match='--cfg-options'):
+        parse_cfg_options([item])
+
+
 def test_later_option_wins() -> None:
     assert parse_cfg_options(['a=1', 'b=2', 'a=3']) == {'a': 3, 'b': 2}
 
