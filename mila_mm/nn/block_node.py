@@ -1,0 +1,229 @@
+"""A block of MILA as one node of autograd, with a backward written by hand.
+
+Step by step a block is some forty nodes, each with its own way through autocast and the dispatcher; on a GPU that takes
+the host longer than the device needs. Here autograd sees x and the parameters go in and one tensor come out. With c for
+a depthwise convolution, n for a LayerNorm and the block's names for the rest::
+
+    x1 = x + c1(x),  y1 = n1(x1)                      (cpe_norm)      [u0, gate] = [in_proj, act_proj](y1)
+    u  = silu(dwc(u0))                                (dwc_silu)      a = attention(qk(u), u, gate)
+    x2 = x1 + s1 out_proj(a)                                          s1, s2 of stochastic depth
+    x3 = x2 + c2(x2), y2 = n2(x3)                     (cpe_norm)      out = x3 + s2 fc2(gelu(fc1(y2)))
+
+Kept for the backward are what these lines name, without gelu's result. Weights are cast once for all blocks
+(:mod:`mila_mm.nn.step_weights`); their gradients leave each block by themselves, so that distributed training sends
+them while the backward goes on.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from mila_mm.ops.common import IMPLEMENTATIONS, as_written
+from mila_mm.ops.linear.op import add_branch
+
+PARAMETERS = (
+    *('cpe1.weight', 'cpe1.bias', 'norm1.weight', 'norm1.bias'),
+    *('in_proj.weight', 'act_proj.weight', 'in_proj.bias', 'act_proj.bias', 'dwc.weight', 'dwc.bias'),
+    *('attn.qk.weight', 'attn.qk.bias', 'attn.lepe.weight', 'attn.lepe.bias', 'out_proj.weight', 'out_proj.bias'),
+    *('cpe2.weight', 'cpe2.bias', 'norm2.weight', 'norm2.bias'),
+    *('mlp.fc1.weight', 'mlp.fc1.bias', 'mlp.fc2.weight', 'mlp.fc2.bias'),
+)
+"""What a node takes behind its first two arguments, and the order of its gradients."""
+
+_EPS, _ROPE_BASE = 1e-6, 1e4  # the defaults of mila_attention
+
+
+class Products(NamedTuple):
+    """Weights and biases of a block's matrix products in the dtype that it computes in; ``joint`` is in_proj and
+    act_proj, one below the other."""
+
+    joint_weight: Tensor
+    joint_bias: Tensor
+    qk_weight: Tensor
+    qk_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+
+class Setting(NamedTuple):
+    """What a call of a block has beside tensors.
+
+    Attributes:
+        height: Of the map.
+        width: Of the map.
+        num_heads: Of the attention.
+        eps1: Of the first norm.
+        eps2: Of the second.
+        dtype: That products and convolutions are computed in: autocast's, or x's.
+    """
+
+    height: int
+    width: int
+    num_heads: int
+    eps1: float
+    eps2: float
+    dtype: torch.dtype
+
+
+def _ops() -> Any:
+    """The ops as functions; what watches calls (a counter of operations, say) sees the registered ones instead."""
+    return torch.ops.mila_mm if is_in_torch_dispatch_mode() else _DIRECT
+
+
+_DIRECT = SimpleNamespace(**IMPLEMENTATIONS)
+
+
+def mix(
+    x: Tensor, weights: Products, params: tuple[Tensor, ...], scale: Tensor | None, setting: Setting
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The first half: x2, and what its backward needs."""
+    ops, size = _ops(), setting[:2]
+    x1, y1, mean, rstd = ops.cpe_norm_forward(x, *params[:4], *size, setting.eps1, setting.dtype)
+    joint = F.linear(y1, weights.joint_weight, weights.joint_bias)
+    u0, gate = joint.chunk(2, dim=-1)
+    u = ops.dwc_silu_forward(u0, *params[8:10], *size)
+    qk = F.linear(u, weights.qk_weight, weights.qk_bias)
+    lepe = params[12:14]
+    a, state, key_mean = ops.attention_forward(qk, u, *lepe, gate, *size, setting.num_heads, _EPS, _ROPE_BASE)
+    x2 = add_branch(F.linear(a, weights.out_weight, weights.out_bias), x1, scale)
+    return x2, (x, x1, mean, rstd, y1, joint, u, qk, a, state, key_mean)
+
+
+def feed_forward(
+    x: Tensor, weights: Products, params: tuple[Tensor, ...], scale: Tensor | None, setting: Setting
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The second half: the block's result, and what its backward needs."""
+    ops = _ops()
+    x3, y2, mean, rstd = ops.cpe_norm_forward(x, *params[16:20], *setting[:2], setting.eps2, setting.dtype)
+    out, hidden = ops.mlp_forward(y2, *weights[6:10], x3, scale)
+    return out, (x, x3, mean, rstd, y2, hidden)
+
+
+def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of a branch from that of its sum with the shortcut."""
+    grad = grad if grad.dtype == dtype else grad.to(dtype)
+    return grad if scale is None else grad * scale
+
+
+def _mix_backward(
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    weights: Products,
+    params: tuple[Tensor, ...],
+    scale: Tensor | None,
+    setting: Setting,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and of the first 16 parameters, from that of x2."""
+    ops, size = _ops(), setting[:2]
+    x, x1, mean, rstd, y1, joint, u, qk, a, state, key_mean = saved
+    u0, gate = joint.chunk(2, dim=-1)
+    channels, dtype = u.shape[-1], params[4].dtype
+
+    grad_a = _scaled(grad, scale, setting.dtype)
+    grads_out = ops.linear_weight_backward(grad_a, a, dtype)
+    grad_a = torch.mm(grad_a.reshape(-1, grad_a.shape[-1]), weights.out_weight).view(a.shape)
+    grad_qk, grad_u, *grads_lepe, grad_gate = ops.attention_backward(
+        grad_a, qk, u, *params[12:14], gate, state, key_mean, *size, setting.num_heads, _EPS, _ROPE_BASE
+    )
+    grad_u.view(-1, channels).addmm_(grad_qk.view(-1, 2 * channels), weights.qk_weight)
+    grads_qk = ops.linear_weight_backward(grad_qk, u, dtype)
+    grad_u0, *grads_dwc = ops.dwc_silu_backward(grad_u, u0, *params[8:10], *size)
+    grad_joint = torch.cat((grad_u0, grad_gate), dim=-1)
+    grad_weight, grad_bias = ops.linear_weight_backward(grad_joint, y1, dtype)
+    grad_y1 = torch.mm(grad_joint.view(-1, 2 * channels), weights.joint_weight).view(y1.shape)
+    grad_x, *grads_cpe = ops.cpe_norm_backward(grad, grad_y1, x, *params[:4], x1, mean, rstd, *size)
+    grads_joint = (*grad_weight.split(channels), *grad_bias.split(channels))
+    return grad_x, *grads_cpe, *grads_joint, *grads_dwc, *grads_qk, *grads_lepe, *grads_out
+
+
+def _feed_forward_backward(
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    weights: Products,
+    params: tuple[Tensor, ...],
+    scale: Tensor | None,
+    setting: Setting,
+) -> tuple[Tensor, ...]:
+    """Gradients of x2 and of the last 8 parameters, from that of the block's result."""
+    ops = _ops()
+    x, x3, mean, rstd, y2, hidden = saved
+    grad_y2, *grads_mlp = ops.mlp_backward(
+        _scaled(grad, scale, setting.dtype), y2, hidden, weights.fc1_weight, weights.fc2_weight, params[20].dtype
+    )
+    grad_x, *grads_cpe = ops.cpe_norm_backward(grad, grad_y2, x, *params[16:20], x3, mean, rstd, *setting[:2])
+    return grad_x, *grads_cpe, *grads_mlp
+
+
+class Call(NamedTuple):
+    """One call of a block.
+
+    Attributes:
+        weights: See :class:`Products`.
+        scales: What stochastic depth multiplies each branch by, (B, 1, 1), or None.
+        setting: Everything else.
+    """
+
+    weights: Products
+    scales: tuple[Tensor | None, Tensor | None]
+    setting: Setting
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity of its first argument, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "MILA: expected one differentiation, got a second; build the model with attn_backend='reference' for it"
+        )
+
+
+class BlockNode(torch.autograd.Function):
+    """The node: ``BlockNode.apply(x, call, *parameters)`` with x (B, N, C) and the parameters of ``PARAMETERS``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Call, *params: Tensor) -> Tensor:
+        """Compute the block's result (B, N, C)."""
+        weights, (scale1, scale2), setting = call
+        x2, kept1 = mix(x, weights, params, scale1, setting)
+        out, kept2 = feed_forward(x2, weights, params, scale2, setting)
+        ctx.setting = setting
+        ctx.save_for_backward(*kept1, *kept2, *weights, scale1, scale2, *params)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of x and of all parameters."""
+        saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
+        weights, (scale1, scale2), params = Products(*saved[17:27]), saved[27:29], saved[29:]
+        given = grad
+        with torch.no_grad(), as_written(grad):
+            grad, *last = _feed_forward_backward(grad.contiguous(), saved[11:17], weights, params, scale2, ctx.setting)
+            grad, *first = _mix_backward(grad, saved[:11], weights, params, scale1, ctx.setting)
+        grads = grad, *first, *last
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(_FirstOrderOnly.apply(each, given, saved[0], *params) for each in grads)
+        return grads[0], None, *grads[1:]
+
+
+def run(x: Tensor, call: Call, params: tuple[Tensor, ...]) -> Tensor:
+    """Compute a block, as a node where somebody may ask for gradients. Autocast must be off."""
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
+        return BlockNode.apply(x, call, *params)
+    with torch.no_grad():
+        x = mix(x, call.weights, params, call.scales[0], call.setting)[0]
+        return feed_forward(x, call.weights, params, call.scales[1], call.setting)[0]

@@ -1,0 +1,93 @@
+"""The parameters of a pass in the dtype that it computes in: cast and laid out once, in one buffer.
+
+Autocast casts each weight where it is used, and each gradient back, in a call of its own: 695 of the 1,691 calls of
+MILA-T's training step. The buffer is new in every pass, so that what an earlier pass kept for its backward stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Castable:
+    """Parameters that are cast together.
+
+    Args:
+        parts: For each tensor that is wanted the parameters that it is made of, one below the other; dense, and
+            contiguous where there are several.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[Tensor]]) -> None:
+        self.parts = [tuple(part) for part in parts]
+        self.shapes = [(sum(p.shape[0] for p in part), *part[0].shape[1:]) for part in self.parts]
+        self._sources: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._chosen: torch.dtype | None = None
+
+    def _choose(self, dtype: torch.dtype) -> None:
+        """Settle what has to be copied: what is of another dtype, or made of several parameters."""
+        self._copied = [len(part) > 1 or part[0].dtype != dtype for part in self.parts]
+        copied = [part for part, wanted in zip(self.parts, self._copied, strict=True) if wanted]
+        self._params = [p for part in copied for p in part]
+        self._sizes = [p.numel() for p in self._params]
+        self._joint_sizes = [sum(p.numel() for p in part) for part in copied]
+        self._addresses, self._chosen = [], dtype
+
+    def _read(self) -> list[Tensor]:
+        """The parameters to copy as flat views, made anew where one has got other memory (``p.data = ...``)."""
+        addresses = [p.data_ptr() for p in self._params]
+        if addresses != self._addresses:
+            # In the order of memory, whatever the layout: one is in channels_last, the others contiguous.
+            self._sources = [p.detach().as_strided((p.numel(),), (1,)) for p in self._params]
+            self._addresses = addresses
+        return self._sources
+
+    def cast(self, dtype: torch.dtype) -> list[Tensor]:
+        """All parts in ``dtype``, without gradients: parameters themselves where nothing is to be done."""
+        if dtype != self._chosen:
+            self._choose(dtype)
+        if not self._params:
+            return [part[0] for part in self.parts]
+        flat = torch.empty(sum(self._sizes), dtype=dtype, device=self._params[0].device)
+        torch._foreach_copy_(flat.split(self._sizes), self._read())
+        joint = iter(flat.split(self._joint_sizes))
+        return [
+            next(joint).as_strided(shape, part[0].stride()) if copied else part[0]
+            for part, shape, copied in zip(self.parts, self.shapes, self._copied, strict=True)
+        ]
+
+
+class Casted(torch.autograd.Function):
+    """``Casted.apply(values, *params)``: ``values``, parameters in another dtype, with their gradients cast back at
+    once."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Sequence[Tensor], *params: Tensor) -> tuple[Tensor, ...]:
+        """Hand the values on."""
+        ctx.set_materialize_grads(False)
+        ctx.strides = [p.stride() for p in params]
+        ctx.dtype = params[0].dtype
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Cast the gradients."""
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return None, *grads
+        if torch.is_grad_enabled():  # create_graph=True: as differentiable as a cast is
+            return None, *(None if grad is None else grad.to(ctx.dtype) for grad in grads)
+        ends = list(accumulate(grad.numel() for grad in given))
+        flat = torch.empty(ends[-1], dtype=ctx.dtype, device=given[0].device)
+        pieces = iter(flat.tensor_split(ends[:-1]))
+        results = [
+            None if grad is None else next(pieces).as_strided(grad.shape, strides)
+            for grad, strides in zip(grads, ctx.strides, strict=True)
+        ]
+        torch._foreach_copy_([piece for piece in results if piece is not None], given)
+        return None, *results
