@@ -43,6 +43,9 @@ class Calls(TorchDispatchMode):
         if inside is not None:
             with self:
                 return inside(*args, **(kwargs or {}))
+        if self.implementations and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:  # inside of an op a call comes before PyTorch has taken it apart
+                return func.decompose(*args, **(kwargs or {}))
         if not func.is_view:
             self.counts[func._schema.name.removeprefix('aten::')] += 1
         return func(*args, **(kwargs or {}))

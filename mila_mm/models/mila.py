@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mmengine.registry import MODELS as ROOT_MODELS
 
@@ -36,9 +36,9 @@ class MILA(MILATrunk, Backbone):
             Defaults to False.
         attn_backend (str): 'auto', 'triton' or 'reference'; see :func:`mila_mm.ops.mila_attention`.
             Defaults to 'auto'.
-        fused (bool | Sequence[str]): What else of a block to compute as one op: names of 'cpe_norm', 'dwc_silu' and
-            'projections', or True for all. Weights keep their names. Off until it has been seen to win on a GPU.
-            Defaults to False.
+        fused (bool | str | Sequence[str]): What else of a block to compute as one: True for the block as a whole,
+            'auto' for the same where it wins (on a GPU that runs the kernels, and in 16 bits on a CPU), names of
+            'cpe_norm', 'dwc_silu' and 'projections' for these parts. Weights keep their names. Defaults to 'auto'.
         init_cfg (dict, optional): dict(type='Pretrained', checkpoint=...) or any of mmengine's. Without it linear
             layers start from a truncated normal of std 0.02. Defaults to None.
 
@@ -69,7 +69,7 @@ class MILA(MILATrunk, Backbone):
         norm_cfg: Mapping[str, Any] | None = None,
         with_cp: bool | str = False,
         attn_backend: str = 'auto',
-        fused: bool | Sequence[str] = False,
+        fused: bool | Literal['auto'] | Sequence[str] = 'auto',
         init_cfg: Any = None,
     ) -> None:
         super().__init__(

@@ -168,9 +168,10 @@ class MILAClassifier(MILATrunk):
             raise ValueError(f"forward_intermediates: expected output_fmt 'NCHW' or 'NHWC', got {output_fmt!r}")
         taken, last_taken = feature_take_indices(len(self.layers), indices)
         maps = []
-        x, height, width = self.patch_embed(x)
+        prepared = self.prepare(x)
+        x, height, width = self.embed(x, prepared)
         for i, stage in enumerate(self.layers):
-            x = self.run_blocks(stage, x, height, width)
+            x = self.run_blocks(stage, x, height, width, prepared)
             end = i == len(self.layers) - 1
             final = self.norm(x) if end else x
             if i in taken:
@@ -178,7 +179,7 @@ class MILAClassifier(MILATrunk):
                 maps.append(image if output_fmt == 'NCHW' else image.permute(0, 2, 3, 1))
             if end or ((stop_early or intermediates_only) and i == last_taken):
                 break
-            x, height, width = stage.downsample(x, height, width)
+            x, height, width = self.downsample(stage, x, height, width, prepared)
         return maps if intermediates_only else (to_image(final, height, width), maps)
 
     def prune_intermediate_layers(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -14,9 +15,11 @@ from torch.nn.modules import module as module_globals
 
 from mila_mm.nn import block_node
 from mila_mm.nn.layers import Block, ConvLayer, DepthwiseConv, Downsample, LinearAttention, Mlp, Stem
+from mila_mm.nn.plain import why_not_plain
 from mila_mm.nn.step_weights import Castable, Casted
 from mila_mm.ops import why_not_triton_stencil
-from mila_mm.ops.common import autocast_dtype, transformed
+from mila_mm.ops.common import as_written, autocast_dtype, transformed
+from mila_mm.ops.rope import to_device
 
 _logger = logging.getLogger('mila_mm')
 _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
@@ -35,16 +38,6 @@ _INNER = {'attn': (('qk', nn.Linear), ('lepe', nn.Conv2d)), 'mlp': (('fc1', nn.L
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def _why_not_plain(name: str, module: nn.Module | None, kind: type[nn.Module]) -> str | None:
-    """Why a module's forward has to be called: it is not what was built, or somebody listens."""
-    if type(module) is not kind:
-        return f'{name} is a {type(module).__name__}, expected {kind.__name__}'
-    state = module.__dict__
-    if state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks'] or state['_backward_pre_hooks']:
-        return f'{name} has hooks'
-    return f'{name} has a forward of its own' if 'forward' in state else None
-
-
 def _read(name: str, module: nn.Module, found: dict[str, Tensor]) -> str | None:
     """Add weight and bias of a module to ``found``; why not, where they are no plain parameters."""
     for key in ('weight', 'bias'):
@@ -59,7 +52,7 @@ def _inspect(prefix: str, owner: nn.Module, parts: Any, found: dict[str, Tensor]
     modules = owner._modules
     for name, kind in parts:
         module, path = modules.get(name), prefix + name
-        if (reason := _why_not_plain(path, module, kind)) is not None:
+        if (reason := why_not_plain(path, module, kind)) is not None:
             return reason
         inner = _INNER.get(name)
         reason = _read(path, module, found) if inner is None else _inspect(f'{path}.', module, inner, found)
@@ -71,13 +64,13 @@ def _inspect(prefix: str, owner: nn.Module, parts: Any, found: dict[str, Tensor]
 def parameters_of(block: nn.Module) -> tuple[Tensor, ...] | str:
     """The parameters of a block in the order of its node, or why it has to run module by module."""
     found: dict[str, Tensor] = {}
-    reason = _why_not_plain('block', block, Block) or _inspect('', block, _PARTS, found)
+    reason = why_not_plain('block', block, Block) or _inspect('', block, _PARTS, found)
     if reason is not None:
         return reason
     if block.attn.backend == 'reference':
         return "attn_backend='reference'"
     drop = block._modules['drop_path']
-    if type(drop) not in (DropPath, nn.Identity) or _why_not_plain('drop_path', drop, type(drop)) is not None:
+    if type(drop) not in (DropPath, nn.Identity) or why_not_plain('drop_path', drop, type(drop)) is not None:
         return f'drop_path is a {type(drop).__name__}, or has hooks'
     params = tuple(found[name] for name in block_node.PARAMETERS)
     if block.dwc.kernel_size != (3, 3) or params[4].shape[0] != params[4].shape[1]:
@@ -88,47 +81,84 @@ def parameters_of(block: nn.Module) -> tuple[Tensor, ...] | str:
     return params
 
 
-def _layers_of(module: nn.Module, kind: type[nn.Module]) -> list[ConvLayer] | None:
+def _layers_of(module: nn.Module | None, kind: type[nn.Module]) -> list[ConvLayer] | None:
     """The convolutions of a stem or downsampling in their order; None where somebody has changed or hooked one."""
     if type(module) is not kind:
         return None
-    layers = [m for m in module.modules() if isinstance(m, (ConvLayer, nn.Sequential, nn.Conv2d))]
-    for each in layers:
-        if _why_not_plain('', each, type(each)) is not None:
+    layers: list[ConvLayer] = []
+    for child in module._modules.values():
+        if type(child) is ConvLayer:
+            layers.append(child)
+        elif why_not_plain('', child, nn.Sequential) is None:
+            layers.extend(child._modules.values())
+        else:
             return None
-        if isinstance(each, nn.Conv2d) and not _plain_convolution(each):
+    for layer in layers:
+        if why_not_plain('', layer, ConvLayer) is not None or not _plain_convolution(layer._modules['conv']):
             return None
-    return [each for each in layers if isinstance(each, ConvLayer)]
+    return layers
 
 
-def _plain_convolution(conv: nn.Conv2d) -> bool:
-    plain = type(conv) is nn.Conv2d and type(conv._parameters['weight']) is nn.Parameter
-    bias = conv._parameters['bias']
-    dense = plain and (
-        conv.weight.is_contiguous() or conv.weight.is_contiguous(memory_format=torch.channels_last)
-    )
-    return dense and (bias is None or type(bias) is nn.Parameter) and conv.weight.dtype == torch.float32
+def _plain_convolution(conv: nn.Module | None) -> bool:
+    if why_not_plain('', conv, nn.Conv2d) is not None:
+        return False
+    weight, bias = conv._parameters['weight'], conv._parameters['bias']
+    if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)):
+        return False
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return dense and weight.dtype == torch.float32
 
 
-class Pass(NamedTuple):
-    """What a pass of a trunk runs on.
+class Pass:
+    """What a pass of a trunk runs on: the blocks that are a node each, with their weights, and cast convolutions.
 
-    Attributes:
-        calls: For each block, by its id, the call of its node and its parameters.
-        convolutions: For stem and downsamplings, by their id, weights and biases of their convolutions, cast.
-        device: Type of the device.
+    Args:
+        dtype: That products and convolutions are computed in.
+        blocks: For each block that is a node, by its id, its parameters, its weights and its branches' scales.
+        convolutions: For stem and downsamplings, by their id, weights and biases of their convolutions in their order.
     """
 
-    calls: dict[int, tuple[block_node.Call, tuple[Tensor, ...]]]
-    convolutions: dict[int, list[tuple[Tensor, Tensor | None]]]
-    device: str
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        blocks: dict[int, tuple[tuple[Tensor, ...], block_node.Products, tuple[Tensor | None, Tensor | None]]],
+        convolutions: dict[int, list[tuple[Tensor, Tensor | None]]],
+    ) -> None:
+        self._dtype = dtype
+        self._blocks = blocks
+        self._convolutions = convolutions
+
+    def convolutions_of(self, module: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
+        """What the layers of a stem or a downsampling take in place of their convolutions' parameters."""
+        return self._convolutions.get(id(module))
+
+    def run(self, blocks: Iterable[nn.Module], x: Tensor, height: int, width: int) -> Tensor:
+        """Send tokens (B, N, C) through blocks."""
+        blocks = list(blocks)
+        if all(id(block) in self._blocks for block in blocks):
+            with as_written(x):  # entered once: it costs as much as a launch
+                for block in blocks:
+                    x = self._node(block, x, height, width)
+            return x
+        for block in blocks:
+            if id(block) not in self._blocks:
+                x = block(x, height, width)
+                continue
+            with as_written(x):
+                x = self._node(block, x, height, width)
+        return x
+
+    def _node(self, block: Block, x: Tensor, height: int, width: int) -> Tensor:
+        params, products, scales = self._blocks[id(block)]
+        setting = block_node.Setting(height, width, block.attn.num_heads, block.norm1.eps, block.norm2.eps, self._dtype)
+        return block_node.run(x, block_node.Call(products, scales, setting), params)
 
 
 class FastPath:
     """Prepares the passes of a trunk. It keeps what does not change from pass to pass; a copy begins empty."""
 
     def __init__(self) -> None:
-        self._key: Any = None
+        self._key: tuple[object, ...] = ()
         self._castable: Castable | None = None
         self._said: set[str] = set()
 
@@ -138,8 +168,119 @@ class FastPath:
     def __reduce__(self) -> tuple[type[FastPath], tuple[()]]:
         return FastPath, ()
 
+    def prepare(self, trunk: nn.Module, image: Tensor) -> Pass | None:
+        """Cast the weights of a pass of ``trunk`` over an image; None where all runs module by module."""
+        if not _may_be_a_node(image):
+            return None
+        low = autocast_dtype(image.device.type)
+        dtype = image.dtype if low is None else low
+        if trunk.fused == 'auto' and not _wins(trunk, image, dtype):
+            return None
+        chosen: list[tuple[Block, tuple[Tensor, ...]]] = []
+        for stage in trunk.layers:
+            for block in stage.blocks:
+                params = parameters_of(block)
+                if isinstance(params, str):
+                    self._say(params)
+                elif params[0].dtype not in (dtype, torch.float32) or (low is None and params[0].dtype != dtype):
+                    self._say(f'parameters of {params[0].dtype} in a pass in {dtype}')
+                elif params[0].device == image.device:
+                    chosen.append((block, params))
+        if not chosen:
+            return None
+        convolutions = _convolutions_of(trunk) if low is not None else {}
+        values = iter(self._cast(chosen, convolutions, dtype))
+        products = [block_node.Products(*(next(values) for _ in block_node.Products._fields)) for _ in chosen]
+        scales = _scales([block for block, _ in chosen], image, dtype)
+        blocks = {
+            id(block): (params, each, scale)
+            for (block, params), each, scale in zip(chosen, products, scales, strict=True)
+        }
+        return Pass(dtype, blocks, {key: _casted(params, values) for key, params in convolutions.items()})
+
+    def _cast(
+        self,
+        chosen: list[tuple[Block, tuple[Tensor, ...]]],
+        convolutions: dict[int, list[tuple[Tensor, Tensor | None]]],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """Cast what products and convolutions take, in their order."""
+        others = [p for pairs in convolutions.values() for pair in pairs for p in pair if p is not None]
+        key = (*(id(p) for _, params in chosen for p in params), *map(id, others))
+        if key != self._key:
+            # The old ones are alive as long as they are kept here, so that no new one can have their id.
+            parts = [part for _, params in chosen for part in _products_of(params)]
+            self._castable, self._key = Castable([*parts, *((p,) for p in others)]), key
+        return self._castable.cast(dtype)
+
     def _say(self, reason: str) -> None:
         """Log a reason, once for each model."""
         if reason not in self._said:
             self._said.add(reason)
             _logger.warning('MILA: blocks run module by module, which takes the host longer: %s', reason)
+
+
+def _may_be_a_node(image: Tensor) -> bool:
+    """False in what traces, transforms or compiles, where a block has to be plain operators and registered ops."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(image) is not Tensor or transformed():
+        return False
+    hooked = module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks
+    return image.device.type in ('cpu', 'cuda') and forward_ad._current_level < 0 and not hooked
+
+
+def _wins(trunk: nn.Module, image: Tensor, dtype: torch.dtype) -> bool:
+    """Where nodes are taken unasked: with the kernels on a GPU, and in 16 bits on a CPU."""
+    if image.is_cuda:
+        return why_not_triton_stencil(trunk.layers[0].blocks[0].norm1.weight[None, None]) is None
+    return dtype in _LOW
+
+
+def _products_of(params: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The parameters behind each of a block's :class:`~mila_mm.nn.block_node.Products`."""
+    return [params[4:6], params[6:8], *((p,) for p in (*params[10:12], *params[14:16], *params[20:24]))]
+
+
+def _convolutions_of(trunk: nn.Module) -> dict[int, list[tuple[Tensor, Tensor | None]]]:
+    """Weights and biases of the convolutions of stem and downsamplings, of those that nobody has changed."""
+    found = {}
+    for module, kind in [(trunk.patch_embed, Stem), *((stage.downsample, Downsample) for stage in trunk.layers)]:
+        layers = _layers_of(module, kind)
+        if layers is not None:
+            found[id(module)] = [(layer.conv.weight, layer.conv.bias) for layer in layers]
+    return found
+
+
+def _casted(pairs: list[tuple[Tensor, Tensor | None]], values: Iterator[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """The next of ``values`` in place of the parameters, with gradients for those."""
+    params = [p for pair in pairs for p in pair if p is not None]
+    taken = [next(values) for _ in params]
+    if torch.is_grad_enabled() and any(p.requires_grad for p in params):
+        taken = Casted.apply(taken, *params)
+    given = iter(taken)
+    return [(next(given), None if bias is None else next(given)) for _, bias in pairs]
+
+
+def _scales(blocks: list[Block], image: Tensor, dtype: torch.dtype) -> list[tuple[Tensor | None, Tensor | None]]:
+    """What stochastic depth multiplies the branches of each block by, (B, 1, 1), drawn at once for all of them."""
+    drops = [block._modules['drop_path'] for block in blocks]
+    rates = [drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
+    dropping = [i for i, rate in enumerate(rates) if rate > 0]
+    result: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(blocks)
+    if not dropping:
+        return result
+    keep = _kept_share(tuple(rates[i] for i in dropping), image.device).expand(-1, image.shape[0], 1, 1)
+    scales = torch.bernoulli(keep)
+    if drops[dropping[0]].scale_by_keep:
+        scales.div_(keep)
+    scales = scales.to(dtype).unbind(0)
+    for place, i in enumerate(dropping):
+        result[i] = scales[2 * place], scales[2 * place + 1]
+    return result
+
+
+@lru_cache(maxsize=64)
+def _kept_share(rates: tuple[float, ...], device: torch.device) -> Tensor:
+    """(2 * len(rates), 1, 1, 1): the chance of each branch to stay."""
+    with torch.inference_mode(False):
+        shares = torch.tensor([1 - rate for rate in rates for _ in range(2)], dtype=torch.float32, device='cpu')
+        return to_device(shares.view(-1, 1, 1, 1), device)

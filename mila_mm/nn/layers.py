@@ -5,7 +5,8 @@ Between convolutions tokens lie as (B, N, C), which is channels_last for the con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mila_mm.ops import cpe_norm, dwc_silu, mila_attention
+from mila_mm.nn.plain import why_not_plain
+from mila_mm.ops import cpe_norm, dwc_silu, mila_attention, why_not_triton_stencil
 from mila_mm.ops.common import autocast_dtype, to_image, to_tokens
 
 NormLayer = Callable[[int], nn.Module]
+Parameters = tuple[Tensor, Tensor | None]  # weight and bias
 FUSIONS = ('cpe_norm', 'dwc_silu', 'projections')
 
 
@@ -99,8 +102,8 @@ class ConvLayer(nn.Module):
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.conv, norm))
         return norm.running_var is not None and norm.weight is not None and not hooked
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
+    def forward(self, x: Tensor, params: Parameters | None = None) -> Tensor:
+        """Apply the layer; ``params`` are weight and bias of the convolution where they have been cast already."""
         conv, norm = self.conv, self.norm
         if self._folds():
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -115,7 +118,7 @@ class ConvLayer(nn.Module):
                 conv.groups,
             )
         else:
-            x = conv(x)
+            x = conv(x) if params is None else conv._conv_forward(x, *params)
             x = x if norm is None else norm(x)
         return F.relu(x, inplace=True) if self.act else x
 
@@ -135,11 +138,16 @@ class Stem(nn.Module):
             ConvLayer(4 * dim, dim, 1, norm_layer=norm_layer, act=False),
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """Return the tokens and their grid (H, W)."""
+    def forward(self, x: Tensor, params: Sequence[Parameters] | None = None) -> tuple[Tensor, int, int]:
+        """Return the tokens and their grid (H, W); ``params`` as for :class:`ConvLayer`, one for each in turn."""
         x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
-        x = self.conv1(x)
-        x = self.conv3(add_branch(self.conv2(x), x))
+        if params is None:
+            x = self.conv1(x)
+            x = self.conv3(add_branch(self.conv2(x), x))
+        else:
+            x = self.conv1(x, params[0])
+            y = self.conv2[1](self.conv2[0](x, params[1]), params[2])
+            x = self.conv3[1](self.conv3[0](add_branch(y, x), params[3]), params[4])
         return to_tokens(x), x.shape[2], x.shape[3]
 
 
@@ -155,13 +163,34 @@ class Downsample(nn.Module):
             ConvLayer(hidden, 2 * dim, 1, bias=True, norm_layer=norm_layer, act=False),
         )
 
-    def forward(self, x: Tensor, height: int, width: int, recompute: bool = False) -> tuple[Tensor, int, int]:
-        """Return the tokens and their grid (H', W'); ``recompute`` stores nothing of the wide part for the backward."""
+    def forward(
+        self,
+        x: Tensor,
+        height: int,
+        width: int,
+        recompute: bool = False,
+        params: Sequence[Parameters] | None = None,
+    ) -> tuple[Tensor, int, int]:
+        """Return the tokens and their grid (H', W').
+
+        ``recompute`` stores nothing of the wide part for the backward; ``params`` as for :class:`Stem`.
+        """
         # The padding comes before the 1x1 convolution, whose bias and ReLU make it non-zero: the published weights
         # were trained so.
         x = pad_to_multiple(to_image(x, height, width), 2)
+
+        def widen(x: Tensor) -> Tensor:
+            return self.conv[:2](x) if params is None else self.conv[1](self.conv[0](x, params[0]), params[1])
+
         # Without the last layer: its BatchNorm would count the batch twice.
-        x = self.conv[2](checkpoint(self.conv[:2], x, use_reentrant=False)) if recompute else self.conv(x)
+        if recompute:
+            x = checkpoint(widen, x, use_reentrant=False)
+        elif params is not None:
+            x = widen(x)
+        else:
+            x = self.conv(x)
+            return to_tokens(x), x.shape[2], x.shape[3]
+        x = self.conv[2](x) if params is None else self.conv[2](x, params[2])
         return to_tokens(x), x.shape[2], x.shape[3]
 
 
@@ -218,8 +247,9 @@ class Block(nn.Module):
         cpe: Whether depthwise convolutions go before attention and MLP.
         kernel_size: Of the depthwise convolution before the attention.
         fused: Which of ``FUSIONS`` to compute as one: cpe, its sum and the norm after it, :func:`mila_mm.ops.cpe_norm`;
-            dwc, if it is a 3x3, and SiLU, :func:`mila_mm.ops.dwc_silu`; in_proj and act_proj as one product. The
-            modules then only hold the parameters: their own forward, and hooks on it, are not called.
+            dwc, if it is a 3x3, and SiLU, :func:`mila_mm.ops.dwc_silu`; in_proj and act_proj as one product. 'auto' for
+            all of them where their kernels run. The modules then only hold the parameters; where one of them has been
+            replaced or hooked, all are called one after the other instead.
     """
 
     def __init__(
@@ -231,10 +261,10 @@ class Block(nn.Module):
         inner_dim: int | None = None,
         cpe: bool = True,
         kernel_size: int = 3,
-        fused: Collection[str] = (),
+        fused: Collection[str] | Literal['auto'] = (),
     ) -> None:
         super().__init__()
-        self.fused = frozenset(fused)
+        self.fused = fused if fused == 'auto' else frozenset(fused)
         inner_dim = dim if inner_dim is None else inner_dim
         self.cpe1 = DepthwiseConv(dim) if cpe else None
         self.norm1 = nn.LayerNorm(dim)
@@ -252,12 +282,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Map tokens (B, H * W, C) to the same shape."""
-        x, y = self._position_and_norm(self.cpe1, self.norm1, x, height, width)
-        if 'projections' in self.fused:
+        fused = self._fusions(x)
+        x, y = self._position_and_norm(self.cpe1, self.norm1, x, height, width, 'cpe_norm' in fused)
+        if 'projections' in fused:
             u, gate = self._project(y)
         else:
             u, gate = self.in_proj(y), None
-        if 'dwc_silu' in self.fused and self.dwc.kernel_size == (3, 3):
+        if 'dwc_silu' in fused and self.dwc.kernel_size == (3, 3):
             u = dwc_silu(u, self.dwc.weight, self.dwc.bias, (height, width))
         else:
             u = F.silu(self.dwc(u, height, width), inplace=_may_overwrite())
@@ -265,14 +296,28 @@ class Block(nn.Module):
         x = add_branch(self.drop_path(self.out_proj(y)), x)
         if self.mlp is None:
             return x
-        x, y = self._position_and_norm(self.cpe2, self.norm2, x, height, width)
+        x, y = self._position_and_norm(self.cpe2, self.norm2, x, height, width, 'cpe_norm' in fused)
         return add_branch(self.drop_path(self.mlp(y)), x)
 
+    def _fusions(self, x: Tensor) -> Collection[str]:
+        """What to compute as one on x (B, N, C)."""
+        auto = self.fused == 'auto'
+        # Of a trace or an export (other types of x) nobody knows where it will run.
+        wins = not auto or (type(x) is Tensor and x.is_cuda and why_not_triton_stencil(x) is None)
+        if not self.fused or not wins:
+            return ()
+        parts = [('in_proj', nn.Linear), ('act_proj', nn.Linear), ('dwc', DepthwiseConv), ('norm1', nn.LayerNorm)]
+        parts += [('cpe1', DepthwiseConv)] if self.cpe1 is not None else []
+        if self.mlp is not None:
+            parts += [('norm2', nn.LayerNorm), *([('cpe2', DepthwiseConv)] if self.cpe2 is not None else [])]
+        changed = any(why_not_plain(name, getattr(self, name), kind) is not None for name, kind in parts)
+        return () if changed else FUSIONS if auto else self.fused
+
     def _position_and_norm(
-        self, cpe: DepthwiseConv | None, norm: nn.LayerNorm, x: Tensor, height: int, width: int
+        self, cpe: DepthwiseConv | None, norm: nn.LayerNorm, x: Tensor, height: int, width: int, fused: bool
     ) -> tuple[Tensor, Tensor]:
         """x + cpe(x), and the norm of that."""
-        if 'cpe_norm' in self.fused and cpe is not None:
+        if fused and cpe is not None:
             return cpe_norm(x, cpe.weight, cpe.bias, norm.weight, norm.bias, (height, width), eps=norm.eps)
         x = x if cpe is None else cpe(x, height, width, residual=True)
         return x, norm(x)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mila_mm.arch import Arch, resolve_arch
+from mila_mm.nn.fast_path import FastPath, Pass
 from mila_mm.nn.layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
 from mila_mm.ops.attention.op import BACKENDS
 
@@ -90,10 +91,30 @@ class Trunk(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def run_blocks(self, stage: Stage, x: Tensor, height: int, width: int) -> Tensor:
+    def prepare(self, x: Tensor) -> Pass | None:
+        """What a pass over images x runs on beside the modules; None for the modules alone."""
+        return None
+
+    def embed(self, x: Tensor, prepared: Pass | None = None) -> tuple[Tensor, int, int]:
+        """Images to tokens and their grid (H, W)."""
+        params = None if prepared is None else prepared.convolutions_of(self.patch_embed)
+        return self.patch_embed(x) if params is None else self.patch_embed(x, params)
+
+    def downsample(
+        self, stage: Stage, x: Tensor, height: int, width: int, prepared: Pass | None = None
+    ) -> tuple[Tensor, int, int]:
+        """Tokens of a stage to those of the next, and their grid."""
+        recompute = bool(self.with_cp) and torch.is_grad_enabled()
+        params = None if prepared is None else prepared.convolutions_of(stage.downsample)
+        options = {} if params is None else {'params': params}
+        return stage.downsample(x, height, width, recompute, **options)
+
+    def run_blocks(self, stage: Stage, x: Tensor, height: int, width: int, prepared: Pass | None = None) -> Tensor:
         """Send tokens (B, H * W, C) through the blocks of a stage; what ``with_cp`` names keeps its input alone."""
 
         def run(x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
+            if prepared is not None:
+                return prepared.run(blocks, x, height, width)
             for block in blocks:
                 x = block(x, height, width)
             return x
@@ -116,16 +137,16 @@ class Trunk(nn.Module):
         """
         # A 1-channel or 1 x 1 image is both contiguous and channels_last: take it as contiguous.
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        x, height, width = self.patch_embed(x)
+        prepared = self.prepare(x)
+        x, height, width = self.embed(x, prepared)
         maps = {}
         for i, stage in enumerate(self.layers):
-            x = self.run_blocks(stage, x, height, width)
+            x = self.run_blocks(stage, x, height, width, prepared)
             if i in self.out_indices:
                 y = getattr(self, f'norm{i}')(x).unflatten(1, (height, width)).permute(0, 3, 1, 2)
                 maps[i] = y if channels_last else y.contiguous()
             if stage.downsample is not None:
-                recompute = bool(self.with_cp) and torch.is_grad_enabled()
-                x, height, width = stage.downsample(x, height, width, recompute)
+                x, height, width = self.downsample(stage, x, height, width, prepared)
         return tuple(maps[i] for i in self.out_indices)
 
 
@@ -143,8 +164,11 @@ class MILATrunk(Trunk):
         with_cp: Recompute in the backward instead of storing: True or 'block' each block from its input, 'stage' all
             blocks of a stage from the first one's, which stores least and needs room for a whole stage then.
         attn_backend: 'auto', 'triton' or 'reference'; see :func:`mila_mm.ops.mila_attention`.
-        fused: What else of a block to compute as one: names of 'cpe_norm', 'dwc_silu' and 'projections', or True for
-            all; see :class:`mila_mm.nn.layers.Block`. Off until it has been seen to win on a GPU.
+        fused: What else of a block to compute as one. True: each block as one node of autograd
+            (:mod:`mila_mm.nn.block_node`), with weights cast once a step; where that cannot be, its parts. Names of
+            'cpe_norm', 'dwc_silu' and 'projections': these parts (:class:`mila_mm.nn.layers.Block`). 'auto': as True
+            where it wins, on a GPU that runs the kernels and in 16 bits on a CPU. The log says once where modules that
+            have hooks or have been replaced keep a block from being a node.
         norm_layer: Makes the norm of a convolution from its number of channels.
         **kwargs: For the next class in the method resolution order.
 
@@ -161,7 +185,7 @@ class MILATrunk(Trunk):
         drop_path_rate: float = 0.0,
         with_cp: bool | str = False,
         attn_backend: str = 'auto',
-        fused: bool | Sequence[str] = False,
+        fused: bool | Literal['auto'] | Sequence[str] = 'auto',
         norm_layer: NormLayer = nn.BatchNorm2d,
         **kwargs: Any,
     ) -> None:
@@ -169,6 +193,8 @@ class MILATrunk(Trunk):
         spec = resolve_arch(arch)
         self._check_backend(attn_backend)
         fusions = _check_fused(fused, self._name)
+        self.fused = fused
+        self._fast_path = FastPath()
 
         def block(stage: int, drop_path: float) -> Block:
             heads = spec.num_heads[stage]
@@ -191,12 +217,20 @@ class MILATrunk(Trunk):
             make_downsample=lambda stage: Downsample(spec.dims[stage], norm_layer),
         )
 
+    def prepare(self, x: Tensor) -> Pass | None:
+        """What a pass over images x runs on: blocks as one node each, weights cast at once, where that can be."""
+        return self._fast_path.prepare(self, x) if self.fused in (True, 'auto') else None
 
-def _check_fused(fused: bool | Sequence[str], name: str) -> tuple[str, ...]:
+
+def _check_fused(fused: bool | str | Sequence[str], name: str) -> tuple[str, ...] | Literal['auto']:
     """Resolve True and False; raise ValueError for what is no fusion."""
+    if isinstance(fused, str) and fused == 'auto':
+        return 'auto'
     chosen = FUSIONS if fused is True else () if fused is False else tuple(fused)
     if isinstance(fused, str) or not set(chosen) <= set(FUSIONS):
-        raise ValueError(f'{name}: expected fused to be True, False or names of {", ".join(FUSIONS)}, got {fused!r}')
+        raise ValueError(
+            f"{name}: expected fused to be True, False, 'auto' or names of {', '.join(FUSIONS)}, got {fused!r}"
+        )
     return chosen
 
 

@@ -13,7 +13,7 @@ CHOICES = [*((name,) for name in FUSIONS), True]
 def pair(fused, **options):
     """A model and its fused twin."""
     torch.manual_seed(0)
-    plain = MILA(**SMALL, **options)
+    plain = MILA(**SMALL, fused=False, **options)
     twin = MILA(**SMALL, fused=fused, **options)
     twin.load_state_dict(plain.state_dict())
     return plain, twin
@@ -52,6 +52,7 @@ def test_each_choice_changes_what_runs(monkeypatch):
     for name in ('cpe_norm', 'dwc_silu'):
         original = getattr(layers, name)
         monkeypatch.setattr(layers, name, lambda *a, o=original, n=name, **k: called.append(n) or o(*a, **k))
+    monkeypatch.setattr(MILA, 'prepare', lambda model, x: None)  # blocks as one node: tests/nn/test_block_node.py
     image = torch.rand(1, 3, 32, 32)
     expected = {
         False: [],
@@ -61,11 +62,20 @@ def test_each_choice_changes_what_runs(monkeypatch):
     }
     for fused, calls in expected.items():
         called.clear()
-        model = MILA(**SMALL, fused=fused).eval()
-        model.layers[0].blocks[0].act_proj.register_forward_hook(lambda *_: called.append('act_proj'))
-        model(image)
-        assert [name for name in called if name != 'act_proj'] == calls
-        assert ('act_proj' in called) == (fused is not True)
+        MILA(**SMALL, fused=fused).eval()(image)
+        assert called == calls
+
+
+@pytest.mark.parametrize('fused', CHOICES, ids=str)
+@pytest.mark.parametrize('part', ['act_proj', 'dwc', 'norm2', 'cpe1'])
+def test_a_hooked_part_is_called(fused, part):
+    plain, twin = pair(fused)
+    image = torch.rand(1, 3, 32, 32)
+    called = []
+    for model in (plain, twin):
+        model.eval().layers[1].blocks[0].get_submodule(part).register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(twin(image), plain(image), rtol=1e-4, atol=1e-5)
+    assert len(called) == 2
 
 
 def test_autocast():
@@ -103,5 +113,5 @@ def test_compiles_for_any_size_and_traces_to_plain_operators():
 
 @pytest.mark.parametrize('fused', ['cpe_norm', ['mlp'], [True]], ids=str)
 def test_no_such_fusion(fused):
-    with pytest.raises(ValueError, match='fused to be True, False or names of cpe_norm, dwc_silu, projections'):
+    with pytest.raises(ValueError, match="fused to be True, False, 'auto' or names of cpe_norm, dwc_silu, projections"):
         MILA(**SMALL, fused=fused)
