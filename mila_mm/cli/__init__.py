@@ -91,6 +91,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         '--work-dir', metavar='DIR', help='folder for logs and checkpoints [./work_dirs/NAME_OF_THE_CONFIG]'
     )
     add_cfg_options(parser)
+    add_verbose(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -99,6 +100,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch passes one of these spellings; torchrun sets LOCAL_RANK instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Add ``--verbose``."""
+    parser.add_argument(
+        '--verbose', action='store_true', help='show on the screen all that goes to the log file, and every warning'
+    )
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
@@ -138,8 +146,9 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         75 after another signal that asked a training to stop, which then continues from what it saved. All ranks of a
         job that was stopped end with the same, and rank 0 tells so.
     """
-    for category, message in _NOISE:
-        warnings.filterwarnings('ignore', message=message, category=category)
+    if '--verbose' not in (sys.argv if argv is None else argv):
+        for category, message in _NOISE:
+            warnings.filterwarnings('ignore', message=message, category=category)
     job.begin(owns_process=argv is None)
     try:
         main(argv)

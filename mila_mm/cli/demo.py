@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data-root', metavar='DIR', help='folder of the shapes set, written if need be [data/shapes]')
     parser.add_argument('--data-only', action='store_true', help='write the shapes set and stop')
     cli.add_cfg_options(parser)
+    cli.add_verbose(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     from mila_mm.datasets import write_shapes
     from mila_mm.engine import load_config, test, train
+    from mila_mm.engine.screen import quiet
 
     config = str(zoo.require_config(CONFIGS[args.task]))
     cfg = load_config(config, args.cfg_options)
@@ -62,12 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     work_dir = Path(args.work_dir or f'work_dirs/demo_{args.task}')
     options = [*at_root(cfg, root), *args.cfg_options]
-    runner = train(config, work_dir=str(work_dir), cfg_options=options)
+    runner = train(config, work_dir=str(work_dir), cfg_options=options, verbose=args.verbose)
     trained = time.perf_counter()
     checkpoint = (work_dir / 'last_checkpoint').read_text().strip()
     dump = work_dir / 'predictions.pkl'
-    metrics = test(config, checkpoint, work_dir=str(work_dir), out=str(dump), cfg_options=options)
-    pictures = draw(args.task, cfg, root, work_dir, Path(runner.log_dir), metrics)
+    metrics = test(config, checkpoint, work_dir=str(work_dir), out=str(dump), cfg_options=options, verbose=args.verbose)
+    with quiet(args.verbose):
+        pictures = draw(args.task, cfg, root, work_dir, Path(runner.log_dir), metrics)
     print(f'\n{TITLES[args.task]}, {cfg.shapes.num_val} held-out images:')
     for key, name in METRICS[args.task].items():
         print(f'  {name:<20}{metrics[key]:.3f}')

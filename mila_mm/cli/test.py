@@ -41,4 +41,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         launcher=args.launcher,
         check=not args.no_check,
         cfg_options=args.cfg_options,
+        verbose=args.verbose,
     )

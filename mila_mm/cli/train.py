@@ -89,4 +89,5 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> None:
         check=not args.no_check,
         cfg_options=args.cfg_options,
         stop=stop,
+        verbose=args.verbose,
     )

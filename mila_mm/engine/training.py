@@ -21,6 +21,7 @@ from mila_mm.engine.runner.identity import names_of
 from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner
+from mila_mm.engine.screen import SummaryHook, quiet
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
 from mila_mm.stopping import StopRequest
@@ -43,6 +44,7 @@ def train(
     check: bool = True,
     cfg_options: Sequence[str] = (),
     stop: StopRequest | None = None,
+    verbose: bool = True,
 ) -> Runner:
     """Train as a config says.
 
@@ -64,6 +66,7 @@ def train(
         check: Whether to check config and data before the first step. Defaults to True.
         cfg_options: Overrides as ``key.of.entry=value``.
         stop: What :func:`mila_mm.stopping.stop_signals` gives, for signals to save and stop. Defaults to None.
+        verbose: Whether the screen shows all that the log file does. Defaults to True.
 
     Returns:
         The runner after training; it knows ``work_dir``, ``log_dir`` and the model.
@@ -97,10 +100,11 @@ def train(
     make_safe(cfg)
     if debug_nonfinite:
         cfg.custom_hooks = [*cfg.custom_hooks, dict(type='mila_mm.NonFiniteHook')]
-    with plain_failures():
+    with plain_failures(), quiet(verbose):
         runner = build_runner(without_testing(cfg))
         runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
         notices = [nothing_to_resume(cfg), starts_beside_another(cfg), starts_from_scratch(cfg)]
+        runner.register_hook(SummaryHook())
         runner.register_hook(NoticeHook([line for line in notices if line is not None]))
         if checking is not None:
             runner.register_hook(checking)

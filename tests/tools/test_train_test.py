@@ -219,8 +219,7 @@ def test_dist_scripts_from_another_folder(script, segmentor, workspace, tmp_path
     run = workspace / 'run'
     ended = script('dist_train.sh', segmentor, 2, '--work-dir', run, cwd=elsewhere)
     assert ended.status == 0, ended
-    assert 'Distributed training: True' in ended.out
-    assert 'GPU number: 2' in ended.out
+    assert ' images each in 2 processes' in ended.out
     ended = script('dist_test.sh', segmentor, run / 'iter_2.pth', 2, '--work-dir', run, cwd=elsewhere)
     assert ended.status == 0, ended
     assert 'mIoU' in ended.out

@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop
@@ -24,6 +25,7 @@ from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into, settle_r
 from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.model_options import apply_model_options
 from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
+from mila_mm.engine.screen import watch
 from mila_mm.errors import UserError, printable_path
 from mila_mm.weights.load import read_checkpoint
 
@@ -92,6 +94,12 @@ class Runner(ShardingRunner):
         """Write the config of a training into the work folder, once it has started; a test leaves it alone."""
         if self._started and self._train_dataloader is not None:
             super().dump_config()
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the logger, whose screen shows less inside of :func:`mila_mm.engine.screen.quiet`."""
+        logger = super().build_logger(*args, **kwargs)
+        watch(logger)
+        return logger
 
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
         """Build the model.

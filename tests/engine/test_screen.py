@@ -1,0 +1,77 @@
+"""What a run shows on the screen, and what in its log file alone."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from mmengine.logging import MMLogger
+
+from mila_mm.cli import command
+from mila_mm.engine import screen
+
+SHORT = [
+    'shapes.num_train=4', 'shapes.num_val=2', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
+    'default_hooks.logger.interval=1', 'train_dataloader.batch_size=2', 'train_dataloader.num_workers=0',
+    'val_dataloader.num_workers=0', 'test_dataloader.num_workers=0',
+]  # fmt: skip
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'PASSIVE')
+
+    def run(*words: str) -> list[str]:
+        assert command.main(['demo', 'det', '--work-dir', 'out', *words, '--cfg-options', *SHORT]) == 0
+        captured = capfd.readouterr()
+        return (captured.out + captured.err).splitlines()
+
+    return run
+
+
+def test_a_run_shows_what_one_watches(demo) -> None:
+    lines = demo()
+    first = next(index for index, line in enumerate(lines) if 'Iter(train)' in line)
+    assert first < 40
+    start = '\n'.join(lines[:first])
+    assert 'MaskRCNN on MILA nano, 2.8 M parameters' in start
+    assert re.search(r'4 images, 6 classes, \d+ boxes', start)
+    assert '2 iterations, 2 images each' in start
+    assert 'writes to: out' in start
+    assert 'images/s: ' in lines[first] and 'eta: ' in lines[first] and 'loss: ' in lines[first]
+    text = '\n'.join(lines)
+    for noise in ('OneDL', 'FileClient', 'HardDiskBackend', 'creating index', 'Warning:', 'paramwise_options'):
+        assert noise not in text
+    assert 'Average Precision' in text
+    log = max(Path('out').glob('*/*.log'), key=lambda path: path.stat().st_size).read_text()
+    for told in ('System environment', 'Hooks will be executed', 'paramwise_options', 'backbone = dict', 'Iter(train)'):
+        assert told in log or told.replace(' = ', '=') in log
+
+
+def test_verbose_brings_all_back(demo) -> None:
+    text = '\n'.join(demo('--verbose'))
+    for told in ('System environment', 'Hooks will be executed', 'paramwise_options', 'creating index'):
+        assert told in text
+
+
+def test_warnings_pass_before_the_first_batch() -> None:
+    shown = screen.Screen()
+    record = logging.LogRecord('x', logging.WARNING, '', 1, 'the backbone starts from random weights', (), None)
+    assert shown.filter(record)
+    record.levelno = logging.INFO
+    assert not shown.filter(record)
+    shown.started = True
+    assert shown.filter(record)
+
+
+def test_outside_of_quiet_nothing_changes(tmp_path: Path) -> None:
+    logger = MMLogger('screen-test', log_file=str(tmp_path / 'a.log'))
+    screen.watch(logger)
+    assert screen.screen_of(logger) is None
+    with screen.quiet(verbose=True):
+        screen.watch(logger)
+        assert screen.screen_of(logger) is None
+    with screen.quiet():
+        screen.watch(logger)
+        assert screen.screen_of(logger) is not None
