@@ -48,10 +48,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Threads that wait asleep instead of spinning: nothing is lost where the machine is idle, and where another
     # process takes one of two cores, training stays several times faster. Read when torch is loaded.
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    from mila_mm.engine.screen import quiet
+
+    with quiet(args.verbose):
+        run_demo(args)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Write the data, train, test and draw.
+
+    Raises:
+        UserError: If the data set cannot be made as asked for.
+    """
     start = time.perf_counter()
     from mila_mm.datasets import write_shapes
     from mila_mm.engine import load_config, test, train
-    from mila_mm.engine.screen import quiet
 
     config = str(zoo.require_config(CONFIGS[args.task]))
     cfg = load_config(config, args.cfg_options)
@@ -64,13 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     work_dir = Path(args.work_dir or f'work_dirs/demo_{args.task}')
     options = [*at_root(cfg, root), *args.cfg_options]
-    runner = train(config, work_dir=str(work_dir), cfg_options=options, verbose=args.verbose)
+    runner = train(config, work_dir=str(work_dir), cfg_options=options)
     trained = time.perf_counter()
     checkpoint = (work_dir / 'last_checkpoint').read_text().strip()
     dump = work_dir / 'predictions.pkl'
-    metrics = test(config, checkpoint, work_dir=str(work_dir), out=str(dump), cfg_options=options, verbose=args.verbose)
-    with quiet(args.verbose):
-        pictures = draw(args.task, cfg, root, work_dir, Path(runner.log_dir), metrics)
+    metrics = test(config, checkpoint, work_dir=str(work_dir), out=str(dump), cfg_options=options)
+    pictures = draw(args.task, cfg, root, work_dir, Path(runner.log_dir), metrics)
     print(f'\n{TITLES[args.task]}, {cfg.shapes.num_val} held-out images:')
     for key, name in METRICS[args.task].items():
         print(f'  {name:<20}{metrics[key]:.3f}')

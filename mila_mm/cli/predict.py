@@ -58,22 +58,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         description='Predict with a detector, an instance, panoptic or semantic segmentor, and draw what it finds.',
     )
     from mila_mm.engine.inference.predict import predict
+    from mila_mm.engine.screen import quiet
 
-    summary = predict(
-        args.config,
-        args.checkpoint,
-        args.source,
-        out=args.out,
-        pictures=not args.no_pictures,
-        write_json=args.json,
-        masks=args.masks,
-        score_thr=args.score_thr,
-        batch=args.batch,
-        device=args.device,
-        limit=args.limit,
-        cfg_options=args.cfg_options,
-        progress=show_progress,
-    )
+    with quiet():
+        summary = predict(
+            args.config,
+            args.checkpoint,
+            args.source,
+            out=args.out,
+            pictures=not args.no_pictures,
+            write_json=args.json,
+            masks=args.masks,
+            score_thr=args.score_thr,
+            batch=args.batch,
+            device=args.device,
+            limit=args.limit,
+            cfg_options=args.cfg_options,
+            progress=show_progress,
+        )
     print(described(summary))
     if summary.interrupted:
         sys.exit(EXIT_INTERRUPTED)

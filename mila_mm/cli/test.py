@@ -28,18 +28,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(add_arguments, argv, description='Test a detector (mmdet) or a segmentor (mmseg).')
     cli.export_local_rank(args)
     from mila_mm.engine import test
+    from mila_mm.engine.screen import quiet
 
-    test(
-        args.config,
-        args.checkpoint,
-        work_dir=args.work_dir,
-        out=args.out,
-        show=args.show,
-        show_dir=args.show_dir,
-        wait_time=args.wait_time,
-        tta=args.tta,
-        launcher=args.launcher,
-        check=not args.no_check,
-        cfg_options=args.cfg_options,
-        verbose=args.verbose,
-    )
+    with quiet(args.verbose):
+        test(
+            args.config,
+            args.checkpoint,
+            work_dir=args.work_dir,
+            out=args.out,
+            show=args.show,
+            show_dir=args.show_dir,
+            wait_time=args.wait_time,
+            tta=args.tta,
+            launcher=args.launcher,
+            check=not args.no_check,
+            cfg_options=args.cfg_options,
+        )

@@ -2,10 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mila_mm import cli
 from mila_mm.errors import UserError
 from mila_mm.stopping import StopRequest, stop_signals
+
+if TYPE_CHECKING:
+    from mila_mm.engine.config.extras import Extras
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='scale the learning rate by total batch / auto_scale_lr.base_batch_size of the config',
     )
-    parser.add_argument(
-        '--tensorboard', action='store_true', help='also log for TensorBoard; see it by: tensorboard --logdir WORK_DIR'
-    )
+    _add_extras(parser)
     parser.add_argument(
         '--debug-nonfinite',
         action='store_true',
@@ -60,6 +62,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--no-check', action='store_true', help='start without checking config and data')
 
 
+def _add_extras(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--logger',
+        action='append',
+        choices=['tensorboard', 'wandb', 'mlflow'],
+        default=[],
+        help='log there as well; may repeat',
+    )
+    parser.add_argument('--tensorboard', action='store_true', help='short for --logger tensorboard')
+    parser.add_argument(
+        '--ema', action='store_true', help='validate and save an exponential moving average of the weights'
+    )
+    parser.add_argument('--early-stop', metavar='METRIC', help='end when METRIC (bbox_mAP, mIoU) no longer gets better')
+    parser.add_argument(
+        '--patience', type=int, default=5, metavar='N', help='validations that --early-stop waits for a better one [5]'
+    )
+    parser.add_argument(
+        '--save-best', metavar='METRIC', help='keep the checkpoint with the best METRIC too; auto for the first metric'
+    )
+    parser.add_argument('--keep', type=int, metavar='N', help='keep the N newest checkpoints only')
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = cli.parse(add_arguments, argv, description='Train a detector (mmdet) or a segmentor (mmseg).')
@@ -71,6 +95,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(args: argparse.Namespace, stop: StopRequest) -> None:
+    from mila_mm.engine.config.extras import Extras
+    from mila_mm.engine.screen import quiet
+
+    loggers = dict.fromkeys([*args.logger, *(['tensorboard'] if args.tensorboard else [])])
+    extras = Extras(tuple(loggers), args.ema, args.early_stop, args.patience, args.save_best, args.keep)
+    with quiet(args.verbose):
+        _run(args, stop, extras)
+
+
+def _run(args: argparse.Namespace, stop: StopRequest, extras: 'Extras') -> None:
     from mila_mm.engine import train
 
     train(
@@ -81,7 +115,7 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> None:
         amp=args.amp or args.amp_dtype is not None,
         amp_dtype=args.amp_dtype,
         auto_scale_lr=args.auto_scale_lr,
-        tensorboard=args.tensorboard,
+        extras=extras,
         debug_nonfinite=args.debug_nonfinite,
         resume_changed=args.resume_changed,
         max_nonfinite=args.max_nonfinite,
@@ -89,5 +123,4 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> None:
         check=not args.no_check,
         cfg_options=args.cfg_options,
         stop=stop,
-        verbose=args.verbose,
     )

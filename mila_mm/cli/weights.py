@@ -1,10 +1,11 @@
-"""List, fetch, verify, inspect and export weights, published and other ones.
+"""List, fetch, verify, inspect, export and strip weights, published and other ones.
 
 mila weights list
 mila weights fetch tiny-in1k mask-rcnn-tiny-3x
 mila weights verify [NAME ...]
 mila weights inspect FILE
 mila weights export FILE OUT.safetensors
+mila weights strip FILE OUT.pth
 """
 
 import argparse
@@ -119,6 +120,14 @@ def export_file(args: argparse.Namespace) -> None:
     print(f'{args.out}: {count} tensors')
 
 
+def strip_file(args: argparse.Namespace) -> None:
+    """Write a checkpoint without optimizer, schedules and logs."""
+    from mila_mm.weights.exporting import strip
+
+    before, after = strip(args.source, args.out)
+    print(f'{args.out}: {after / 1e6:.1f} MB of {before / 1e6:.1f} MB')
+
+
 def _required(names: Sequence[str], command: str) -> Sequence[str]:
     if not names:
         raise UserError(f'{command}: give at least one name, or --all; mila weights list shows them')
@@ -143,6 +152,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument('--key', help='entry that holds the weights [state_dict, model or state_dict_ema]')
     command.add_argument('--keys', action='store_true', help='list every tensor')
     command.set_defaults(run=inspect_file)
+    command = commands.add_parser('strip', help='leave out optimizer, schedules and logs, to pass a model on')
+    command.add_argument('source', metavar='FILE', help='checkpoint of a training')
+    command.add_argument('out', metavar='OUT', help='file to write, .pth')
+    command.set_defaults(run=strip_file)
     command = commands.add_parser('export', help='write for the released code, or as safetensors')
     command.add_argument('source', metavar='FILE', help='path, mila://name or address')
     command.add_argument('out', metavar='OUT', help='file to write: .pth or .safetensors')

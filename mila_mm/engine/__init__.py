@@ -1,5 +1,6 @@
 """Training and testing: mmengine's runner with what it lacks, for detectors and segmentors alike."""
 
+from mila_mm.engine.config.extras import EarlyStopHook, Extras
 from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.hooks.checkpoint import CheckpointHook
 from mila_mm.engine.hooks.divergence import DivergenceHook
@@ -25,7 +26,9 @@ __all__ = [
     'CheckpointHook',
     'DivergenceHook',
     'DumpSegResults',
+    'EarlyStopHook',
     'EpochBasedTrainLoop',
+    'Extras',
     'FullyShardedModel',
     'IterBasedTrainLoop',
     'LayerDecayOptimWrapperConstructor',

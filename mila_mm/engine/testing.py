@@ -16,7 +16,7 @@ from mila_mm.engine.config.prepare import fetch_weights, prepare, prepare_launch
 from mila_mm.engine.hooks.check_data import checked_start
 from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
 from mila_mm.engine.runner.runner import build_runner
-from mila_mm.engine.screen import SummaryHook, quiet
+from mila_mm.engine.screen import SummaryHook
 from mila_mm.errors import UserError
 
 _PICKLES = ('.pkl', '.pickle')
@@ -35,7 +35,6 @@ def test(
     launcher: str = 'none',
     check: bool = True,
     cfg_options: Sequence[str] = (),
-    verbose: bool = True,
 ) -> dict[str, float]:
     """Test a checkpoint as a config's ``test_dataloader`` and ``test_evaluator`` say.
 
@@ -51,7 +50,6 @@ def test(
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
         check: Whether to check config and data before the first image. Defaults to True.
         cfg_options: Overrides as ``key.of.entry=value``.
-        verbose: Whether the screen shows all that the log file does. Defaults to True.
 
     Raises:
         UserError: For anything in the arguments, the config or the data that does not work.
@@ -79,7 +77,7 @@ def test(
     fetch_weights(cfg)
     prepare_launch(cfg, launcher)
     prepare(cfg, scope)
-    with plain_failures(), quiet(verbose):
+    with plain_failures():
         runner = build_runner(cfg)
         runner.register_hook(SummaryHook())
         if checking is not None:

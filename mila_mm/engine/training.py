@@ -10,10 +10,12 @@ from mmengine.runner import Runner
 
 from mila_mm.engine.config.build_errors import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.config.checks import check_data
+from mila_mm.engine.config.extras import Extras
 from mila_mm.engine.config.load import load_config, refuse_old, scope_of
 from mila_mm.engine.config.prepare import fetch_weights, make_safe, prepare, prepare_launch, set_work_dir
 from mila_mm.engine.data.first_step import naming_parts
 from mila_mm.engine.hooks.check_data import checked_start
+from mila_mm.engine.hooks.curves import CurvesHook
 from mila_mm.engine.hooks.stop import StopHook
 from mila_mm.engine.optimizers.amp import check_precision, configured_amp, use_amp
 from mila_mm.engine.runner.find_checkpoint import candidates, check_checkpoint_file, settle_resume
@@ -21,7 +23,7 @@ from mila_mm.engine.runner.identity import names_of
 from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.runner import Runner as OwnRunner
 from mila_mm.engine.runner.runner import build_runner
-from mila_mm.engine.screen import SummaryHook, quiet
+from mila_mm.engine.screen import SummaryHook
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
 from mila_mm.stopping import StopRequest
@@ -36,7 +38,7 @@ def train(
     amp: bool = False,
     amp_dtype: str | None = None,
     auto_scale_lr: bool = False,
-    tensorboard: bool = False,
+    extras: Extras | None = None,
     debug_nonfinite: bool = False,
     max_nonfinite: int | None = None,
     resume_changed: str = '',
@@ -44,7 +46,6 @@ def train(
     check: bool = True,
     cfg_options: Sequence[str] = (),
     stop: StopRequest | None = None,
-    verbose: bool = True,
 ) -> Runner:
     """Train as a config says.
 
@@ -56,7 +57,7 @@ def train(
         amp: Whether to use automatic mixed precision, also without ``amp`` in the config. Defaults to False.
         amp_dtype: 'bf16' or 'fp16'. Defaults to the config's, else to bf16 where the device has it.
         auto_scale_lr: Whether to scale the learning rate to the total batch. Defaults to False.
-        tensorboard: Whether to log for TensorBoard as well. Defaults to False.
+        extras: Loggers, averaged weights, an early end, which checkpoints to keep. Defaults to the config's.
         debug_nonfinite: Whether to stop at a loss or gradient that is not finite, and say where it comes from.
             Defaults to False.
         max_nonfinite: Number of losses in a row that end the run when they are not finite. Defaults to 10.
@@ -66,7 +67,6 @@ def train(
         check: Whether to check config and data before the first step. Defaults to True.
         cfg_options: Overrides as ``key.of.entry=value``.
         stop: What :func:`mila_mm.stopping.stop_signals` gives, for signals to save and stop. Defaults to None.
-        verbose: Whether the screen shows all that the log file does. Defaults to True.
 
     Returns:
         The runner after training; it knows ``work_dir``, ``log_dir`` and the model.
@@ -86,8 +86,7 @@ def train(
     check_precision(cfg)
     if auto_scale_lr:
         _use_auto_scale_lr(cfg)
-    if tensorboard:
-        _add_tensorboard(cfg)
+    (extras or Extras()).apply(cfg)
     stages = ['train', 'val'] if cfg.get('val_cfg') else ['train']
     check_data(cfg, stages)
     if max_nonfinite is not None:
@@ -100,11 +99,12 @@ def train(
     make_safe(cfg)
     if debug_nonfinite:
         cfg.custom_hooks = [*cfg.custom_hooks, dict(type='mila_mm.NonFiniteHook')]
-    with plain_failures(), quiet(verbose):
+    with plain_failures():
         runner = build_runner(without_testing(cfg))
         runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
         notices = [nothing_to_resume(cfg), starts_beside_another(cfg), starts_from_scratch(cfg)]
-        runner.register_hook(SummaryHook())
+        for hook in (SummaryHook(), CurvesHook()):
+            runner.register_hook(hook)
         runner.register_hook(NoticeHook([line for line in notices if line is not None]))
         if checking is not None:
             runner.register_hook(checking)
@@ -171,23 +171,6 @@ def _set_hook(cfg: Config, kind: str, **options: Any) -> None:
     hooks = cfg.get('custom_hooks') or []
     others = [each for each in hooks if not isinstance(each, dict) or each.get('type') not in (kind, f'mila_mm.{kind}')]
     cfg.custom_hooks = [*others, dict(type=f'mila_mm.{kind}', **options)]
-
-
-def _add_tensorboard(cfg: Config) -> None:
-    """Let the visualizer write TensorBoard's event files beside the JSON log.
-
-    Raises:
-        UserError: If tensorboard is not installed.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec('tensorboard') is None:
-        raise UserError('--tensorboard: the package tensorboard is not installed: pip install tensorboard')
-    visualizer = cfg.get('visualizer') or dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
-    backends = list(visualizer.get('vis_backends') or [])
-    if not any(backend.get('type') == 'TensorboardVisBackend' for backend in backends):
-        backends.append(dict(type='TensorboardVisBackend'))
-    cfg.visualizer = {**visualizer, 'vis_backends': backends}
 
 
 def use_pretrained(cfg: Config, weights: str) -> None:

@@ -10,7 +10,9 @@ import torch
 from mila_mm.errors import UserError
 from mila_mm.files import replacing
 from mila_mm.weights import names
+from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.load import read_checkpoint
+from mila_mm.weights.source.fetching import local_path
 
 _NAMINGS = ('released', 'project')
 
@@ -66,6 +68,32 @@ def export(
     content = dict.fromkeys(content, tensors)
     _write(target, content, tensors)
     return len(tensors)
+
+
+def strip(source: str | Path, target: str | Path) -> tuple[int, int]:
+    """Write a checkpoint that holds the model and what it says about itself (config, classes) alone.
+
+    Args:
+        source: Checkpoint of a training. With ``--ema`` its model is the average.
+        target: File to write, ``.pth`` or ``.pt``. It appears whole or not at all.
+
+    Returns:
+        Bytes of both files.
+
+    Raises:
+        UserError: If the source cannot be read or holds no ``state_dict``, or the target cannot be written.
+    """
+    path, target = local_path(source), Path(target).expanduser()
+    if target.suffix not in ('.pth', '.pt'):
+        raise UserError(f'{target}: expected a name that ends in .pth')
+    if target.exists() and target.resolve() == path.resolve():
+        raise UserError(f'{target}: would replace the checkpoint that it is made from, which then cannot be resumed')
+    content = read_file(path)
+    if not isinstance(content, dict) or not isinstance(content.get('state_dict'), dict):
+        raise UserError(f'{source}: holds no state_dict; mila weights inspect {source} tells what it holds')
+    kept = {name: content[name] for name in ('meta', 'state_dict') if name in content}
+    _write(target, kept, {})
+    return path.stat().st_size, target.stat().st_size
 
 
 def _write(target: Path, content: dict[str, Any], tensors: dict[str, Any]) -> None:

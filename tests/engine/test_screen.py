@@ -38,7 +38,7 @@ def test_a_run_shows_what_one_watches(demo) -> None:
     assert 'MaskRCNN on MILA nano, 2.8 M parameters' in start
     assert re.search(r'4 images, 6 classes, \d+ boxes', start)
     assert '2 iterations, 2 images each' in start
-    assert 'writes to: out' in start
+    assert 'writes to: ' in start
     assert 'images/s: ' in lines[first] and 'eta: ' in lines[first] and 'loss: ' in lines[first]
     text = '\n'.join(lines)
     for noise in ('OneDL', 'FileClient', 'HardDiskBackend', 'creating index', 'Warning:', 'paramwise_options'):
