@@ -38,6 +38,8 @@ from triton.compiler import ASTSource
 
 from benchmarks import measure
 from mila_mm.ops.attention import backward_kernels, forward_kernels, launch
+from mila_mm.ops.feed_forward import kernels as mlp_kernels
+from mila_mm.ops.feed_forward import launch as mlp_launch
 from mila_mm.ops.rows import kernels as row_kernels
 from mila_mm.ops.rows import launch as row_launch
 from mila_mm.ops.stencil import down_kernels, lepe_kernels
@@ -70,6 +72,8 @@ KERNELS = (
     (stencil_kernels, 'stencil_backward_kernel'),
     (down_kernels, 'relu_dwc_relu_kernel'),
     (down_kernels, 'relu_dwc_relu_backward_kernel'),
+    (mlp_kernels, 'mlp_kernel'),
+    (mlp_kernels, 'gelu_backward_kernel'),
     (row_kernels, 'column_parts_kernel'),
     (row_kernels, 'column_reduce_kernel'),
 )
@@ -215,10 +219,25 @@ def record_stencils(
         y = stencil_launch.relu_dwc_relu_forward(x, *weights, *size)
         stencil_launch.relu_dwc_relu_backward(y, x, *weights, y, *size)
         row_launch.column_sum(x, dtype)
+        if dtype != torch.float32:
+            record_mlp(x)
         for source in {x, x.float()}:  # the residual stream may be wider than what the norm writes
             _, mean, rstd = row_launch.layer_norm_forward(source, vector, vector, 1e-5, dtype)
             row_launch.layer_norm_backward(x, source, mean, rstd, vector, vector, None, source.dtype)
     return launches
+
+
+def record_mlp(x: torch.Tensor) -> None:
+    """The launches of an MLP of four times as many hidden units."""
+    channels = x.shape[2]
+    hidden = x.new_zeros(x.shape[1], 4 * channels)
+    mlp_launch.gelu_backward_(hidden, hidden, x.dtype)
+    if channels in configs.MLP_WIDTHS:
+        vector = x.new_zeros(channels)
+        weights = x.new_zeros(4 * channels, channels), hidden[0], x.new_zeros(channels, 4 * channels), vector
+        for shortcut in (None, x, x.float()):
+            mlp_launch.mlp_forward(x, *weights, shortcut, None)
+        mlp_launch.mlp_forward(x, *weights, x, vector[:1])
 
 
 def tasks(quick: bool, head_widths: Sequence[int]) -> Iterator[tuple[Launch, int]]:

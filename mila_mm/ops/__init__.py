@@ -1,12 +1,14 @@
 """The attention ops: ``mila_attention`` of MILA and ``gated_linear_attention`` with Mamba's gates, and their kernels;
-``cpe_norm`` and ``dwc_silu``, what a block does around them; ``relu_dwc_relu``, the middle of a
-downsampling; ``layer_norm`` in 16 bits; ``column_sum``, bias gradients.
+``cpe_norm`` and ``dwc_silu``, what a block does around them; ``mlp``; ``relu_dwc_relu``, the middle
+of a downsampling; ``layer_norm`` in 16 bits; ``column_sum``, bias gradients.
 
 Needs torch alone; Triton is imported when a CUDA tensor comes.
 """
 
 from mila_mm.ops.attention.op import mila_attention, why_not_triton
 from mila_mm.ops.attention.reference import mila_attention_reference
+from mila_mm.ops.feed_forward.op import mlp
+from mila_mm.ops.feed_forward.reference import mlp_reference
 from mila_mm.ops.gated.op import gated_linear_attention
 from mila_mm.ops.gated.reference import gated_linear_attention_reference
 from mila_mm.ops.rope import clear_rope_cache, rope_tables
@@ -30,6 +32,8 @@ __all__ = [
     'layer_norm_reference',
     'mila_attention',
     'mila_attention_reference',
+    'mlp',
+    'mlp_reference',
     'relu_dwc_relu',
     'relu_dwc_relu_reference',
     'rope_tables',

@@ -106,6 +106,18 @@ def test_relu_dwc_relu(shape: tuple[int, ...], dtype: torch.dtype, layout: Calla
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_mlp(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    x, shortcut, grad = (layout(torch.randn(2, 35, 16)) for _ in range(3))
+    x, scale = x.to(dtype), torch.rand(2)
+    weights = [torch.randn(shape).to(dtype) for shape in ((24, 16), (24,), (16, 24), (16,))]
+    for other in (None, shortcut, shortcut.to(dtype)):
+        for factor in (None, scale):
+            (y,) = check(OPS.mlp_forward, x, *weights, other, factor)
+            check(OPS.mlp_backward, grad.to(y.dtype), x, *weights, factor)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('tokens', [1, 9, 36, 37, 200])
 def test_gated_scan(tokens: int, layout: Callable[[Tensor], Tensor]) -> None:
     q, v = (layout(torch.rand(2, tokens, width)) for width in (4, 6))

@@ -298,3 +298,13 @@ def column_rows_per_split(rows: int, channels: int) -> int:
     splits = max(1, _COLUMN_PROGRAMS // -(-channels // COLUMN_SUM.columns), rows // 8192)  # offsets below 2**31
     step = COLUMN_SUM.rows
     return -(-rows // (splits * step)) * step
+
+
+MLP_WIDTHS = (64, 96, 128)
+"""Channels at which the MLP's forward is one kernel. Wider ones are bound by their products, which cuBLAS does best."""
+GELU_BACKWARD = Launch(32, 64, 4)
+
+
+def mlp_launch(channels: int) -> Launch:
+    """The settings of the MLP's kernel: tokens and hidden units of a step, for 16-bit operands."""
+    return Launch(128, 64, 8, 2) if padded_width(channels) <= 64 else Launch(64, 64, 4, 2)

@@ -1,0 +1,79 @@
+"""Launchers of the MLP; :mod:`mila_mm.ops.feed_forward.kernels` states what they compute."""
+
+import torch
+from torch import Tensor
+
+from mila_mm.ops.feed_forward import kernels as mlp_kernels
+from mila_mm.ops.rows.launch import reduce_parts
+from mila_mm.ops.triton import configs
+from mila_mm.ops.triton.kept import start
+from mila_mm.ops.triton.tensors import aligned, fp32_like, on_device, readable
+
+
+def mlp_forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    shortcut: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:
+    """Run the kernel of :func:`mila_mm.ops.mlp`.
+
+    Args:
+        x: (B, N, C), any strides. fc1_weight: (hidden, C). fc2_weight: (C, hidden). Both of x's dtype.
+        fc1_bias: (hidden,). fc2_bias: (C,). Of any float dtype.
+        shortcut: (B, N, C) of any float dtype and strides, or None. scale: (B,) of any float dtype, or None.
+
+    Returns:
+        (B, N, C) contiguous in shortcut's dtype, or x's.
+    """
+    batch, tokens, channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype if shortcut is None else shortcut.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    x = readable(x, 64)
+    other = x if shortcut is None else readable(shortcut, 64)
+    setting = configs.mlp_launch(channels)
+    with on_device(x):
+        start(
+            mlp_kernels.mlp_kernel, (-(-tokens // setting.rows), 1, batch),
+            x, fc1_weight.contiguous(), fc1_bias.contiguous(), fc2_weight.contiguous(), fc2_bias.contiguous(), other,
+            fc2_bias if scale is None else scale.contiguous(), y,
+            x.stride(0), x.stride(1), other.stride(0), other.stride(1), tokens, fc1_weight.shape[0],
+            CHANNELS=channels, PADDED=max(16, configs.padded_width(channels)), BLOCK=setting.rows,
+            CHUNK=setting.columns, STAGES=setting.stages, ALIGNED=aligned(channels),
+            HAS_SHORTCUT=shortcut is not None, HAS_SCALE=scale is not None,
+            LOW=x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not configs.interpreted()),
+            **setting.options(),
+        )  # fmt: skip
+    return y
+
+
+def gelu_backward_(h: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn h (..., hidden) into gelu(h) and grad, the gradient of that, into the gradient of h, both in place.
+
+    Args:
+        h: Before the GELU (exact, by erf). grad: Of its shape and dtype; both contiguous.
+        dtype: Of the result.
+
+    Returns:
+        The sum of the gradient of h over all but the last axis, (hidden,): the gradient of fc1's bias.
+    """
+    hidden = h.shape[-1]
+    if h.numel() == 0:
+        return torch.zeros(hidden, dtype=dtype, device=h.device)
+    total = torch.empty(hidden, dtype=dtype, device=h.device)
+    rows = h.numel() // hidden
+    setting = configs.GELU_BACKWARD
+    run = configs.column_rows_per_split(rows, hidden)
+    splits = -(-rows // run)
+    parts = fp32_like(h, splits, hidden)
+    with on_device(h):
+        start(
+            mlp_kernels.gelu_backward_kernel, (-(-hidden // setting.columns), splits),
+            h, grad, parts, hidden, rows, run, BLOCK=setting.rows, CHANNELS=setting.columns, **setting.options(),
+        )  # fmt: skip
+        reduce_parts(parts, total, total)
+    return total
