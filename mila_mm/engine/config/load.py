@@ -26,6 +26,7 @@ _EXTRA_KEYS = (
     'channels_last',
     'compile',
     'compile_backbone',
+    'graph_backbone',
     'custom_imports',
     'efficient_conv_bn_eval',
     'load_strict',

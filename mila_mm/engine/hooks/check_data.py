@@ -82,7 +82,8 @@ class CheckDataHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Tell what was found, after all that a start logs, and watch the first step."""
         self._tell(runner)
-        if is_main_process() and not runner.cfg.get('compile') and not runner.cfg.get('compile_backbone'):
+        one_program = any(runner.cfg.get(key) for key in ('compile', 'compile_backbone', 'graph_backbone'))
+        if is_main_process() and not one_program:
             self._watch = BatchNormWatch(runner.model, _last_batch(runner))
 
     def before_test(self, runner: Runner) -> None:

@@ -4,18 +4,22 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from torch import Tensor, nn
 
 from mila_mm.errors import UserError
+from mila_mm.nn.cuda_graphs import BackboneGraphs, why_not_graphs
 
 
 def apply_model_options(model: nn.Module, cfg: Config) -> nn.Module:
-    """Apply ``channels_last`` and ``compile_backbone`` of a config.
+    """Apply ``channels_last``, ``compile_backbone`` and ``graph_backbone`` of a config.
 
     ``channels_last=True`` lays out the images and the weights of all convolutions so, which convolutions on a GPU with
     tensor cores prefer. ``compile_backbone=True``, or a dict of arguments of :func:`torch.compile`, compiles
     the backbone alone: detectors compute their losses in Python that depends on the data, where mmengine's
     own ``compile`` (of the whole training step) breaks the program up and compiles for every batch anew.
+    ``graph_backbone=True``, or ``dict(shapes=N)`` for graphs of so many shapes instead of 8, launches the backbone from
+    CUDA graphs (:mod:`mila_mm.nn.cuda_graphs`): for images of few shapes.
 
     Args:
         cfg: Config, which may have these entries.
@@ -33,7 +37,27 @@ def apply_model_options(model: nn.Module, cfg: Config) -> nn.Module:
         # Sizes differ from batch to batch in detection: a program for each would be compiled until dynamo gives up.
         arguments = {'dynamic': True} | (options if isinstance(options, dict) else {})
         _backbone_of(model, 'compile_backbone').compile(**arguments)
+    graphs = cfg.get('graph_backbone')
+    if graphs or isinstance(graphs, dict):
+        if options or isinstance(options, dict):
+            raise UserError(
+                'graph_backbone: expected no compile_backbone beside it\nFor graphs of a compiled backbone: '
+                '--cfg-options compile_backbone.mode=reduce-overhead, without graph_backbone'
+            )
+        _use_graphs(_backbone_of(model, 'graph_backbone'), graphs)
     return model
+
+
+def _use_graphs(backbone: nn.Module, options: Any) -> None:
+    shapes = options.get('shapes', 8) if isinstance(options, dict) and set(options) <= {'shapes'} else options
+    shapes = 8 if shapes is True else shapes
+    if type(shapes) is not int or shapes < 1:
+        raise UserError(f'graph_backbone: expected True, False or dict(shapes=N) with N of 1 or more, got {options!r}')
+    if get_device() != 'cuda':
+        raise UserError(f'graph_backbone: expected an NVIDIA GPU, got {get_device()}')
+    if (reason := why_not_graphs(backbone)) is not None:
+        raise UserError(f'graph_backbone: {reason}')
+    backbone.forward = BackboneGraphs(backbone, shapes)
 
 
 def _backbone_of(model: nn.Module, option: str) -> nn.Module:
