@@ -13,6 +13,7 @@ from mila_mm.engine.config.build_errors import plain_failures
 from mila_mm.engine.config.checks import check_data, check_work_dir
 from mila_mm.engine.config.load import load_config, refuse_old, scope_of
 from mila_mm.engine.config.prepare import fetch_weights, prepare, prepare_launch, set_work_dir
+from mila_mm.engine.data.first_step import naming_parts
 from mila_mm.engine.hooks.check_data import checked_start
 from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
 from mila_mm.engine.runner.runner import build_runner
@@ -82,7 +83,8 @@ def test(
         runner.register_hook(SummaryHook())
         if checking is not None:
             runner.register_hook(checking)
-        return runner.test()
+        with naming_parts(runner):
+            return runner.test()
 
 
 # pytest would take a function of this name for a test wherever it is imported

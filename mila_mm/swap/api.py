@@ -82,7 +82,7 @@ def plan_swap(
     holder = job.source.holder
     clean.drop_old_weights(draft, holder)
     clean.normalise(draft, holder)
-    clean.drop_imports(draft, job.source.failed_imports)
+    clean.drop_imports(draft, job.source.failed_imports, job.model['backbone'], job.source.scope)
     clean.note_lost_options(draft, job.model['backbone'])
     replaced = recipe == 'mila' and recipes.apply_mila_recipe(draft, job.source.scope)
     new_names = [name for name, _ in build(job.backbone, job.source.scope, 'meta').named_parameters()]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
+
+import mmengine.registry
+from mmengine.registry import Registry
 
 from mila_mm.swap.result import Draft, Path
 
@@ -13,6 +17,14 @@ STD = [58.395, 57.12, 57.375]
 
 # Options of other backbones for which MILA has no counterpart, and which change what a model is.
 _NO_COUNTERPART = ('dcn', 'plugins', 'gen_attention', 'sac')
+
+
+# Of all that mmengine has, those whose types stand in configs.
+_REGISTRIES = (
+    'MODELS', 'DATASETS', 'TRANSFORMS', 'HOOKS', 'METRICS', 'EVALUATOR', 'OPTIMIZERS', 'OPTIM_WRAPPERS', 'VISUALIZERS',
+    'OPTIM_WRAPPER_CONSTRUCTORS', 'PARAM_SCHEDULERS', 'DATA_SAMPLERS', 'LOOPS', 'VISBACKENDS', 'LOG_PROCESSORS',
+    'TASK_UTILS', 'WEIGHT_INITIALIZERS', 'MODEL_WRAPPERS', 'RUNNERS',
+)  # fmt: skip
 
 
 def drop_old_weights(draft: Draft, holder: Path) -> None:
@@ -43,23 +55,59 @@ def drop_old_weights(draft: Draft, holder: Path) -> None:
         )
 
 
-def drop_imports(draft: Draft, failed: dict[str, str]) -> None:
-    """Take out ``custom_imports`` that cannot be imported here and that only the old backbone needed.
+def drop_imports(draft: Draft, failed: dict[str, str], backbone: dict[str, Any], scope: str) -> None:
+    """Take out ``custom_imports`` that cannot be imported here where only the old backbone needed them.
+
+    They may be there where the config will run, and register what a name in it does not show: so they stay, and that
+    is said, unless the old backbone's type was unknown here and every other type is known.
 
     Args:
         draft: Config to change, with MILA in it.
         failed: Module to the reason.
+        backbone: Config of the old backbone.
+        scope: 'mmdet' or 'mmseg'.
     """
     imports = (draft.config.get('custom_imports') or {}).get('imports') or []
     imports = [imports] if isinstance(imports, str) else list(imports)
-    used = set(_scopes({k: v for k, v in draft.config.items() if k != 'custom_imports'}))
+    rest = {key: value for key, value in draft.config.items() if key != 'custom_imports'}
+    used = set(_scopes(rest))
+    only_backbone = not _is_known(backbone.get('type'), scope) and all(_is_known(kind, scope) for kind in _types(rest))
     dead = [module for module in imports if module in failed and module.partition('.')[0] not in used]
-    for module in set(failed) - set(dead):
-        draft.unknowns.append(f'custom_imports: {module} cannot be imported here ({failed[module]})')
+    dead = dead if only_backbone else []
+    for module in sorted(set(failed) - set(dead)):
+        draft.unknowns.append(
+            f'custom_imports: {module} cannot be imported here ({failed[module]}); it stays, as the rest of the config '
+            'may need it, and must be there where the config runs'
+        )
     if dead:
-        rest = [module for module in imports if module not in dead]
+        kept = [module for module in imports if module not in dead]
         why = '; '.join(f'{module} cannot be imported here ({failed[module]})' for module in dead)
-        draft.put(('custom_imports', 'imports'), rest, f'{why}, and nothing else names it')
+        draft.put(('custom_imports', 'imports'), kept, f'{why}, and only the old backbone named what no registry knows')
+
+
+def _is_known(kind: Any, scope: str) -> bool:
+    """Tell whether any registry knows a type."""
+    # nms and its like are functions of mmcv's
+    if not isinstance(kind, str) or kind.islower():
+        return True
+    for name in _REGISTRIES:
+        registry = getattr(mmengine.registry, name)
+        if isinstance(registry, Registry):
+            with registry.switch_scope_and_registry(scope) as scoped, suppress(KeyError, ImportError):
+                if scoped.get(kind) is not None:
+                    return True
+    return False
+
+
+def _types(node: Any) -> Iterator[Any]:
+    if isinstance(node, dict):
+        if 'type' in node:
+            yield node['type']
+        for value in node.values():
+            yield from _types(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _types(value)
 
 
 def _scopes(node: Any) -> Iterator[str]:

@@ -269,6 +269,10 @@ model = dict(
     assert any('cannot be built here' in u and '80 at 1/4' in u for u in result.unknowns)
     # without this the child could not be read where the package is missing
     assert result.config.custom_imports.imports == []
+    hook = "custom_hooks = [dict(type='HookOfNobody')]\n"
+    kept = quick(write(path.read_text() + hook))
+    assert kept.config.custom_imports.imports == ['nobody_has_this.models']
+    assert any('nobody_has_this.models cannot be imported here' in u and 'it stays' in u for u in kept.unknowns)
 
 
 def test_a_teacher_keeps_its_backbone() -> None:

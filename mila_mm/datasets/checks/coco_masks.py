@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def _level(needs: Needs) -> str:
 
 
 def _check_polygons(here: str, polygons: list[Any], needs: Needs, faults: Faults) -> None:
-    if not isinstance(polygons[0], list):
+    if not isinstance(polygons[0], (list, array)):
         what = 'a flat list of numbers' if are_numbers(polygons) else f'a list of {type(polygons[0]).__name__}'
         faults.add(
             'flat', f'{here} is {what}, expected a list of polygons: [[x0, y0, x1, y1, ...], ...]', _level(needs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from typing import Any
 
@@ -16,7 +17,7 @@ def is_number(value: Any) -> bool:
 
 def are_numbers(values: Any) -> bool:
     """Tell whether a value is a list of finite numbers, at the speed of ``sum``: a COCO file holds 50 million."""
-    if not isinstance(values, (list, tuple)):
+    if not isinstance(values, (list, tuple, array)):
         return False
     try:
         return math.isfinite(sum(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -109,7 +110,7 @@ def shown(values: Sequence[Any], limit: int = 5) -> str:
 
 def brief(value: Any, limit: int = 60) -> str:
     """Return a value of a file, cut where it is long."""
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, array) else value)
     return text if len(text) <= limit else f'{text[: limit - 3]}...'
 
 

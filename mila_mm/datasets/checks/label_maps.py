@@ -114,7 +114,7 @@ def judge_maps(
         findings.append(warning(where, f'{looked}, {classes[found[0]]!r} is the only class that occurs: {_why(never)}'))
     elif never:
         findings.append(note(where, f'{looked}, {len(never)} of {len(classes)} classes never occur: {shown(never)}'))
-    if reduced and len(classes) - 1 in {len(classes) - 1} - set(found) and summary.raw[0] > pixels / 2 and complete:
+    if reduced and never == [classes[-1]] and summary.raw[0] > pixels / 2 and complete:
         findings.append(
             warning(
                 where,

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from mila_mm.datasets.checks.findings import Finding, brief, error, note, warning
+from mila_mm.datasets.checks.voc_xml import check_object_names
 from mila_mm.engine.data.maps import check_label_maps
-from mila_mm.engine.data.samples import datasets_in, load_sample
-from mila_mm.engine.data.splits import is_coco
+from mila_mm.engine.data.samples import datasets_in, load_sample, many
+from mila_mm.engine.data.splits import is_coco, reads_voc
 from mila_mm.errors import UserError
 
 # Of the images looked at, more than this share with a wrong size is an error, less a warning.
@@ -81,10 +82,12 @@ def _one(
     classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
     classes = classes if isinstance(classes, (list, tuple)) else None
     looked.counts['images'] = looked.counts.get('images', 0) + total
-    if 'instances' in leaf.get_data_info(0) and not is_coco(type(leaf)):
-        _check_instances(leaf, key, stage, classes, deadline, looked)
     chosen = spread(total, effort.samples)
     infos = [leaf.get_data_info(index) for index in chosen]
+    if 'instances' in infos[0] and not is_coco(type(leaf)):
+        if reads_voc(type(leaf)) and classes:
+            looked.findings += check_object_names(key, [Path(info['xml_path']) for info in infos], classes)
+        _check_instances(leaf, key, stage, classes, deadline, looked)
     _check_paths(key, chosen, infos, looked)
     if any(finding.level == 'error' for finding in looked.findings):
         return
@@ -198,21 +201,24 @@ def _twice(path: Path) -> str:
 
 def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline: float, looked: Looked) -> None:
     """Compare the size of the image that is loaded with that which its annotations are for."""
-    wrong, seen = [], 0
+    wrong, broken, seen = [], [], 0
     for index in chosen:
         if seen and time.monotonic() > deadline:
             break
         info = leaf.get_data_info(index)
         told = info.get('height'), info.get('width')
-        if not all(isinstance(side, (int, float)) for side in told):
-            return
-        loaded = load_sample(load, info, index)
+        try:
+            loaded = load_sample(load, info, index)
+        except UserError as fault:
+            broken.append(str(fault))
+            continue
         if loaded is None:
             return
         seen += 1
         got = loaded['ori_shape'][:2]
-        if tuple(got) != tuple(told):
+        if all(isinstance(side, (int, float)) for side in told) and tuple(got) != tuple(told):
             wrong.append((info['img_path'], got, told))
+    looked.findings += many(key, broken)
     if wrong:
         path, got, told = wrong[0]
         turned = '; turned by its EXIF orientation' if tuple(got) == tuple(told)[::-1] else ''
@@ -220,8 +226,7 @@ def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline
             f'image {path} is {got[1]} x {got[0]} (width x height) as loaded, its annotations are for '
             f'{told[1]} x {told[0]}{turned} ({len(wrong)} of {seen} images looked at)'
         )
-        many = len(wrong) > _MANY * seen
-        looked.findings.append(error(key, text) if many else warning(key, text))
+        looked.findings.append((error if len(wrong) > _MANY * seen else warning)(key, text))
     if 0 < seen < len(leaf):
         looked.findings.append(note(key, f'sizes of {seen} of {len(leaf)} images were looked at'))
 

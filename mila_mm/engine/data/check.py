@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from mila_mm.datasets.checks.findings import Report, error
+from mila_mm.datasets.checks.findings import Finding, Report, error
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.checks import needed_paths
 from mila_mm.engine.data.built import Effort, check_built, try_pipeline
 from mila_mm.engine.data.files import check_files, is_labelled
+from mila_mm.engine.data.heads import check_heads, reads_text
 from mila_mm.engine.data.samples import name_failing_samples
 from mila_mm.engine.data.splits import splits_of
-from mila_mm.engine.data.static import check_static
+from mila_mm.engine.data.static import check_static, is_video
 from mila_mm.engine.random_state import capture_random_state, restore_random_state
 from mila_mm.errors import UserError
 
@@ -86,7 +88,7 @@ def _check_split(cfg: Config, key: str, stage: str, scope: str, effort: Effort, 
 
 def judge_built(
     cfg: Config, dataset: Any, key: str, stage: str, scope: str, effort: Effort, report: Report
-) -> list[Any]:
+) -> list[Finding]:
     """Check a data set that is built, and take one sample through its pipeline.
 
     Args:
@@ -101,7 +103,7 @@ def judge_built(
     state = capture_random_state()
     try:
         looked = check_built(dataset, key, stage, effort, _ignored(cfg))
-        findings = list(looked.findings)
+        findings = [*looked.findings, *_heads_of_built(cfg, dataset, key, stage, scope)]
         if not any(finding.level == 'error' for finding in findings):
             failed = try_pipeline(dataset, key)
             findings += [failed] if failed is not None else []
@@ -115,6 +117,17 @@ def judge_built(
     if looked is not None and looked.counts:
         report.counts[key] = {**looked.counts, **report.counts.get(key, {})}
     return findings
+
+
+def _heads_of_built(cfg: Config, dataset: Any, key: str, stage: str, scope: str) -> list[Finding]:
+    """Check the heads where only the data set that is built knows its classes."""
+    splits = [split for split in splits_of(cfg, [stage], scope) if split.key.startswith(key)]
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    known = any(split.classes for split in splits) or not isinstance(classes, (list, tuple))
+    if known or not splits or is_video(splits[0]) or reads_text(cfg.model):
+        return []
+    split = replace(splits[0], config={**splits[0].config, 'metainfo': {'classes': tuple(classes)}})
+    return check_heads(cfg.model, split, scope)
 
 
 def _ignored(cfg: Config) -> list[int]:

@@ -46,7 +46,7 @@ def check_heads(model: dict[str, Any], split: Split, scope: str) -> list[Finding
         if kind_name(part) in _OTHER_HEADS:
             continue
         for name, number in expected.items():
-            got = part.get(name, _default(kind, name))
+            got = part.get(name, default_of(kind, name))
             if isinstance(got, int) and got != number and not (got == 0 and name == 'num_stuff_classes'):
                 wrong.append((f'{key}.{name}', got, number))
         findings += _class_weights(key, part, len(classes))
@@ -92,7 +92,7 @@ def _parts(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _parts(value, f'{key}.{index}')
 
 
-def _default(kind: type | None, name: str) -> Any:
+def default_of(kind: type | None, name: str) -> Any:
     """Return the default of an argument, also of one that a constructor hands up by ``**kwargs``."""
     for base in inspect.getmro(kind) if kind is not None else ():
         constructor = vars(base).get('__init__')

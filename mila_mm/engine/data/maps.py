@@ -13,7 +13,8 @@ from mmengine import fileio
 
 from mila_mm.datasets.checks.findings import Finding, error, note, shown, warning
 from mila_mm.datasets.checks.label_maps import MapSummary, fault_of_labels, fault_of_map, judge_maps
-from mila_mm.engine.data.samples import NamedTransform, load_sample
+from mila_mm.engine.data.samples import NamedTransform, load_sample, many
+from mila_mm.errors import UserError
 
 _IMAGES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'})
 # Of sets above this size the folders are not compared.
@@ -46,14 +47,19 @@ def check_label_maps(
     """
     summary = MapSummary(total=len(leaf))
     reduced = bool(getattr(leaf, 'reduce_zero_label', False) or getattr(load_map, 'reduce_zero_label', False))
+    broken: list[str] = []
     for index in chosen:
         if summary.seen and time.monotonic() > deadline:
             break
-        finding = _look(leaf.get_data_info(index), index, load_image, load_map, classes, ignored, reduced, summary)
+        try:
+            finding = _look(leaf.get_data_info(index), index, load_image, load_map, classes, ignored, reduced, summary)
+        except UserError as fault:
+            broken.append(str(fault))
+            continue
         if finding is not None:
             kind = finding.message.split(maxsplit=2)[:2]
             summary.findings.setdefault(' '.join(kind), finding)
-    findings = list(summary.findings.values())
+    findings = [*many(key, broken), *summary.findings.values()]
     if not findings:
         findings += judge_maps(key, summary, classes, ignored, reduced)
     findings += _partners(leaf, key)

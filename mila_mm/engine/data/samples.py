@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError, printable_path
 
@@ -92,6 +93,12 @@ def load_sample(load: Any, info: dict[str, Any], index: int) -> dict[str, Any] |
     """
     loaded = NamedTransform(load)({**info, 'sample_idx': index})
     return loaded if isinstance(loaded, dict) and 'ori_shape' in loaded else None
+
+
+def many(key: str, faults: Sequence[str]) -> list[Finding]:
+    """Return one finding for faults of several samples: the first in words, the others counted."""
+    more = f' (and {len(faults) - 1} more that fail)' if len(faults) > 1 else ''
+    return [error(key, f'{faults[0]}{more}')] if faults else []
 
 
 def fault_of_sample(results: dict[str, Any]) -> str | None:

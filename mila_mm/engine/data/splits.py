@@ -148,3 +148,13 @@ def _same_as_coco(kind: type | None, methods: Sequence[str]) -> bool:
     from mmdet.datasets import CocoDataset
 
     return issubclass(kind, CocoDataset) and all(getattr(kind, name) is getattr(CocoDataset, name) for name in methods)
+
+
+def reads_voc(kind: type) -> bool:
+    """Tell whether a data set reads its XML files exactly as mmdet's ``XMLDataset`` does."""
+    name = '_parse_instance_info'
+    if not hasattr(kind, name):
+        return False
+    from mmdet.datasets import XMLDataset
+
+    return issubclass(kind, XMLDataset) and getattr(kind, name) is getattr(XMLDataset, name)

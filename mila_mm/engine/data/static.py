@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from mmengine.config import Config
 
 from mila_mm.datasets.checks.classes import check_same_names
-from mila_mm.datasets.checks.findings import ERROR, Finding
+from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.engine.data.channels import check_channels
-from mila_mm.engine.data.heads import check_heads, reads_text
+from mila_mm.engine.data.heads import check_heads, default_of, reads_text
 from mila_mm.engine.data.keys import check_keys, check_stages, check_test_mode
 from mila_mm.engine.data.metrics import check_metrics, check_outputs
 from mila_mm.engine.data.splits import Split, splits_of
@@ -28,7 +28,8 @@ def check_static(cfg: Config, stages: Sequence[str], scope: str) -> list[Finding
     for split in splits:
         findings += check_keys(split, cfg[f'{split.stage}_dataloader'])
         findings += check_test_mode(split)
-    if not any(finding.level == ERROR for finding in findings):
+    # Of classes that are not said as they are read nothing follows.
+    if not any(word in finding.where for finding in findings for word in ('classes', 'CLASSES', 'metainfo')):
         findings += _classes(cfg, splits, scope)
     findings += check_channels(cfg.model)
     findings += check_metrics(cfg, stages, splits)
@@ -38,13 +39,29 @@ def check_static(cfg: Config, stages: Sequence[str], scope: str) -> list[Finding
 
 def _classes(cfg: Config, splits: Sequence[Split], scope: str) -> list[Finding]:
     """Check that all data sets name the same classes and the heads have as many."""
-    named = [split for split in splits if split.classes and not _is_video(split)]
+    named = [split for split in splits if split.classes and not is_video(split)]
     if not named or reads_text(cfg.model):
         return []
     findings = check_same_names({split.key: list(split.classes or ()) for split in named})
+    findings += _same_zero(named)
     return findings + check_heads(cfg.model, named[0], scope)
 
 
-def _is_video(split: Split) -> bool:
+def _same_zero(splits: Sequence[Split]) -> list[Finding]:
+    """Check that all data sets of a segmentor take label 0 for the same."""
+    name = 'reduce_zero_label'
+    settings = [(split, split.config.get(name, default_of(split.kind, name))) for split in splits]
+    settings = [(split, bool(value)) for split, value in settings if isinstance(value, bool)]
+    return [
+        error(
+            f'{split.key}.{name}',
+            f'is {value}, but that of {settings[0][0].key} is {settings[0][1]}: labels of one would be shifted by one',
+        )
+        for split, value in settings[1:]
+        if value != settings[0][1]
+    ]
+
+
+def is_video(split: Split) -> bool:
     """Tell whether a data set is a video's: a tracker learns one class and is judged beside many others."""
     return any(kind.__name__ in ('BaseVideoDataset', 'ReIDDataset') for kind in getattr(split.kind, '__mro__', ()))
