@@ -270,7 +270,7 @@ model = dict(
     # without this the child could not be read where the package is missing
     assert result.config.custom_imports.imports == []
     hook = "custom_hooks = [dict(type='HookOfNobody')]\n"
-    kept = quick(write(path.read_text() + hook))
+    kept = quick(write(Path(path).read_text() + hook))
     assert kept.config.custom_imports.imports == ['nobody_has_this.models']
     assert any('nobody_has_this.models cannot be imported here' in u and 'it stays' in u for u in kept.unknowns)
 
