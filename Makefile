@@ -3,20 +3,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_CLASSIC ?= .venv-classic
+VENV_LATEST ?= .venv-latest
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 WORK_DIR ?= work_dirs
 JOBS ?= 2
 
-.PHONY: install demo demo-seg test test-classic lint gpu-check faults mutants test-scale gpu-scale clean
+.PHONY: install demo demo-seg test test-classic test-latest lint gpu-check faults mutants test-scale gpu-scale clean
 
 install: $(READY)
 
 # $(call environment,PLACE,REQUIREMENTS): a dependency brings opencv-python over the headless build; on a machine without
 # libGL only the latter imports.
 define environment
-@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
-  { echo "mila_mm needs Python 3.10 to 3.12, but $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+  { echo "the tested stack needs Python 3.10 to 3.13 (numpy below 2.3, which imaug asks for, has no wheel for 3.14)," \
+    "but $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.13 ..." >&2; exit 2; }
 $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install --disable-pip-version-check -q -r $(2)
 $(1)/bin/python -m pip install --disable-pip-version-check -q --no-deps -e .
@@ -30,6 +32,12 @@ $(READY): requirements.txt setup.cfg pyproject.toml
 
 $(VENV_CLASSIC)/.ready: requirements-classic.txt setup.cfg pyproject.toml
 	$(call environment,$(VENV_CLASSIC),requirements-classic.txt)
+
+# The pins of requirements.txt with the torch of requirements-latest.txt
+$(VENV_LATEST)/.ready: requirements.txt requirements-latest.txt setup.cfg pyproject.toml
+	mkdir -p $(VENV_LATEST)
+	grep -vE '^torch(vision)?==' requirements.txt | cat requirements-latest.txt - > $(VENV_LATEST)/requirements.txt
+	$(call environment,$(VENV_LATEST),$(VENV_LATEST)/requirements.txt)
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py det --work-dir $(WORK_DIR)/demo
@@ -63,6 +71,11 @@ test-classic: $(VENV_CLASSIC)/.ready
 	OMP_WAIT_POLICY=PASSIVE $(VENV_CLASSIC)/bin/python -m pytest tests/compat/mmcv_ext tests/models/test_mila.py \
 	  tests/models/test_parity.py tests/tools/test_train_test.py tests/tools/test_pretrained.py
 
+# The core of the suite on the newest torch, in an environment of its own.
+test-latest: $(VENV_LATEST)/.ready
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_LATEST)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/ops \
+	  tests/models tests/nn tests/compat tests/weights
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -95,4 +108,4 @@ gpu-scale: $(READY)
 	  --plot docs/images/precision_curves_gpu.png
 
 clean:
-	rm -rf $(VENV) $(VENV_CLASSIC) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV_CLASSIC) $(VENV_LATEST) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

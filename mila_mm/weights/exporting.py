@@ -83,7 +83,7 @@ def strip(source: str | Path, target: str | Path) -> tuple[int, int]:
     Raises:
         UserError: If the source cannot be read or holds no ``state_dict``, or the target cannot be written.
     """
-    path, target = local_path(source), Path(target).expanduser()
+    path, target = local_path(str(source)), Path(target).expanduser()
     if target.suffix not in ('.pth', '.pt'):
         raise UserError(f'{target}: expected a name that ends in .pth')
     if target.exists() and target.resolve() == path.resolve():
