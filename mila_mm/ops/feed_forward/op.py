@@ -165,7 +165,7 @@ def mlp(
     for name, (tensor, shape) in shapes.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f'mlp: expected {name} of shape {shape}, got {tuple(tensor.shape)}')
-    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    parameters: tuple[Tensor, ...] = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if (low := autocast_dtype(x.device.type)) is not None and x.dtype != torch.float64:
         x, parameters = x.to(low), tuple(parameter.to(low) for parameter in parameters)
     if any(parameter.dtype != x.dtype for parameter in parameters):

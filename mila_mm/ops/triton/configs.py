@@ -271,7 +271,8 @@ def rows_per_run(height: int, programs: int) -> int:
 def norm_strip(channels: int) -> Strip:
     """How the stencil walks that holds all channels of a token."""
     padded = padded_width(channels)
-    return Strip(max(1, 512 // padded), max(4, padded // 128))
+    # 96 channels of 128 need masks besides; ptxas by itself would rather spill two numbers.
+    return Strip(max(1, 512 // padded), max(4, padded // 128), 168 if channels < padded == 128 else None)
 
 
 @functools.cache
