@@ -9,9 +9,9 @@ a depthwise convolution, n for a LayerNorm and the block's names for the rest::
     x2 = x1 + s1 out_proj(a)                                          s1, s2 of stochastic depth
     x3 = x2 + c2(x2), y2 = n2(x3)                     (cpe_norm)      out = x3 + s2 fc2(gelu(fc1(y2)))
 
-Kept for the backward are what these lines name, without gelu's result. Weights are cast once for all blocks
-(:mod:`mila_mm.nn.step_weights`); their gradients leave each block by themselves, so that distributed training sends
-them while the backward goes on.
+Kept for the backward is what these lines name; the MLP's hidden map is computed again. Weights are cast once for all
+blocks (:mod:`mila_mm.nn.step_weights`); their gradients leave each block by themselves, so that distributed training
+sends them while the backward goes on.
 """
 
 from __future__ import annotations
@@ -105,14 +105,13 @@ def feed_forward(
     """The second half: the block's result, and what its backward needs."""
     ops = _ops()
     x3, y2, mean, rstd = ops.cpe_norm_forward(x, *params[16:20], *setting[:2], setting.eps2, setting.dtype)
-    out, hidden = ops.mlp_forward(y2, *weights[6:10], x3, scale)
-    return out, (x, x3, mean, rstd, y2, hidden)
+    return ops.mlp_forward(y2, *weights[6:10], x3, scale), (x, x3, mean, rstd, y2)
 
 
 def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The gradient of a branch from that of its sum with the shortcut."""
     grad = grad if grad.dtype == dtype else grad.to(dtype)
-    return grad if scale is None else grad * scale
+    return grad if scale is None else grad * scale[:, None, None]
 
 
 def _mix_backward(
@@ -123,26 +122,25 @@ def _mix_backward(
     scale: Tensor | None,
     setting: Setting,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x and of the first 16 parameters, from that of x2."""
+    """Gradients of x, of the stencils and norm before the attention and in it, and of the first products: from x2's.
+
+    Those of weights are in the dtype of the products, for the caller to cast, those of biases in the parameters'.
+    """
     ops, size = _ops(), setting[:2]
     x, x1, mean, rstd, y1, joint, u, qk, a, state, key_mean = saved
     u0, gate = joint.chunk(2, dim=-1)
     channels, dtype = u.shape[-1], params[4].dtype
 
-    grad_a = _scaled(grad, scale, setting.dtype)
-    grads_out = ops.linear_weight_backward(grad_a, a, dtype)
-    grad_a = torch.mm(grad_a.reshape(-1, grad_a.shape[-1]), weights.out_weight).view(a.shape)
+    grad_a, *grads_out = ops.linear_backward(_scaled(grad, scale, setting.dtype), a, weights.out_weight, dtype)
     grad_qk, grad_u, *grads_lepe, grad_gate = ops.attention_backward(
         grad_a, qk, u, *params[12:14], gate, state, key_mean, *size, setting.num_heads, _EPS, _ROPE_BASE
     )
     grad_u.view(-1, channels).addmm_(grad_qk.view(-1, 2 * channels), weights.qk_weight)
-    grads_qk = ops.linear_weight_backward(grad_qk, u, dtype)
+    _, *grads_qk = ops.linear_backward(grad_qk, u, None, dtype)
     grad_u0, *grads_dwc = ops.dwc_silu_backward(grad_u, u0, *params[8:10], *size)
     grad_joint = torch.cat((grad_u0, grad_gate), dim=-1)
-    grad_weight, grad_bias = ops.linear_weight_backward(grad_joint, y1, dtype)
-    grad_y1 = torch.mm(grad_joint.view(-1, 2 * channels), weights.joint_weight).view(y1.shape)
+    grad_y1, *grads_joint = ops.linear_backward(grad_joint, y1, weights.joint_weight, dtype)
     grad_x, *grads_cpe = ops.cpe_norm_backward(grad, grad_y1, x, *params[:4], x1, mean, rstd, *size)
-    grads_joint = (*grad_weight.split(channels), *grad_bias.split(channels))
     return grad_x, *grads_cpe, *grads_joint, *grads_dwc, *grads_qk, *grads_lepe, *grads_out
 
 
@@ -154,14 +152,23 @@ def _feed_forward_backward(
     scale: Tensor | None,
     setting: Setting,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x2 and of the last 8 parameters, from that of the block's result."""
+    """Gradients of x2, of stencil and norm, and of the MLP in the dtype of the products: from the block's result's."""
     ops = _ops()
-    x, x3, mean, rstd, y2, hidden = saved
-    grad_y2, *grads_mlp = ops.mlp_backward(
-        _scaled(grad, scale, setting.dtype), y2, hidden, weights.fc1_weight, weights.fc2_weight, params[20].dtype
-    )
+    x, x3, mean, rstd, y2 = saved
+    grad_y2, *grads_mlp = ops.mlp_backward(grad, y2, *weights[6:10], scale)
     grad_x, *grads_cpe = ops.cpe_norm_backward(grad, grad_y2, x, *params[16:20], x3, mean, rstd, *setting[:2])
     return grad_x, *grads_cpe, *grads_mlp
+
+
+def _in_order(first: list[Tensor], last: list[Tensor], params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of all parameters in their order and dtypes, from those of the two halves."""
+    casts = [first[4], first[8], first[12], *last[4:8]]
+    if casts[0].dtype != params[4].dtype:
+        casts = _ops().cast_all(casts, params[4].dtype)
+    joint, qk, out, *mlp = casts
+    channels = params[4].shape[0]
+    joint = (*joint.split(channels), *first[5].split(channels))
+    return *first[:4], *joint, *first[6:8], qk, first[9], *first[10:12], out, first[13], *last[:4], *mlp
 
 
 class Call(NamedTuple):
@@ -169,7 +176,7 @@ class Call(NamedTuple):
 
     Attributes:
         weights: See :class:`Products`.
-        scales: What stochastic depth multiplies each branch by, (B, 1, 1), or None.
+        scales: What stochastic depth multiplies each branch by, (B,), or None.
         setting: Everything else.
     """
 
@@ -209,12 +216,12 @@ class BlockNode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x and of all parameters."""
         saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
-        weights, (scale1, scale2), params = Products(*saved[17:27]), saved[27:29], saved[29:]
+        weights, (scale1, scale2), params = Products(*saved[16:26]), saved[26:28], saved[28:]
         given = grad
         with torch.no_grad(), as_written(grad):
-            grad, *last = _feed_forward_backward(grad.contiguous(), saved[11:17], weights, params, scale2, ctx.setting)
+            grad, *last = _feed_forward_backward(grad.contiguous(), saved[11:16], weights, params, scale2, ctx.setting)
             grad, *first = _mix_backward(grad, saved[:11], weights, params, scale1, ctx.setting)
-        grads = grad, *first, *last
+            grads = grad, *_in_order(first, last, params)
         if torch.is_grad_enabled():  # create_graph=True
             grads = tuple(_FirstOrderOnly.apply(each, given, saved[0], *params) for each in grads)
         return grads[0], None, *grads[1:]

@@ -261,14 +261,14 @@ def _casted(pairs: list[tuple[Tensor, Tensor | None]], values: Iterator[Tensor])
 
 
 def _scales(blocks: list[Block], image: Tensor, dtype: torch.dtype) -> list[tuple[Tensor | None, Tensor | None]]:
-    """What stochastic depth multiplies the branches of each block by, (B, 1, 1), drawn at once for all of them."""
+    """What stochastic depth multiplies the branches of each block by, (B,), drawn at once for all of them."""
     drops = [block._modules['drop_path'] for block in blocks]
     rates = [drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
     dropping = [i for i, rate in enumerate(rates) if rate > 0]
     result: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(blocks)
     if not dropping:
         return result
-    keep = _kept_share(tuple(rates[i] for i in dropping), image.device).expand(-1, image.shape[0], 1, 1)
+    keep = _kept_share(tuple(rates[i] for i in dropping), image.device).expand(-1, image.shape[0])
     scales = torch.bernoulli(keep)
     if drops[dropping[0]].scale_by_keep:
         scales.div_(keep)
@@ -280,7 +280,7 @@ def _scales(blocks: list[Block], image: Tensor, dtype: torch.dtype) -> list[tupl
 
 @lru_cache(maxsize=64)
 def _kept_share(rates: tuple[float, ...], device: torch.device) -> Tensor:
-    """(2 * len(rates), 1, 1, 1): the chance of each branch to stay."""
+    """(2 * len(rates), 1): the chance of each branch to stay."""
     with torch.inference_mode(False):
         shares = torch.tensor([1 - rate for rate in rates for _ in range(2)], dtype=torch.float32, device='cpu')
-        return to_device(shares.view(-1, 1, 1, 1), device)
+        return to_device(shares.view(-1, 1), device)
