@@ -50,17 +50,13 @@ demo-seg: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# Kill a training at 20 random moments, damage its checkpoints, fill its disk, and compare the end with an undisturbed
-# run's, bit for bit; then the tests of two processes. Ten minutes. As root it also fills a small tmpfs.
+# Kill a training at 40 random moments, half of them in the writing of a checkpoint, damage its checkpoints, fill its disk,
+# and compare the end with an undisturbed run's, bit for bit; preempt jobs of two tasks and of two nodes in every phase;
+# then the tests of two processes. Half an hour. As root it also fills a small tmpfs.
 faults: $(READY)
-	$(BIN)/python tests/faults/driver.py --kills 20 --tmpfs --work-dir $(WORK_DIR)/faults
+	$(BIN)/python tests/faults/driver.py --kills 40 --tmpfs --work-dir $(WORK_DIR)/faults
+	$(BIN)/python tests/faults/cluster.py --work-dir $(WORK_DIR)/faults_cluster
 	MILA_MM_SLOW=1 $(BIN)/python -m pytest tests/faults/test_distributed.py
-
-# Put small faults into the package and see whether its tests notice: half an hour, docs/mutants.md is the report.
-mutants: $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check -q cosmic-ray==8.7.0
-	$(BIN)/python tests/mutants.py --workers $(JOBS)
-	$(BIN)/python tests/mutants.py --docs
 
 # The distributed tests with four processes as well.
 test-scale: $(READY)

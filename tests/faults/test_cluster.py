@@ -1,0 +1,40 @@
+"""Jobs of two tasks and of two nodes, preempted; ``make faults`` does so in every phase and compares the weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope='module')
+def clusters() -> object:
+    """The module beside this one, which imports others from its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        import cluster
+
+        yield cluster
+
+
+@pytest.mark.parametrize(('launcher', 'phase'), [('srun', 'slow end'), ('nodes', 'rendezvous')])
+def test_preempted_it_answers_and_ends_with_75_everywhere(clusters, tmp_path, launcher, phase) -> None:
+    """Under srun the second task takes seconds to end, and whoever is late is killed; of two nodes one never comes."""
+    folder = tmp_path / 'job'
+    clusters.Cluster(folder, clusters.prepare(folder, 8), launcher).preempt('run', phase)
+
+
+@pytest.mark.parametrize(
+    ('task', 'status'),
+    [
+        ('exit 0', 0),
+        ('exit 75', 75),
+        ('test $SLURM_PROCID = 0 && exit 75; exec sleep 60', 128 + 9),
+        ('kill -15 $$', 143),
+    ],
+)
+def test_the_stand_in_does_what_srun_does(task, status) -> None:
+    command = [sys.executable, HERE / 'srun.py', '--ntasks=2', '--kill-on-bad-exit=1', '-p', 'gpu', 'sh', '-c', task]
+    assert subprocess.run(command, timeout=50, check=False).returncode == status
