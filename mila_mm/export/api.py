@@ -1,0 +1,323 @@
+"""``export_model``: from a config and a checkpoint to a file that has been run and compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from mila_mm.engine.config.build_errors import building
+from mila_mm.engine.config.checks import check_work_dir
+from mila_mm.engine.config.load import load_config, one_line, scope_of
+from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into
+from mila_mm.errors import UserError
+from mila_mm.export.compare import TOLERANCES, Comparison, compare
+from mila_mm.export.deployed import Deployed, example_inputs
+from mila_mm.export.formats import FORMATS, MOST_STEPS, STEP, Run, check_packages
+from mila_mm.export.samples import contents, find_images, inputs_of, load_images, predict
+from mila_mm.files import UNFINISHED, move_into_place
+from mila_mm.version import __version__
+from mila_mm.weights.load import read_checkpoint
+
+_MOST_BATCH = 64
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written and checked.
+
+    Attributes:
+        path: The file.
+        kind: 'detector', 'segmentor' or 'classifier'.
+        bytes: Its size, for OpenVINO with the weights beside it.
+        operators: How often each operator is in it; empty where the format does not tell.
+        comparison: With the model, at all sizes that were tried.
+        shapes: These sizes, height and width.
+        images: What it was compared on, in words.
+        seconds: Of one batch at the exported size, the file's and the model's, medians.
+        notes: What the user should know.
+    """
+
+    path: Path
+    kind: str
+    bytes: int
+    operators: dict[str, int]
+    comparison: Comparison
+    shapes: list[tuple[int, int]]
+    images: str
+    seconds: tuple[float, float]
+    notes: list[str] = field(default_factory=list)
+
+
+def export_model(
+    config: str,
+    checkpoint: str,
+    *,
+    format: str = 'onnx',
+    size: tuple[int, int],
+    dynamic: bool = False,
+    batch: int = 1,
+    precision: str = 'fp32',
+    masks: str = 'box',
+    logits: bool = False,
+    out: str | None = None,
+    images: Sequence[str] = (),
+    cfg_options: Sequence[str] = (),
+) -> Exported:
+    """Export a trained model, run the file, and compare it with the model.
+
+    Args:
+        config: Path of a config, or ``mmdet::`` / ``mmseg::`` and a path there.
+        checkpoint: File, name or address of its weights.
+        format: 'onnx', 'pt2' (torch.export), 'aoti' (compiled for this machine's CPU), 'torchscript' or 'openvino'.
+        size: Height and width of the images that the file takes.
+        dynamic: Whether to take any multiples of 32 as height and width.
+        batch: Images of one call.
+        precision: 'fp32', or 'fp16' for the network between preprocessing and boxes.
+        masks: 'box', 28 x 28 probabilities over each box, or 'image', pasted and thresholded.
+        logits: Whether a segmentor's file returns logits too.
+        out: File to write. Defaults to the config's name with the format's suffix, in the current folder.
+        images: Files or folders to compare on. Defaults to the config's test set where it is here, else drawn ones.
+        cfg_options: Overrides as ``key.of.entry=value``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: For anything in the arguments that does not work, a model without an exported form, and a file that
+            differs from the model. No file is left then.
+    """
+    check_packages(format)
+    path = _check_out(config, out, format)
+    _check_size(size, dynamic, batch)
+    cfg = load_config(config, cfg_options)
+    paths = find_images(images, cfg, batch)
+    model, notes = load_model(cfg, checkpoint)
+    deployed = Deployed(model, precision, pasted=masks == 'image', logits=logits).eval()
+    _check_options(deployed, format, precision, dynamic)
+    shapes = _shapes(size, dynamic)
+    settings = _settings(deployed)
+    metadata = _metadata(cfg, deployed, config, size, dynamic, batch, precision, settings)
+    inputs = example_inputs(deployed, batch, *size)
+    _try(deployed, inputs, size)
+    tolerance = TOLERANCES[precision]
+    comparison = Comparison()
+    with _drafting(path) as draft:
+        FORMATS[format].write(draft, deployed, inputs, dynamic, json.dumps(metadata))
+        run = FORMATS[format].load(draft, deployed, torch.get_num_threads())
+        seconds = (0.0, 0.0)
+        for shape in shapes:
+            batch_of_images = load_images(paths, batch, *shape)
+            sizes = contents(deployed, batch, *shape)
+            named = inputs_of(deployed, batch_of_images, sizes)
+            expected = predict(model, deployed.kind, batch_of_images, sizes)
+            compare(deployed.kind, run(named), expected, sizes, tolerance, settings, comparison)
+            if comparison.faults:
+                raise UserError(
+                    f'export: the {format} file differs from the model at {shape[0]} x {shape[1]}, and is not kept: '
+                    f'{comparison.faults[0]}'
+                )
+            if shape == size:
+                seconds = _times(run, named, lambda: predict(model, deployed.kind, batch_of_images, sizes))  # noqa: B023
+        operators = _operators(draft, format)
+    if deployed.kind == 'detector' and not comparison.detections:
+        notes.append('the model found nothing on the images, so that only this was compared; give others by --images')
+    total = sum(x.stat().st_size for x in (path, path.with_suffix('.bin')) if x.exists() and _belongs(x, path, format))
+    about = ', '.join(x.name for x in paths) if paths else 'drawn images (no --images, and no test set here)'
+    return Exported(path, deployed.kind, total, operators, comparison, shapes, about, seconds, notes)
+
+
+def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, list[str]]:
+    """Build a config's model, load a checkpoint completely, and return it in eval mode, with notes for the user.
+
+    Raises:
+        UserError: If the config cannot be built, or the checkpoint is another model's.
+    """
+    scope = scope_of(cfg)
+    init_default_scope(scope)
+    model_cfg = ConfigDict(cfg.model)
+    _without_pretrained(model_cfg)
+    notes = []
+    with building('model'):
+        model = MODELS.build(model_cfg).eval()
+    try:
+        content = read_checkpoint(checkpoint)
+    except FileNotFoundError as error:
+        raise UserError(f'CHECKPOINT {checkpoint} does not exist') from error
+    load_checkpoint_into(model, content, f'checkpoint {checkpoint}', strict=True)
+    if scope == 'mmseg' and getattr(model, 'test_cfg', {}).get('mode') == 'slide':
+        model.test_cfg.mode = 'whole'
+        notes.append('the config tests in sliding windows; the file takes each image as a whole')
+    return model, notes
+
+
+def _without_pretrained(part: Any) -> None:
+    """Take out weights to start from: the checkpoint replaces them."""
+    if isinstance(part, dict):
+        for name in ('init_cfg', 'pretrained'):
+            if part.get(name):
+                part[name] = None
+        for value in part.values():
+            _without_pretrained(value)
+    elif isinstance(part, (list, tuple)):
+        for value in part:
+            _without_pretrained(value)
+
+
+def _check_out(config: str, out: str | None, format: str) -> Path:
+    suffix = FORMATS[format].suffix
+    path = Path(out if out is not None else Path(config.rpartition('::')[2]).stem + suffix)
+    if path.suffix != suffix:
+        raise UserError(f'--out {path}: expected a file that ends with {suffix} for --format {format}')
+    if path.is_dir():
+        raise UserError(f'--out {path} is a folder, expected a file to write')
+    check_work_dir(path.absolute().parent, '--out')
+    return path
+
+
+def _check_size(size: tuple[int, int], dynamic: bool, batch: int) -> None:
+    least, most = (2 * STEP, MOST_STEPS * STEP) if dynamic else (STEP, MOST_STEPS * STEP)
+    if not all(least <= side <= most for side in size):
+        raise UserError(f'--size: expected sides from {least} to {most}, got {size[0]} x {size[1]}')
+    if dynamic and any(side % STEP for side in size):
+        raise UserError(f'--size with --dynamic: expected multiples of {STEP}, got {size[0]} x {size[1]}')
+    if not 1 <= batch <= _MOST_BATCH:
+        raise UserError(f'--batch: expected 1 to {_MOST_BATCH}, got {batch}')
+
+
+def _check_options(deployed: Deployed, format: str, precision: str, dynamic: bool) -> None:
+    if type(deployed.core).__name__ != 'DINODetector':
+        return
+    if precision == 'fp16':
+        raise UserError('--precision fp16: DINO computes positions in fp32; export it in fp32')
+    if format in ('pt2', 'aoti') or dynamic:
+        raise UserError(
+            'export: DINO is exported for one size, as onnx, openvino or torchscript: mmdet splits its maps by sizes '
+            'that a graph for any size does not know'
+        )
+
+
+def _shapes(size: tuple[int, int], dynamic: bool) -> list[tuple[int, int]]:
+    """The sizes to compare at: that of the export and, if others are to do, one of the other orientation."""
+    if not dynamic:
+        return [size]
+    height, width = size
+    step = STEP if max(size) < MOST_STEPS * STEP else -STEP
+    return [size, (width, height) if height != width else (height, width + step)]
+
+
+def _settings(deployed: Deployed) -> dict[str, float]:
+    core = deployed.core
+    if deployed.kind != 'detector':
+        return {}
+    candidates = getattr(core, 'candidates', core)
+    return {
+        'score_threshold': float(getattr(candidates, 'threshold', 0.0) or 0.0),
+        'mask_threshold': float(getattr(core, 'mask_threshold', 0.5)),
+        'most': float(core.most),
+    }
+
+
+def _metadata(
+    cfg: Config,
+    deployed: Deployed,
+    config: str,
+    size: tuple[int, int],
+    dynamic: bool,
+    batch: int,
+    precision: str,
+    settings: dict[str, float],
+) -> dict[str, Any]:
+    """What a program needs to know of the file, as JSON under the key mila_mm."""
+    from mila_mm.export import outputs
+
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    classes = (dataset.get('metainfo') or cfg.get('metainfo') or {}).get('classes')
+    classes = _classes_of(dataset) if classes is None else classes
+    names = deployed.output_names
+    return {
+        'mila_mm': __version__,
+        'kind': deployed.kind,
+        'config': Path(config).name,
+        'inputs': [getattr(outputs, name.upper()) for name in deployed.input_names],
+        'outputs': {name: outputs.DESCRIPTIONS[name] for name in names},
+        'size': list(size),
+        'any_multiple_of': STEP if dynamic else None,
+        'batch': batch,
+        'precision': precision,
+        'normalisation': 'inside',
+        'classes': None if classes is None else list(classes),
+        **settings,
+    }
+
+
+def _classes_of(dataset: dict[str, Any]) -> Sequence[str] | None:
+    """The names of the classes that a kind of data set comes with, None for one that reads them from files."""
+    if not dataset.get('type'):
+        return None
+    from mmengine.registry import DATASETS
+
+    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    return (getattr(kind, 'METAINFO', None) or {}).get('classes')
+
+
+def _try(deployed: Deployed, inputs: tuple[torch.Tensor, ...], size: tuple[int, int]) -> None:
+    try:
+        with torch.no_grad():
+            deployed(*inputs)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f'--size {size[0]} {size[1]}: the model does not run on such an image: {one_line(error)}\n'
+            'Sides that are multiples of 32 and not too small suit every model.'
+        ) from error
+
+
+@contextmanager
+def _drafting(path: Path) -> Iterator[Path]:
+    """Give a name to write to, in a folder of its own beside the file; what lies there goes into place at the end."""
+    with tempfile.TemporaryDirectory(prefix=f'.{path.stem}.', suffix=UNFINISHED, dir=path.absolute().parent) as folder:
+        draft = Path(folder) / path.name
+        yield draft
+        for file in sorted(Path(folder).iterdir(), key=lambda x: x == draft):  # what belongs to it first
+            with file.open('rb+') as content:
+                os.fsync(content.fileno())
+            move_into_place(file, path.with_name(file.name))
+
+
+def _belongs(file: Path, path: Path, format: str) -> bool:
+    return file == path or format == 'openvino'
+
+
+def _operators(path: Path, format: str) -> dict[str, int]:
+    if format != 'onnx':
+        return {}
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return dict(Counter(node.op_type for node in graph.node).most_common())
+
+
+def _times(run: Run, inputs: dict[str, np.ndarray], predict_again: Callable[[], Any]) -> tuple[float, float]:
+    """Median seconds of the file and of the model, in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_REPEATS):
+        for kept, function in zip(times, (lambda: run(inputs), predict_again), strict=True):
+            start = time.perf_counter()
+            function()
+            kept.append(time.perf_counter() - start)
+    return median(times[0]), median(times[1])

@@ -1,0 +1,181 @@
+"""Whether a file says what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mila_mm.export.two_stage import paste
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far results may lie apart.
+
+    Attributes:
+        boxes: Pixels.
+        scores: Of a detection or a class.
+        masks: Least intersection over union of two masks.
+        pixels: Least share of pixels with the same label.
+        unmatched: Share of detections that need no partner. Where two boxes compete, rounding decides.
+    """
+
+    boxes: float
+    scores: float
+    masks: float
+    pixels: float
+    unmatched: float
+
+
+TOLERANCES = {
+    'fp32': Tolerance(boxes=0.1, scores=1e-3, masks=0.99, pixels=0.999, unmatched=0.0),
+    'fp16': Tolerance(boxes=2.0, scores=1e-2, masks=0.9, pixels=0.99, unmatched=0.05),
+}
+
+
+@dataclass
+class Comparison:
+    """What was compared, and the largest differences.
+
+    Attributes:
+        detections: How many.
+        boxes: Largest distance of a coordinate, pixels.
+        scores: Largest difference.
+        masks: Least intersection over union.
+        pixels: Least share of pixels with the same label.
+        faults: What is beyond the tolerance, in words.
+    """
+
+    detections: int = 0
+    boxes: float = 0.0
+    scores: float = 0.0
+    masks: float | None = None
+    pixels: float | None = None
+    faults: list[str] = field(default_factory=list)
+
+    def summary(self, kind: str) -> str:
+        """Describe it in one line."""
+        if kind == 'classifier':
+            return f'scores within {self.scores:.1e}'
+        if kind == 'segmentor':
+            return f'{100 * (self.pixels or 0.0):.3f} % of the labels the same'
+        masks = '' if self.masks is None else f', masks with IoU {self.masks:.4f} and more'
+        return f'{self.detections} detections: boxes within {self.boxes:.1e} px, scores within {self.scores:.1e}{masks}'
+
+
+def compare(
+    kind: str,
+    results: Mapping[str, np.ndarray],
+    expected: Sequence[Mapping[str, np.ndarray]],
+    sizes: np.ndarray,
+    tolerance: Tolerance,
+    settings: Mapping[str, float],
+    into: Comparison,
+) -> None:
+    """Compare a batch of a file's results with the model's.
+
+    Args:
+        kind: 'detector', 'segmentor' or 'classifier'.
+        results: Of the file, by name.
+        expected: Of the model, for each image.
+        sizes: (B, 2), height and width of each image's content.
+        tolerance: What is allowed.
+        settings: For a detector ``score_threshold``, ``mask_threshold`` and ``most``.
+        into: Where differences are gathered.
+    """
+    for i, wanted in enumerate(expected):
+        if kind == 'classifier':
+            into.scores = max(into.scores, float(abs(results['scores'][i] - wanted['scores']).max()))
+            if into.scores > tolerance.scores:
+                into.faults.append(f'scores differ by {into.scores:.2g}')
+        elif kind == 'segmentor':
+            same = float((results['labels'][i] == wanted['labels']).mean())
+            into.pixels = same if into.pixels is None else min(same, into.pixels)
+            if same < tolerance.pixels:
+                into.faults.append(f'{100 * (1 - same):.2g} % of the labels differ')
+        else:
+            count = int(results['count'][i])
+            got = {name: results[name][i][:count] for name in results if name != 'count'}
+            _compare_detections(got, wanted, sizes[i], tolerance, settings, into)
+
+
+def _compare_detections(
+    got: dict[str, np.ndarray],
+    wanted: Mapping[str, np.ndarray],
+    size: np.ndarray,
+    tolerance: Tolerance,
+    settings: Mapping[str, float],
+    into: Comparison,
+) -> None:
+    pairs, lonely_got, lonely_wanted = match(got, wanted, tolerance)
+    into.detections += len(wanted['scores'])
+    if pairs:
+        mine, theirs = map(list, zip(*pairs, strict=True))
+        into.boxes = max(into.boxes, float(abs(got['boxes'][mine] - wanted['boxes'][theirs]).max()))
+        into.scores = max(into.scores, float(abs(got['scores'][mine] - wanted['scores'][theirs]).max()))
+        if 'masks' in wanted:
+            least = _least_overlap(got, wanted, mine, theirs, size, settings['mask_threshold'])
+            into.masks = least if into.masks is None else min(into.masks, least)
+            if least < tolerance.masks:
+                into.faults.append(f'masks of the same object have IoU {least:.3f}')
+    # A detection at the threshold, or the last of those that are kept, may fall on either side.
+    edges = [settings['score_threshold']]
+    if len(wanted['scores']) >= settings['most'] or len(got['scores']) >= settings['most']:
+        edges += [float(x['scores'].min()) for x in (got, wanted) if len(x['scores'])]
+    scores = [*got['scores'][lonely_got], *wanted['scores'][lonely_wanted]]
+    odd = [x for x in scores if all(abs(x - edge) > tolerance.scores for edge in edges)]
+    if len(odd) > tolerance.unmatched * 2 * max(len(wanted['scores']), 1):
+        into.faults.append(
+            f'{len(odd)} detections of {len(wanted["scores"])} have no partner with the same label, boxes within '
+            f'{tolerance.boxes} px and scores within {tolerance.scores}; the highest score {max(odd):.3f}'
+        )
+
+
+def match(
+    got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], tolerance: Tolerance
+) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """Pair detections that are the same within the tolerance, each with its nearest; the rest of both is returned."""
+    free = set(range(len(got['scores'])))
+    pairs, lonely = [], []
+    for j in range(len(wanted['scores'])):
+        near = [
+            (abs(got['boxes'][i] - wanted['boxes'][j]).max(), i)
+            for i in free
+            if got['labels'][i] == wanted['labels'][j]
+            and abs(got['scores'][i] - wanted['scores'][j]) <= tolerance.scores
+        ]
+        distance, i = min(near, default=(np.inf, -1))
+        if distance <= tolerance.boxes:
+            pairs.append((i, j))
+            free.remove(i)
+        else:
+            lonely.append(j)
+    return pairs, sorted(free), lonely
+
+
+def _least_overlap(
+    got: Mapping[str, np.ndarray],
+    wanted: Mapping[str, np.ndarray],
+    mine: list[int],
+    theirs: list[int],
+    size: np.ndarray,
+    threshold: float,
+) -> float:
+    least = 1.0
+    height, width = (int(side) for side in size)
+    for i, j in zip(mine, theirs, strict=True):
+        mask: Any = got['masks'][i]
+        if mask.dtype == np.bool_:
+            mask = mask[:height, :width]
+        else:
+            box = torch.from_numpy(got['boxes'][i])[None, None]
+            mask = (paste(torch.from_numpy(mask)[None, None], box, (height, width))[0, 0] >= threshold).numpy()
+        union = (mask | wanted['masks'][j]).sum()
+        # Of a mask of a few pixels one may lie on the threshold.
+        different = (mask ^ wanted['masks'][j]).sum()
+        least = min(least, 1.0 if different <= 1 or union == 0 else float(1 - different / union))
+    return least

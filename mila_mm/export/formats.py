@@ -1,0 +1,189 @@
+"""The formats: what each needs, how a file of it is written and run."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from mila_mm.errors import UserError
+from mila_mm.export.deployed import Deployed
+from mila_mm.ops.common import only_plain_operators
+
+METADATA_KEY = 'mila_mm'
+# The sides of a file for several sizes are multiples of the last stage's stride: its graph then has short sizes.
+STEP = 32
+MOST_STEPS = 512
+
+Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+        suffix: Which files of it end with.
+        packages: What writing and checking need beyond torch.
+        write: Writes a file from a model, its inputs, whether any size is to do, and metadata.
+        load: Opens a file and returns a function from inputs to results by name.
+    """
+
+    suffix: str
+    packages: tuple[str, ...]
+    write: Callable[[Path, Deployed, tuple[Tensor, ...], bool, str], None]
+    load: Callable[[Path, Deployed, int], Run]
+
+
+def check_packages(name: str) -> None:
+    """Raise UserError, in one line, where what a format needs is not installed."""
+    missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
+    if missing:
+        extra = ' openvino' if 'openvino' in missing else ''
+        raise UserError(
+            f'--format {name} needs {", ".join(missing)}, not installed: pip install "mila-mm[export]"{extra}'
+        )
+    compiler = os.environ.get('CXX', 'g++')
+    if name == 'aoti' and shutil.which(compiler) is None:
+        raise UserError(f'--format aoti compiles with {compiler}, which is not here; --format pt2 needs no compiler')
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' notes on their own code off the user's screen."""
+    names = ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def program(model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool) -> ExportedProgram:
+    """Record a model as one graph of PyTorch's own operators, and of torchvision's for boxes.
+
+    Args:
+        model: What to export.
+        inputs: As of :func:`mila_mm.export.deployed.example_inputs`.
+        dynamic: Whether height and width may be any multiples of :data:`STEP`; the batch is that of the inputs.
+    """
+    shapes = None
+    if dynamic:
+        height, width = (Dim(name, min=2, max=MOST_STEPS) for name in ('height', 'width'))
+        shapes = ({1: STEP * height, 2: STEP * width}, *([None] * (len(inputs) - 1)))
+    with torch.no_grad(), only_plain_operators(), _quiet():
+        return torch.export.export(model, inputs, dynamic_shapes=shapes)
+
+
+def _write_onnx(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+    recorded = program(model, inputs, dynamic)
+    names = {'input_names': list(model.input_names), 'output_names': list(model.output_names)}
+    with _quiet():
+        graph = torch.onnx.export(recorded, dynamo=True, verbose=False, **names)
+        graph.model.metadata_props[METADATA_KEY] = metadata
+        graph.save(path, external_data=False)
+
+
+def _load_onnx(path: Path, model: Deployed, threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # it warns of every constant that it folds away
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    return lambda inputs: dict(zip(model.output_names, session.run(None, dict(inputs)), strict=True))
+
+
+def _write_pt2(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+    with path.open('wb') as file, _quiet():
+        torch.export.save(program(model, inputs, dynamic), file, extra_files={METADATA_KEY: metadata})
+
+
+def _load_pt2(path: Path, model: Deployed, threads: int) -> Run:
+    with path.open('rb') as file, _quiet():
+        return _tensors_in_and_out(torch.export.load(file).module(), model)
+
+
+def _write_aoti(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    configs = {'aot_inductor.metadata': {METADATA_KEY: metadata}}
+    with _quiet():
+        recorded = program(model, inputs, dynamic)
+        aoti_compile_and_package(recorded, package_path=str(path), inductor_configs=configs)
+
+
+def _load_aoti(path: Path, model: Deployed, threads: int) -> Run:
+    from torch._inductor import aoti_load_package
+
+    return _tensors_in_and_out(aoti_load_package(str(path)), model)
+
+
+def _write_torchscript(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+    with torch.no_grad(), _quiet():
+        traced = torch.jit.trace(model, inputs, check_trace=False)
+        torch.jit.save(traced, str(path), _extra_files={METADATA_KEY: metadata})
+
+
+def _load_torchscript(path: Path, model: Deployed, threads: int) -> Run:
+    with _quiet():
+        return _tensors_in_and_out(torch.jit.load(str(path), map_location='cpu'), model)
+
+
+def _tensors_in_and_out(module: Callable[..., Any], model: Deployed) -> Run:
+    def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.no_grad(), _quiet():
+            results = module(*(torch.from_numpy(inputs[name]) for name in model.input_names))
+        return {name: x.numpy() for name, x in zip(model.output_names, results, strict=True)}
+
+    return run
+
+
+def _write_openvino(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+    import openvino
+
+    draft = path.with_suffix('.onnx')
+    _write_onnx(draft, model, inputs, dynamic, metadata)
+    converted = openvino.convert_model(str(draft))
+    converted.set_rt_info(metadata, [METADATA_KEY])
+    openvino.save_model(converted, str(path), compress_to_fp16=model.half_precision)
+    draft.unlink()
+
+
+def _load_openvino(path: Path, model: Deployed, threads: int) -> Run:
+    import openvino
+
+    options = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads}
+    compiled = openvino.Core().compile_model(str(path), 'CPU', options)
+
+    def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = compiled(dict(inputs))
+        return {name: np.array(results[i]) for i, name in enumerate(model.output_names)}
+
+    return run
+
+
+FORMATS: dict[str, Format] = {
+    'onnx': Format('.onnx', ('onnx', 'onnxscript', 'onnxruntime'), _write_onnx, _load_onnx),
+    'pt2': Format('.pt2', (), _write_pt2, _load_pt2),
+    'aoti': Format('.pt2', (), _write_aoti, _load_aoti),
+    'torchscript': Format('.pt', (), _write_torchscript, _load_torchscript),
+    'openvino': Format('.xml', ('onnx', 'onnxscript', 'openvino'), _write_openvino, _load_openvino),
+}
