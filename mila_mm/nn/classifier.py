@@ -11,6 +11,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from mila_mm.nn.fast_path import stages_of
 from mila_mm.nn.layers import NormLayer
 from mila_mm.nn.trunk import MILATrunk
 from mila_mm.ops.common import to_image
@@ -45,6 +46,8 @@ class MILAClassifier(MILATrunk):
         >>> MILAClassifier('tiny', num_classes=10).eval()(torch.rand(1, 3, 96, 160)).shape
         torch.Size([1, 10])
     """
+
+    pool_type: str
 
     def __init__(
         self,
@@ -127,7 +130,8 @@ class MILAClassifier(MILATrunk):
         x = dropout(self.global_pool(x), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    # logits in place of a trunk's maps
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Compute the logits.
 
         Args:
@@ -166,11 +170,11 @@ class MILAClassifier(MILATrunk):
         """
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"forward_intermediates: expected output_fmt 'NCHW' or 'NHWC', got {output_fmt!r}")
-        taken, last_taken = feature_take_indices(len(self.layers), indices)
+        taken, last_taken = feature_take_indices(len(self.layers), _as_timm_takes(indices))
         maps = []
         prepared = self.prepare(x)
         x, height, width = self.embed(x, prepared)
-        for i, stage in enumerate(self.layers):
+        for i, stage in enumerate(stages_of(self)):
             x = self.run_blocks(stage, x, height, width, prepared)
             end = i == len(self.layers) - 1
             final = self.norm(x) if end else x
@@ -195,12 +199,12 @@ class MILAClassifier(MILATrunk):
         Returns:
             The stages that are asked for, from 0.
         """
-        taken, last_taken = feature_take_indices(len(self.layers), indices)
+        taken, last_taken = feature_take_indices(len(self.layers), _as_timm_takes(indices))
         shorter = last_taken < len(self.layers) - 1
         if prune_norm or shorter:
             self.norm = nn.Identity()
         self.layers = self.layers[: last_taken + 1]
-        self.layers[-1].downsample = None
+        list(stages_of(self))[-1].downsample = None
         self.num_features = self.head_hidden_size = self.dims[last_taken]
         if prune_head or shorter:
             self.reset_classifier(0, '')
@@ -228,10 +232,14 @@ class MILAClassifier(MILATrunk):
         load_model(self, {**checkpoint, 'state_dict': tensors}, adapt_in_channels=True, label=str(source))
 
 
+def _as_timm_takes(indices: int | Sequence[int] | None) -> int | list[int] | None:
+    return indices if indices is None or isinstance(indices, int) else list(indices)
+
+
 def _drop_computed(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Take out of a released file what this code computes, so that it loads strictly."""
     own = {name for name in state_dict if name.startswith(prefix)}
-    kept, _ = to_project({name: state_dict[name] for name in own})
+    kept = to_project({name: state_dict[name] for name in own})[0]
     if not own.issuperset(kept):  # wrapped as a whole (module.): not for this hook
         return
     for name in own.difference(kept):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from timm.layers import DropPath
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 
 from mila_mm.nn import block_node
-from mila_mm.nn.layers import Block, ConvLayer, DepthwiseConv, Downsample, LinearAttention, Mlp, Stem
+from mila_mm.nn.layers import Block, ConvLayer, DepthwiseConv, Downsample, LinearAttention, Mlp, Stage, Stem
 from mila_mm.nn.plain import why_not_plain
 from mila_mm.nn.step_weights import Castable, Casted
 from mila_mm.ops import why_not_triton_stencil
@@ -54,6 +54,7 @@ def _inspect(prefix: str, owner: nn.Module, parts: Any, found: dict[str, Tensor]
         module, path = modules.get(name), prefix + name
         if (reason := why_not_plain(path, module, kind)) is not None:
             return reason
+        assert module is not None
         inner = _INNER.get(name)
         reason = _read(path, module, found) if inner is None else _inspect(f'{path}.', module, inner, found)
         if reason is not None:
@@ -67,10 +68,15 @@ def parameters_of(block: nn.Module) -> tuple[Tensor, ...] | str:
     reason = why_not_plain('block', block, Block) or _inspect('', block, _PARTS, found)
     if reason is not None:
         return reason
+    assert isinstance(block, Block) and isinstance(block.attn, LinearAttention)
     if block.attn.backend == 'reference':
         return "attn_backend='reference'"
     drop = block._modules['drop_path']
-    if type(drop) not in (DropPath, nn.Identity) or why_not_plain('drop_path', drop, type(drop)) is not None:
+    if (
+        drop is None
+        or type(drop) not in (DropPath, nn.Identity)
+        or why_not_plain('drop_path', drop, type(drop)) is not None
+    ):
         return f'drop_path is a {type(drop).__name__}, or has hooks'
     params = tuple(found[name] for name in block_node.PARAMETERS)
     if block.dwc.kernel_size != (3, 3) or params[4].shape[0] != params[4].shape[1]:
@@ -83,30 +89,48 @@ def parameters_of(block: nn.Module) -> tuple[Tensor, ...] | str:
 
 def _layers_of(module: nn.Module | None, kind: type[nn.Module]) -> list[ConvLayer] | None:
     """The convolutions of a stem or downsampling in their order; None where somebody has changed or hooked one."""
-    if type(module) is not kind:
+    if module is None or type(module) is not kind:
         return None
-    layers: list[ConvLayer] = []
+    found: list[nn.Module | None] = []
     for child in module._modules.values():
         if type(child) is ConvLayer:
-            layers.append(child)
-        elif why_not_plain('', child, nn.Sequential) is None:
-            layers.extend(child._modules.values())
+            found.append(child)
+        elif child is not None and why_not_plain('', child, nn.Sequential) is None:
+            found.extend(child._modules.values())
         else:
             return None
-    for layer in layers:
-        if why_not_plain('', layer, ConvLayer) is not None or not _plain_convolution(layer._modules['conv']):
+    layers: list[ConvLayer] = []
+    for layer in found:
+        if why_not_plain('', layer, ConvLayer) is not None:
             return None
+        assert isinstance(layer, ConvLayer)
+        if not _plain_convolution(layer._modules['conv']):
+            return None
+        layers.append(layer)
     return layers
 
 
 def _plain_convolution(conv: nn.Module | None) -> bool:
-    if why_not_plain('', conv, nn.Conv2d) is not None:
+    if conv is None or why_not_plain('', conv, nn.Conv2d) is not None:
         return False
     weight, bias = conv._parameters['weight'], conv._parameters['bias']
     if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)):
         return False
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     return dense and weight.dtype == torch.float32
+
+
+class Walked(Protocol):
+    """What the passes of a trunk are prepared from."""
+
+    fused: Any
+    layers: nn.ModuleList
+    patch_embed: nn.Module
+
+
+def stages_of(trunk: Walked) -> Iterable[Stage]:
+    """The stages of a trunk; each may stand in a wrapper, which hands its attributes on."""
+    return cast('Iterable[Stage]', trunk.layers)
 
 
 class Pass:
@@ -128,7 +152,7 @@ class Pass:
         self._blocks = blocks
         self._convolutions = convolutions
 
-    def convolutions_of(self, module: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
+    def convolutions_of(self, module: nn.Module | None) -> list[tuple[Tensor, Tensor | None]] | None:
         """What the layers of a stem or a downsampling take in place of their convolutions' parameters."""
         return self._convolutions.get(id(module))
 
@@ -148,7 +172,8 @@ class Pass:
                 x = self._node(block, x, height, width)
         return x
 
-    def _node(self, block: Block, x: Tensor, height: int, width: int) -> Tensor:
+    def _node(self, block: nn.Module, x: Tensor, height: int, width: int) -> Tensor:
+        assert isinstance(block, Block) and isinstance(block.attn, LinearAttention)
         params, products, scales = self._blocks[id(block)]
         setting = block_node.Setting(height, width, block.attn.num_heads, block.norm1.eps, block.norm2.eps, self._dtype)
         return block_node.run(x, block_node.Call(products, scales, setting), params)
@@ -168,7 +193,7 @@ class FastPath:
     def __reduce__(self) -> tuple[type[FastPath], tuple[()]]:
         return FastPath, ()
 
-    def prepare(self, trunk: nn.Module, image: Tensor) -> Pass | None:
+    def prepare(self, trunk: Walked, image: Tensor) -> Pass | None:
         """Cast the weights of a pass of ``trunk`` over an image; None where all runs module by module."""
         if not _may_be_a_node(image):
             return None
@@ -176,8 +201,8 @@ class FastPath:
         dtype = image.dtype if low is None else low
         if trunk.fused == 'auto' and not _wins(trunk, image, dtype):
             return None
-        chosen: list[tuple[Block, tuple[Tensor, ...]]] = []
-        for stage in trunk.layers:
+        chosen: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
+        for stage in stages_of(trunk):
             for block in stage.blocks:
                 params = parameters_of(block)
                 if isinstance(params, str):
@@ -200,14 +225,14 @@ class FastPath:
 
     def _cast(
         self,
-        chosen: list[tuple[Block, tuple[Tensor, ...]]],
+        chosen: list[tuple[nn.Module, tuple[Tensor, ...]]],
         convolutions: dict[int, list[tuple[Tensor, Tensor | None]]],
         dtype: torch.dtype,
     ) -> list[Tensor]:
         """Cast what products and convolutions take, in their order."""
         others = [p for pairs in convolutions.values() for pair in pairs for p in pair if p is not None]
         key = (*(id(p) for _, params in chosen for p in params), *map(id, others))
-        if key != self._key:
+        if key != self._key or self._castable is None:
             # The old ones are alive as long as they are kept here, so that no new one can have their id.
             parts = [part for _, params in chosen for part in _products_of(params)]
             self._castable, self._key = Castable([*parts, *((p,) for p in others)]), key
@@ -228,10 +253,11 @@ def _may_be_a_node(image: Tensor) -> bool:
     return image.device.type in ('cpu', 'cuda') and forward_ad._current_level < 0 and not hooked
 
 
-def _wins(trunk: nn.Module, image: Tensor, dtype: torch.dtype) -> bool:
+def _wins(trunk: Walked, image: Tensor, dtype: torch.dtype) -> bool:
     """Where nodes are taken unasked: with the kernels on a GPU, and in 16 bits on a CPU."""
     if image.is_cuda:
-        return why_not_triton_stencil(trunk.layers[0].blocks[0].norm1.weight[None, None]) is None
+        first: Any = next(iter(stages_of(trunk))).blocks[0]
+        return why_not_triton_stencil(first.norm1.weight[None, None]) is None
     return dtype in _LOW
 
 
@@ -240,10 +266,12 @@ def _products_of(params: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     return [params[4:6], params[6:8], *((p,) for p in (*params[10:12], *params[14:16], *params[20:24]))]
 
 
-def _convolutions_of(trunk: nn.Module) -> dict[int, list[tuple[Tensor, Tensor | None]]]:
+def _convolutions_of(trunk: Walked) -> dict[int, list[tuple[Tensor, Tensor | None]]]:
     """Weights and biases of the convolutions of stem and downsamplings, of those that nobody has changed."""
     found = {}
-    for module, kind in [(trunk.patch_embed, Stem), *((stage.downsample, Downsample) for stage in trunk.layers)]:
+    parts: list[tuple[nn.Module | None, type[nn.Module]]] = [(trunk.patch_embed, Stem)]
+    parts += [(stage.downsample, Downsample) for stage in stages_of(trunk)]
+    for module, kind in parts:
         layers = _layers_of(module, kind)
         if layers is not None:
             found[id(module)] = [(layer.conv.weight, layer.conv.bias) for layer in layers]
@@ -260,7 +288,7 @@ def _casted(pairs: list[tuple[Tensor, Tensor | None]], values: Iterator[Tensor])
     return [(next(given), None if bias is None else next(given)) for _, bias in pairs]
 
 
-def _scales(blocks: list[Block], image: Tensor, dtype: torch.dtype) -> list[tuple[Tensor | None, Tensor | None]]:
+def _scales(blocks: list[nn.Module], image: Tensor, dtype: torch.dtype) -> list[tuple[Tensor | None, Tensor | None]]:
     """What stochastic depth multiplies the branches of each block by, (B,), drawn at once for all of them."""
     drops = [block._modules['drop_path'] for block in blocks]
     rates = [drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
@@ -270,11 +298,13 @@ def _scales(blocks: list[Block], image: Tensor, dtype: torch.dtype) -> list[tupl
         return result
     keep = _kept_share(tuple(rates[i] for i in dropping), image.device).expand(-1, image.shape[0])
     scales = torch.bernoulli(keep)
-    if drops[dropping[0]].scale_by_keep:
+    first = drops[dropping[0]]
+    assert isinstance(first, DropPath)
+    if first.scale_by_keep:
         scales.div_(keep)
-    scales = scales.to(dtype).unbind(0)
+    branches = scales.to(dtype).unbind(0)
     for place, i in enumerate(dropping):
-        result[i] = scales[2 * place], scales[2 * place + 1]
+        result[i] = branches[2 * place], branches[2 * place + 1]
     return result
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mila_mm.nn.plain import why_not_plain
@@ -53,10 +54,15 @@ def add_branch(branch: Tensor, shortcut: Tensor) -> Tensor:
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution with bias on tokens, 3x3 unless said otherwise."""
 
+    bias: Tensor  # there is always one
+
     def __init__(self, dim: int, kernel_size: int = 3) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
-    def forward(self, x: Tensor, height: int, width: int, residual: bool = False) -> Tensor:
+    # its input is tokens, not an image
+    def forward(  # type: ignore[override]
+        self, x: Tensor, height: int, width: int, residual: bool = False
+    ) -> Tensor:
         """Return conv(x), or x + conv(x) if ``residual``; x and the result (B, H * W, C)."""
         weight = self.weight
         # x + conv(x) is the convolution with 1 added to its middle tap: one pass over memory less. Not in 16 bits or
@@ -64,7 +70,7 @@ class DepthwiseConv(nn.Conv2d):
         inside = residual and _full_precision(x) and weight.dtype == x.dtype
         if inside:
             middle = torch.zeros(self.kernel_size, dtype=weight.dtype, device=weight.device)
-            middle[self.padding] = 1
+            middle[tuple(size // 2 for size in self.kernel_size)] = 1
             weight = weight + middle
         y = to_tokens(F.conv2d(to_image(x, height, width), weight, self.bias, padding=self.padding, groups=self.groups))
         return x + y if residual and not inside else y
@@ -95,23 +101,25 @@ class ConvLayer(nn.Module):
         self.norm = None if norm_layer is None else norm_layer(out_channels)
         self.act = act
 
-    def _folds(self) -> bool:
+    def _folded(self) -> _BatchNorm | None:
+        """The norm, where it goes into the weights."""
         norm = self.norm
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training:
-            return False
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.conv, norm))
-        return norm.running_var is not None and norm.weight is not None and not hooked
+        if not isinstance(norm, _BatchNorm) or norm.training or norm.running_var is None or norm.weight is None:
+            return None
+        return None if any(m._forward_hooks or m._forward_pre_hooks for m in (self.conv, norm)) else norm
 
     def forward(self, x: Tensor, params: Parameters | None = None) -> Tensor:
         """Apply the layer; ``params`` are weight and bias of the convolution where they have been cast already."""
-        conv, norm = self.conv, self.norm
-        if self._folds():
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+        conv, norm, folded = self.conv, self.norm, self._folded()
+        if folded is not None:
+            mean, variance = folded.running_mean, folded.running_var
+            assert mean is not None and variance is not None
+            scale = folded.weight * (variance + folded.eps).rsqrt()
+            shift = -mean if conv.bias is None else conv.bias - mean
             x = F.conv2d(
                 x,
                 conv.weight * scale.to(conv.weight.dtype)[:, None, None, None],
-                (norm.bias + shift * scale).to(conv.weight.dtype),
+                (folded.bias + shift * scale).to(conv.weight.dtype),
                 conv.stride,
                 conv.padding,
                 conv.dilation,

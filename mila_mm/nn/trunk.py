@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mila_mm.arch import Arch, resolve_arch
-from mila_mm.nn.fast_path import FastPath, Pass
+from mila_mm.nn.fast_path import FastPath, Pass, stages_of
 from mila_mm.nn.layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
 from mila_mm.ops.attention.op import BACKENDS
 
@@ -107,6 +107,7 @@ class Trunk(nn.Module):
         recompute = bool(self.with_cp) and torch.is_grad_enabled()
         params = None if prepared is None else prepared.convolutions_of(stage.downsample)
         options = {} if params is None else {'params': params}
+        assert stage.downsample is not None
         return stage.downsample(x, height, width, recompute, **options)
 
     def run_blocks(self, stage: Stage, x: Tensor, height: int, width: int, prepared: Pass | None = None) -> Tensor:
@@ -140,7 +141,7 @@ class Trunk(nn.Module):
         prepared = self.prepare(x)
         x, height, width = self.embed(x, prepared)
         maps = {}
-        for i, stage in enumerate(self.layers):
+        for i, stage in enumerate(stages_of(self)):
             x = self.run_blocks(stage, x, height, width, prepared)
             if i in self.out_indices:
                 y = getattr(self, f'norm{i}')(x).unflatten(1, (height, width)).permute(0, 3, 1, 2)
