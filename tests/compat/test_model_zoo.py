@@ -77,3 +77,21 @@ def test_names_and_paths() -> None:
     assert zoo.find_config('mask_rcnn_mila_nano_shapes') == zoo.find_config('demo/mask_rcnn_mila_nano_shapes')
     assert zoo.find_config('../setup') is None
     assert zoo.find_config('/etc/passwd') is None
+
+
+def test_a_published_address_has_one_place_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmengine.runner import load_checkpoint
+
+    from mila_mm.weights import PUBLISHED, loaders
+
+    asked = []
+
+    def local_path(name: str, **_: object) -> Path:
+        asked.append(name)
+        raise UserError('stop')
+
+    monkeypatch.setattr(loaders, 'local_path', local_path)
+    for address in (PUBLISHED['mask-rcnn-tiny-3x'].url, 'https://elsewhere.org/a.pth'):
+        with pytest.raises(UserError, match='stop'):
+            load_checkpoint(None, address)
+    assert asked == ['mila://mask-rcnn-tiny-3x', 'https://elsewhere.org/a.pth']
