@@ -78,7 +78,8 @@ lint: $(READY)
 	$(BIN)/mypy
 
 GPU_TESTS = tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py tests/ops/test_stencil_gpu.py \
-  tests/ops/test_gated_gpu.py tests/ops/test_rows_gpu.py tests/ops/test_down_gpu.py tests/ops/test_mlp_gpu.py
+  tests/ops/test_gated_gpu.py tests/ops/test_rows_gpu.py tests/ops/test_down_gpu.py tests/ops/test_mlp_gpu.py \
+  tests/nn/test_block_node_gpu.py
 GPU_BENCHMARKS = attention_op block_fusions backbone
 
 # Everything that a GPU has to show: correctness of the op, then its speed. Needs torch, triton, numpy and pytest only,

@@ -1,12 +1,15 @@
-"""A whole MILA backbone on a GPU: step time and peak memory, against a transcription, eager and compiled.
+"""A whole MILA backbone on a GPU: step time, kernels and peak memory, against a transcription and other backbones.
 
     python -m benchmarks.backbone                             # MILA-T, to benchmarks/results/backbone.json
     python -m benchmarks.backbone --resume                    # what an interrupted run has not measured
     python -m benchmarks.report benchmarks/results/backbone.json
 
-Training is forward and backward under autocast, without an optimizer. ``ours-fused`` is ours with ``fused=True``. All
-share their weights, and their outputs are compared before any timing. Needs neither mmengine nor mmcv:
-:class:`MILATrunk` is ``mila_mm.MILA`` without the contract of OpenMMLab.
+Training is forward and backward under autocast, without an optimizer; by wall clock, and by the replay of a CUDA graph
+of the same step, which is the device's own time. ``ours`` is ours as it comes, ``ours-fused`` has a block's three parts
+fused and ``ours-modules`` nothing; ``ours-compiled`` goes through torch.compile, ``ours-graphs`` is launched from CUDA
+graphs (``graph_backbone``). All share their weights, and their outputs are compared before any timing. ResNet-50,
+Swin-T and ConvNeXt-T are timm's, where it is installed. Needs neither mmengine nor mmcv: :class:`MILATrunk` is
+``mila_mm.MILA`` without the contract of OpenMMLab.
 """
 
 from __future__ import annotations
@@ -27,10 +30,13 @@ from benchmarks.transcription import TranscribedMILA
 
 # Root mean square difference between the maps of two implementations in one dtype.
 LIMITS = {'bf16': 5e-2, 'fp16': 1e-2, 'fp32': 1e-4}
+PARTS = ('cpe_norm', 'dwc_silu', 'projections')
+OURS = {'ours': 'auto', 'ours-fused': PARTS, 'ours-modules': False, 'ours-compiled': 'auto', 'ours-graphs': 'auto'}
+PEERS = {'resnet50': 'resnet50', 'swin-t': 'swin_tiny_patch4_window7_224', 'convnext-t': 'convnext_tiny'}
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
 
 
-def trunk(arch: str, backend: str, fused: bool = False) -> nn.Module:
+def trunk(arch: str, backend: str, fused: Any = 'auto') -> nn.Module:
     """``MILATrunk``, also on a machine that has no timm."""
     if importlib.util.find_spec('timm') is None:
         names = ('timm', 'timm.layers', 'timm.models', 'timm.models._features')
@@ -44,8 +50,16 @@ def trunk(arch: str, backend: str, fused: bool = False) -> nn.Module:
     return MILATrunk(arch, attn_backend=backend, fused=fused)
 
 
+def peer(name: str) -> nn.Module:
+    """A backbone of timm that returns its maps, for any size of image."""
+    import timm
+
+    options = {'strict_img_size': False} if name == 'swin-t' else {}
+    return timm.create_model(PEERS[name], pretrained=False, features_only=True, **options).cuda()
+
+
 def models(arch: str, names: list[str], backend: str) -> dict[str, nn.Module]:
-    """The implementations on the GPU, with the same weights."""
+    """The implementations on the GPU; all of MILA with the same weights."""
     torch.manual_seed(0)
     eager = TranscribedMILA(arch).cuda()
     made: dict[str, nn.Module] = {}
@@ -53,10 +67,17 @@ def models(arch: str, names: list[str], backend: str) -> dict[str, nn.Module]:
         if name == 'eager':
             made[name] = eager
             continue
-        model = TranscribedMILA(arch) if name == 'compiled' else trunk(arch, backend, name == 'ours-fused')
+        if name in PEERS:
+            made[name] = peer(name)
+            continue
+        model = TranscribedMILA(arch) if name == 'compiled' else trunk(arch, backend, OURS[name])
         model.load_state_dict(eager.state_dict())
         model.cuda()
-        made[name] = torch.compile(model, dynamic=False) if name == 'compiled' else model
+        if name == 'ours-graphs':
+            from mila_mm.nn.cuda_graphs import BackboneGraphs
+
+            model.forward = BackboneGraphs(model)
+        made[name] = torch.compile(model, dynamic=False) if name in ('compiled', 'ours-compiled') else model
     return made
 
 
@@ -90,14 +111,33 @@ def measure_one(model: nn.Module, size: tuple[int, int, int], dtype: torch.dtype
         torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
         model.zero_grad(set_to_none=True)
 
+    def captured() -> None:
+        with torch.autocast('cuda', dtype, enabled=cast, cache_enabled=False):
+            maps = model(image)
+        torch.autograd.grad(maps, list(model.parameters()), [torch.ones_like(x) for x in maps], allow_unused=True)
+
+    graphed = 'forward' in vars(model)  # from graphs already, which hold no others
     model.eval()
     result: dict[str, Any] = {
         'forward': measure.timed(forward),
-        'forward_graph': measure.timed_graph(forward),
+        'forward_graph': None if graphed else measure.timed_graph(forward),
+        'forward_kernels': measure.kernel_count(forward),
         'forward_peak_bytes': measure.peak_bytes(forward),
     }
     model.train()
-    return result | {'both': measure.timed(both), 'both_graph': None, 'both_peak_bytes': measure.peak_bytes(both)}
+    return result | {
+        'both': measure.timed(both),
+        'both_graph': None if graphed else measure.timed_graph(captured),
+        'both_kernels': measure.kernel_count(both),
+        'both_peak_bytes': measure.peak_bytes(both),
+    }
+
+
+def spent(times: dict[str, Any], key: str) -> str:
+    """Milliseconds by wall clock and of the device, and kernels, as far as they are known."""
+    graph, kernels = times.get(f'{key}_graph'), times.get(f'{key}_kernels')
+    device = '' if graph is None else f', device {graph["median"]:.2f}'
+    return f'wall {times[key]["median"]:.2f} ms{device}' + ('' if kernels is None else f', {kernels} kernels')
 
 
 def measure_rows(args: argparse.Namespace, dtype_name: str, result: measure.Result) -> None:
@@ -115,7 +155,7 @@ def measure_rows(args: argparse.Namespace, dtype_name: str, result: measure.Resu
     made = models(args.arch, ['eager', *(name for name in wanted if name != 'eager')], args.backend)
     for name, rows in wanted.items():
         model = made[name]
-        error = 0.0 if name == 'eager' else difference(model, made['eager'], dtype)
+        error = 0.0 if name == 'eager' or name in PEERS else difference(model, made['eager'], dtype)
         correct = error <= LIMITS[dtype_name]
         print(f'{dtype_name} {name}: differs by {error:.1e}{"" if correct else " TOO MUCH, not timed"}')
         for row in rows:
@@ -130,7 +170,7 @@ def measure_rows(args: argparse.Namespace, dtype_name: str, result: measure.Resu
                     + (
                         'out of memory'
                         if times is None
-                        else f'forward {times["forward"]["median"]:.2f} ms, both {times["both"]["median"]:.2f} ms, '
+                        else f'forward {spent(times, "forward")}, both {spent(times, "both")}, '
                         f'peak {times["both_peak_bytes"] / 2**30:.2f} GiB'
                     )
                 )
@@ -146,8 +186,8 @@ def main() -> int:
     parser.add_argument(
         '--implementations',
         nargs='+',
-        default=['ours', 'ours-fused', 'eager', 'compiled'],
-        choices=['eager', 'compiled', 'ours', 'ours-fused'],
+        default=[*OURS, 'eager', 'compiled', *(PEERS if importlib.util.find_spec('timm') else ())],
+        choices=['eager', 'compiled', *OURS, *PEERS],
     )
     parser.add_argument('--backend', default='triton', choices=['triton', 'reference'], help='of ours')
     parser.add_argument('--out', type=Path, default=measure.RESULTS / 'backbone.json')

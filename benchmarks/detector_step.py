@@ -4,9 +4,9 @@
     python -m benchmarks.detector_step --image 96 128 --runs 2 --narrow --threads 2  # a trial on a CPU
 
 mmdet's Mask R-CNN with FPN on random images with eight boxes and masks each: preprocessing, forward, losses, backward
-and AdamW, under autocast unless fp32 is asked for; no data loading, no distribution. ResNet-50 and Swin-T are mmdet's,
-ConvNeXt-T is timm's as it comes. All start from random weights. The rounds go through all backbones in turn, so that a
-machine that slows down slows all of them; each figure is the median of its rounds.
+and fused AdamW, under autocast unless fp32 is asked for; no data loading, no distribution. ResNet-50 and Swin-T are
+mmdet's, ConvNeXt-T is timm's as it comes. All start from random weights. The rounds go through all backbones in turn,
+so that a machine that slows down slows all of them; each figure is the median of its rounds.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BACKBONES: dict[str, dict[str, Any]] = {
     'MILA-T': dict(backbone=dict(type='mila_mm.MILA', arch='tiny', drop_path_rate=0.1), widths=[64, 128, 256, 512]),
+    'MILA-T-modules': dict(
+        backbone=dict(type='mila_mm.MILA', arch='tiny', drop_path_rate=0.1, fused=False), widths=[64, 128, 256, 512]
+    ),
+    'MILA-T-graphs': dict(
+        backbone=dict(type='mila_mm.MILA', arch='tiny', drop_path_rate=0.1), widths=[64, 128, 256, 512], graphs=True
+    ),
     'ResNet-50': dict(
         backbone=dict(
             type='ResNet',
@@ -106,9 +112,13 @@ class Trainee:
         torch.manual_seed(0)
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
         self.model = MODELS.build(cfg.model).to(self.device).train()
+        if choice.get('graphs') and self.device == 'cuda':
+            from mila_mm.nn.cuda_graphs import BackboneGraphs
+
+            self.model.backbone.forward = BackboneGraphs(self.model.backbone)
         if args.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=self.device == 'cuda')
         self.wrapper = (
             OptimWrapper(optimizer) if args.dtype == 'fp32' else AmpOptimWrapper(args.dtype, optimizer=optimizer)
         )
@@ -159,6 +169,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             # Beyond what all the models hold together: parameters and the optimizer's state of one are added again.
             held = sum(x.numel() * x.element_size() for x in trainee.model.parameters())
             rows[name]['peak_bytes'] = measure.peak_bytes(trainee.step) + 3 * held
+            rows[name]['kernels'] = measure.kernel_count(trainee.step)
     for _ in range(args.runs):
         for name, trainee in trainees.items():
             times[name].append(trainee.step())
@@ -185,14 +196,14 @@ def table(document: dict[str, Any]) -> str:
         f'{" x ".join(map(str, first["image"]))}, B={first["batch"]}, {first["dtype"]}'
         + (', heads narrowed for a trial' if first['narrow_heads'] else ''),
         '',
-        '| backbone | parameters of the detector | ms a step | images/s | peak GiB |',
-        '| --- ' * 5 + '|',
+        '| backbone | parameters of the detector | ms a step | images/s | kernels a step | peak GiB |',
+        '| --- ' * 6 + '|',
     ]
     for row in document['rows']:
         peak = f'{row["peak_bytes"] / 2**30:.2f}' if 'peak_bytes' in row else 'not measured'
         lines.append(
             f'| {row["backbone"]} | {row["parameters"] / 1e6:.1f} M | {row["ms"]:.1f} | '
-            f'{row["images_per_second"]:.2f} | {peak} |'
+            f'{row["images_per_second"]:.2f} | {row.get("kernels", "not counted")} | {peak} |'
         )
     return '\n'.join(lines)
 

@@ -118,6 +118,17 @@ def timed_graph(function: Callable[[], object]) -> dict[str, float] | None:
     return timed(graph.replay)
 
 
+def kernel_count(function: Callable[[], object]) -> int:
+    """Kernels, copies and fills that a call launches."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
 def peak_bytes(function: Callable[[], object]) -> int:
     """Memory that a call allocates beyond what was there, at its peak."""
     function()

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-IMPLEMENTATIONS = ('eager', 'compiled', 'ours', 'ours-fused')
+IMPLEMENTATIONS = (
+    *('eager', 'compiled', 'ours', 'ours-fused', 'ours-modules', 'ours-compiled', 'ours-graphs'),
+    *('resnet50', 'swin-t', 'convnext-t'),
+)
 PASSES = (('forward', 'forward'), ('both', 'forward + backward'))
 # The goals, all in bf16 at 800 x 1280. From batch 4 on: percent of the copy bandwidth in stages 1 to 3, and how many
 # times faster than eager all attentions of MILA-T are together (its blocks by stage). At batch 2: how many times faster
