@@ -167,8 +167,8 @@ def _in_order(first: list[Tensor], last: list[Tensor], params: tuple[Tensor, ...
         casts = _ops().cast_all(casts, params[4].dtype)
     joint, qk, out, *mlp = casts
     channels = params[4].shape[0]
-    joint = (*joint.split(channels), *first[5].split(channels))
-    return *first[:4], *joint, *first[6:8], qk, first[9], *first[10:12], out, first[13], *last[:4], *mlp
+    halves = (*joint.split(channels), *first[5].split(channels))
+    return *first[:4], *halves, *first[6:8], qk, first[9], *first[10:12], out, first[13], *last[:4], *mlp
 
 
 class Call(NamedTuple):

@@ -196,13 +196,13 @@ class BackboneGraphs:
     def keep_accumulated(self) -> None:
         """Move gradients that lie in the graphs' memory and are to be added to: a replay writes there."""
         held = [
-            p for p, g in zip(self._params, self.grads, strict=True)
+            (p, p.grad) for p, g in zip(self._params, self.grads, strict=True)
             if g is not None and p.grad is not None and p.grad.data_ptr() == g.data_ptr()
         ]  # fmt: skip
         if held:
-            copies = [torch.empty_like(p.grad) for p in held]
-            torch._foreach_copy_(copies, [p.grad for p in held])
-            for p, copy in zip(held, copies, strict=True):
+            copies = [torch.empty_like(grad) for _, grad in held]
+            torch._foreach_copy_(copies, [grad for _, grad in held])
+            for (p, _), copy in zip(held, copies, strict=True):
                 p.grad = copy
 
     def _capture(self, x: Tensor, training: bool, low: torch.dtype | None) -> _Shape:
@@ -249,7 +249,7 @@ class BackboneGraphs:
 
     def _differentiate(self, shape: _Shape, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The backward of a graph: into memory that all shapes share, since a backward is read before the next."""
-        wanted = [p for p in self._params if p.requires_grad]
+        wanted: list[Tensor] = [p for p in self._params if p.requires_grad]
         results = [g for g in self.grads if g is not None]
         if shape.grad_image is not None:
             wanted, results = [*wanted, shape.image], [*results, shape.grad_image]

@@ -171,5 +171,6 @@ def mlp(
     if any(parameter.dtype != x.dtype for parameter in parameters):
         raise ValueError(f'mlp: expected parameters of dtype {x.dtype}, as x is, got {[p.dtype for p in parameters]}')
     if plain_operators(x, backend):
-        return mlp_reference(x, *parameters, shortcut, scale)
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+        return mlp_reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, shortcut, scale)
     return torch.ops.mila_mm.mlp_forward(x, *parameters, shortcut, scale)

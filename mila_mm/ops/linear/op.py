@@ -59,7 +59,7 @@ def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     sizes = [t.numel() for t in tensors]
     flat = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
     results = [piece.view(t.shape) for piece, t in zip(flat.split(sizes), tensors, strict=True)]
-    torch._foreach_copy_(results, tensors)
+    torch._foreach_copy_(results, list(tensors))
     return results
 
 
