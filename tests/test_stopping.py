@@ -1,5 +1,6 @@
 """Signals that ask a training to stop."""
 
+import argparse
 import json
 import os
 import signal
@@ -188,6 +189,29 @@ def test_a_rank_that_had_nothing_to_save_ends_the_job(monkeypatch, capfd) -> Non
 
     assert cli.execute(stopped) == EXIT_REQUEUE
     assert 'before the training began' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'variables',
+    [
+        dict(SLURM_PROCID='1', SLURM_NTASKS='2'),
+        dict(RANK='1', WORLD_SIZE='2'),
+        dict(OMPI_COMM_WORLD_RANK='3'),
+        dict(RANK='x'),
+    ],
+)
+def test_a_single_process_is_no_rank_whatever_its_environment_says(monkeypatch, capfd, variables) -> None:
+    """As each process of a sweep under srun."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def stopped(_) -> None:
+        cli.export_local_rank(argparse.Namespace(local_rank=0, launcher='none'))
+        raise Stopped(signal.SIGTERM, 'run/stop_iter_7.pth')
+
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    assert cli.execute(stopped) == 75
+    assert capfd.readouterr().err == 'stopped by SIGTERM: --resume continues from run/stop_iter_7.pth\n'
 
 
 def test_after_the_stop_has_been_saved_repeated_signals_change_nothing() -> None:

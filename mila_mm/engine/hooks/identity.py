@@ -50,11 +50,13 @@ class RunIdentityHook(Hook):
         Raises:
             UserError: If something has been changed and is not named.
         """
-        if not getattr(runner, '_resume', False) or 'optimizer' not in checkpoint:
+        if not getattr(runner, '_resume', False):
             return
         meta = checkpoint.get('meta')
         said = meta.get('run') if isinstance(meta, dict) else None
         self._record = RunRecord.of(checkpoint) or RunRecord()
+        if 'optimizer' not in checkpoint:
+            return  # refused by ResumeStateHook
         self._settings, self._fresh = Settings.of(runner), Fresh(runner)
         before = Settings.read(said)
         found = {} if before is None else changes(before, self._settings)

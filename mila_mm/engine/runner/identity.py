@@ -17,6 +17,8 @@ from mila_mm.files import read_small, write_whole
 
 RECORD = 'run.json'
 CHANGES = ('lr', 'optimizer', 'schedule', 'batch', 'world_size', 'accumulation', 'epoch_length')
+# The learning rate is compared as it was built; the others say how torch computes, not what.
+_NO_SETTINGS = ('lr', 'fused', 'foreach', 'capturable')
 _SHOWN = 200
 _MAX_RECORD = 2**24  # bytes: a line for each start
 
@@ -55,7 +57,7 @@ class Settings:
         by_iteration = isinstance(loop, IterBasedTrainLoop)
         rates = {group.get('initial_lr', group['lr']) for group in groups(wrapper)}
         options = runner.cfg.get('optim_wrapper') or {}
-        optimizer = {key: value for key, value in (options.get('optimizer') or {}).items() if key != 'lr'}
+        optimizer = {key: value for key, value in (options.get('optimizer') or {}).items() if key not in _NO_SETTINGS}
         schedule = runner.cfg.get('param_scheduler') or []
         batch = getattr(loader, 'batch_size', None) or getattr(loader.batch_sampler, 'batch_size', None)
         return cls(
