@@ -291,7 +291,7 @@ def _casted(pairs: list[tuple[Tensor, Tensor | None]], values: Iterator[Tensor])
 def _scales(blocks: list[nn.Module], image: Tensor, dtype: torch.dtype) -> list[tuple[Tensor | None, Tensor | None]]:
     """What stochastic depth multiplies the branches of each block by, (B,), drawn at once for all of them."""
     drops = [block._modules['drop_path'] for block in blocks]
-    rates = [getattr(drop, 'drop_prob', 0.0) if drop.training else 0.0 for drop in drops]
+    rates = [getattr(drop, 'drop_prob', 0.0) if drop is not None and drop.training else 0.0 for drop in drops]
     dropping = [i for i, rate in enumerate(rates) if rate > 0]
     result: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(blocks)
     if not dropping:
