@@ -7,6 +7,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
+from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 
 from mila_mm.engine.config.build_errors import plain_failures
@@ -35,6 +36,7 @@ def test(
     tta: bool = False,
     launcher: str = 'none',
     check: bool = True,
+    hooks: Sequence[Hook] = (),
     cfg_options: Sequence[str] = (),
 ) -> dict[str, float]:
     """Test a checkpoint as a config's ``test_dataloader`` and ``test_evaluator`` say.
@@ -50,6 +52,7 @@ def test(
         tta: Whether to use the config's ``tta_model`` and ``tta_pipeline``. Defaults to False.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
         check: Whether to check config and data before the first image. Defaults to True.
+        hooks: More hooks, such as one that keeps the predictions. Defaults to none.
         cfg_options: Overrides as ``key.of.entry=value``.
 
     Raises:
@@ -81,8 +84,8 @@ def test(
     with plain_failures():
         runner = build_runner(cfg)
         runner.register_hook(SummaryHook())
-        if checking is not None:
-            runner.register_hook(checking)
+        for hook in (*hooks, *([checking] if checking is not None else [])):
+            runner.register_hook(hook)
         with naming_parts(runner):
             return runner.test()
 

@@ -80,7 +80,9 @@ def _check_split(cfg: Config, key: str, stage: str, scope: str, effort: Effort, 
         with building(key), DATASETS.switch_scope_and_registry(scope) as registry:
             dataset = registry.build(cfg[f'{stage}_dataloader']['dataset'])
     except UserError as fault:
-        if not report.of('error'):  # what was found is the reason, and says it better
+        if 'need at least one array' in str(fault):  # mmengine packs an empty list
+            report.add([error(key, 'finds no image that it can use: wrong folder or suffix?')])
+        elif not report.of('error'):  # what was found is the reason, and says it better
             report.add([error('', str(fault))])
         return
     report.add(judge_built(cfg, dataset, key, stage, scope, effort, report))

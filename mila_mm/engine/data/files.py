@@ -15,7 +15,7 @@ from mila_mm.datasets.checks.coco_annotations import UnreadableError, check_entr
 from mila_mm.datasets.checks.findings import ERROR, Finding, Report, error
 from mila_mm.datasets.checks.needs import Needs
 from mila_mm.datasets.checks.survival import Filter, count_survivors, judge_survivors
-from mila_mm.engine.data.metrics import metrics_of
+from mila_mm.engine.data.metrics import COCO_METRICS, metrics_of
 from mila_mm.engine.data.splits import Split, filters_as_coco, is_coco, kind_name
 
 
@@ -72,7 +72,7 @@ def _needs(cfg: Config, split: Split) -> Needs:
     masks, evaluation = split.reads_masks, False
     if split.stage != 'train':
         for _, metric in metrics_of(cfg, split.stage):
-            if kind_name(metric) == 'CocoMetric' and metric.get('ann_file'):
+            if kind_name(metric) in COCO_METRICS and metric.get('ann_file'):
                 evaluation = True
                 wanted = metric.get('metric', 'bbox')
                 masks = masks or 'segm' in ([wanted] if isinstance(wanted, str) else list(wanted or ()))

@@ -13,6 +13,8 @@ from mila_mm.engine.config.checks import check_work_dir
 from mila_mm.engine.data.splits import Split, kind_name
 from mila_mm.errors import UserError
 
+# CocoMetric and those that evaluate the same files the same way.
+COCO_METRICS = ('CocoMetric', 'CocoFastMetric', 'FasterCocoMetric', 'CocoOccludedSeparatedMetric')
 _PREFIXES = ('outfile_prefix', 'out_file_path')
 _FOLDERS = ('output_dir',)
 
@@ -51,7 +53,7 @@ def _same_file(key: str, metric: dict[str, Any], own: Sequence[Split]) -> list[F
     name = metric.get('ann_file')
     if not isinstance(name, str) or not name or '://' in name or len(own) != 1 or own[0].local_ann_file is None:
         return []
-    if kind_name(metric) not in ('CocoMetric', 'LVISMetric', 'CocoPanopticMetric', 'CocoOccludedSeparatedMetric'):
+    if kind_name(metric) not in (*COCO_METRICS, 'LVISMetric', 'CocoPanopticMetric'):
         return []
     read, compared = own[0].local_ann_file, Path(name)
     if read.suffix != compared.suffix or _real(read) == _real(compared):
@@ -73,7 +75,7 @@ def _masks(key: str, metric: dict[str, Any], model: Any) -> list[Finding]:
     wanted = metric.get('metric', ())
     wanted = [wanted] if isinstance(wanted, str) else wanted or ()
     parts = {name: part for name, part in model.items() if name not in ('data_preprocessor', 'backbone', 'init_cfg')}
-    if 'segm' not in wanted or kind_name(metric) not in ('CocoMetric', 'LVISMetric') or 'mask' in repr(parts).lower():
+    if 'segm' not in wanted or kind_name(metric) not in (*COCO_METRICS, 'LVISMetric') or 'mask' in repr(parts).lower():
         return []
     return [
         error(f'{key}.metric', f"asks for 'segm', but the model ({kind_name(model)}) predicts no masks: metric='bbox'")
@@ -81,7 +83,7 @@ def _masks(key: str, metric: dict[str, Any], model: Any) -> list[Finding]:
 
 
 def _format_only(key: str, metric: dict[str, Any]) -> list[Finding]:
-    if metric.get('format_only') and kind_name(metric) == 'CocoMetric' and not metric.get('outfile_prefix'):
+    if metric.get('format_only') and kind_name(metric) in COCO_METRICS and not metric.get('outfile_prefix'):
         return [error(f'{key}.outfile_prefix', 'is not set, and format_only=True writes results there')]
     return []
 

@@ -1,0 +1,95 @@
+"""Batches as the model sees them, augmented and normalised, drawn with their boxes, masks and label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, VISUALIZERS
+
+from mila_mm.engine.config.build_errors import building
+from mila_mm.engine.config.load import scope_of
+from mila_mm.engine.runner.runner import Runner
+from mila_mm.errors import UserError
+
+
+def browse(cfg: Config, stage: str, number: int, out: Path | None, show: bool) -> list[Path]:
+    """Draw the first samples of a split.
+
+    Args:
+        cfg: A config.
+        stage: 'train', 'val' or 'test'.
+        number: Samples to draw.
+        out: Folder for the pictures, None for none.
+        show: Whether to open a window for each.
+
+    Returns:
+        The pictures that were written.
+
+    Raises:
+        UserError: If the split or its data does not work.
+    """
+    loader_config = cfg.get(f'{stage}_dataloader')
+    if not isinstance(loader_config, dict):
+        raise UserError(f'--split {stage}: the config has no {stage}_dataloader')
+    scope = scope_of(cfg)
+    cfg.setdefault('default_scope', scope)
+    loader_config = {**loader_config, 'num_workers': 0, 'persistent_workers': False}
+    loader_config.pop('prefetch_factor', None)
+    with MODELS.switch_scope_and_registry(scope) as models, VISUALIZERS.switch_scope_and_registry(scope) as visualizers:
+        loader = Runner.build_dataloader(loader_config)
+        with building('model.data_preprocessor'):
+            config = (
+                cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or dict(type='BaseDataPreprocessor')
+            )
+            preprocessor = models.build(config)
+        kind = 'DetLocalVisualizer' if scope == 'mmdet' else 'SegLocalVisualizer'
+        visualizer = visualizers.build(dict(type=kind, name=f'browse_{stage}'))
+    dataset = loader.dataset
+    visualizer.dataset_meta = dataset.metainfo
+    written: list[Path] = []
+    for index, (image, sample) in enumerate(_samples(loader, preprocessor, stage == 'train')):
+        if index == number:
+            break
+        path = None if out is None else out / f'{index:03}_{Path(str(sample.get("img_path", "image"))).stem}.png'
+        visualizer.add_datasample(
+            f'{stage} {index}',
+            image,
+            data_sample=sample,
+            draw_gt=True,
+            draw_pred=False,
+            show=show,
+            out_file=None if path is None else str(path),
+        )
+        written += [path] if path is not None else []
+    return written
+
+
+def _samples(loader: Any, preprocessor: Any, training: bool) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yield the images (H, W, 3) uint8 RGB and samples of batches, after the preprocessor and its augmentations."""
+    for batch in loader:
+        seen = preprocessor(batch, training)
+        for image, sample in zip(seen['inputs'], seen['data_samples'], strict=True):
+            yield as_rgb(image, preprocessor), _drawable(sample)
+
+
+def as_rgb(image: torch.Tensor, preprocessor: Any) -> np.ndarray:
+    """Take back the normalisation; what a preprocessor does not turn to RGB was loaded as BGR."""
+    image = image.detach().cpu().float()
+    if getattr(preprocessor, '_enable_normalize', False):
+        image = image * preprocessor.std.cpu() + preprocessor.mean.cpu()
+    pixels = image.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    turned = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))
+    return np.ascontiguousarray(pixels if turned else pixels[..., ::-1])
+
+
+def _drawable(sample: Any) -> Any:
+    """Give the visualizer plain tensors for boxes."""
+    instances = sample.get('gt_instances')
+    if instances is not None and 'bboxes' in instances and hasattr(instances.bboxes, 'tensor'):
+        instances.bboxes = instances.bboxes.tensor
+    return sample.cpu()

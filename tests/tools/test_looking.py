@@ -1,0 +1,117 @@
+"""mila browse and mila analyze: pictures of what goes in, and of what came out."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mila_mm.engine.analysis.detections import Image, Objects, summarise
+from mila_mm.engine.analysis.label_maps import confusion_of, intersection_over_union, per_class
+from mila_mm.engine.data.browse import as_rgb
+
+
+@pytest.mark.parametrize('kind', ['detector', 'segmentor'])
+def test_browse_draws_what_the_model_sees(command, request, workspace, kind) -> None:
+    config = request.getfixturevalue(kind)
+    ended = command('browse.py', config, '--number', '3', '--out', 'seen')
+    assert ended.status == 0, ended.err
+    pictures = sorted((workspace / 'seen').iterdir())
+    assert len(pictures) == 3
+    assert all(cv2.imread(str(picture)) is not None for picture in pictures)
+
+
+@pytest.mark.parametrize('turned', [True, False])
+def test_pictures_have_the_colours_of_the_file(turned) -> None:
+    from mmdet.models import DetDataPreprocessor
+
+    loaded = np.zeros((8, 8, 3), np.uint8)
+    loaded[..., 0] = 200  # blue, as OpenCV loads it
+    options = dict(mean=[10.0, 20.0, 30.0], std=[2.0, 3.0, 4.0], bgr_to_rgb=turned)
+    preprocessor = DetDataPreprocessor(**options)
+    seen = preprocessor({'inputs': [torch.from_numpy(loaded).permute(2, 0, 1)], 'data_samples': None}, True)
+    assert (as_rgb(seen['inputs'][0], preprocessor) == (0, 0, 200)).all()
+
+
+def test_browse_refuses_what_it_cannot_show(command, refused, detector, monkeypatch) -> None:
+    monkeypatch.delenv('DISPLAY', raising=False)
+    monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
+    refused(command('browse.py', detector, '--show'), 'display')
+    refused(command('browse.py', detector, '--number', '0'), '--number')
+
+
+def test_analyze_a_detector(command, detector, trained_detector, workspace) -> None:
+    ended = command('analyze.py', detector, trained_detector, '--out', 'out', '--worst', '1', '--score-thr', '0.01')
+    assert ended.status == 0, ended.err
+    report = json.loads((workspace / 'out/analysis.json').read_text())
+    assert set(report['AP by class']) == {'circle', 'square', 'triangle', 'star', 'cross', 'ring'}
+    page = (workspace / 'out/index.html').read_text()
+    for name in ('confusion.png', 'precision_recall.png', 'errors.png'):
+        assert f'src="{name}"' in page
+        assert cv2.imread(str(workspace / 'out' / name)) is not None
+    assert len(list((workspace / 'out/worst').iterdir())) == 1
+
+
+def test_analyze_a_segmentor(command, segmentor, trained_segmentor, workspace) -> None:
+    ended = command('analyze.py', segmentor, trained_segmentor, '--out', 'out', '--worst', '1')
+    assert ended.status == 0, ended.err
+    report = json.loads((workspace / 'out/analysis.json').read_text())
+    ious = [row['iou'] for row in report['IoU by class'].values()]
+    assert 100 * np.nanmean(ious) == pytest.approx(report['metrics']['mIoU'], abs=0.02)
+    assert len(list((workspace / 'out/worst').iterdir())) == 1
+
+
+def objects(*boxes: tuple[float, ...], labels: tuple[int, ...], scores: tuple[float, ...] = ()) -> Objects:
+    count = len(boxes)
+    return Objects(
+        np.asarray(boxes, float).reshape(-1, 4),
+        np.asarray(labels, int),
+        np.asarray(scores or [1.0] * count, float),
+        np.zeros(count, bool),
+    )
+
+
+def test_each_kind_of_error_is_told_from_the_others() -> None:
+    truth = objects((0, 0, 10, 10), (20, 20, 30, 30), (50, 50, 60, 60), (80, 80, 90, 90), labels=(0, 1, 0, 1))
+    found = objects(
+        (0, 0, 10, 10),  # a hit
+        (0, 0, 10, 10),  # found twice
+        (20, 20, 30, 30),  # of another class
+        (56, 50, 66, 60),  # beside its object
+        (86, 80, 96, 90),  # beside, and of another class
+        (200, 200, 210, 210),  # on nothing
+        labels=(0, 0, 0, 0, 0, 1),
+        scores=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+    )
+    summary = summarise([Image('a.jpg', (256, 256), truth, found)], ('a', 'b'), 0.3, masks=False)
+    assert dict(summary.kinds) == {
+        'duplicate': 1,
+        'class': 1,
+        'location': 1,
+        'class and location': 1,
+        'background': 1,
+        'missed': 2,
+    }
+    assert summary.confusion.tolist() == [[1, 0, 1], [1, 0, 1], [3, 1, 0]]
+    assert summary.kinds_by_size['small'] == summary.kinds
+    assert summary.errors == [7]
+
+
+def test_average_precision_of_perfect_and_of_no_detections() -> None:
+    truth = objects((0, 0, 40, 40), (50, 50, 90, 90), labels=(0, 1))
+    perfect = summarise([Image('a.jpg', (99, 99), truth, truth)], ('a', 'b', 'c'), 0.3, masks=False)
+    assert perfect.per_class['a']['ap'] == pytest.approx(1) and perfect.per_class['b']['ap50'] == pytest.approx(1)
+    assert np.isnan(perfect.per_class['c']['ap'])
+    assert perfect.by_size['medium'] == pytest.approx(1) and np.isnan(perfect.by_size['large'])
+    assert not perfect.kinds
+    nothing = summarise([Image('a.jpg', (99, 99), truth, objects(labels=()))], ('a', 'b', 'c'), 0.3, masks=False)
+    assert nothing.per_class['a']['ap'] == 0 and nothing.kinds == {'missed': 2}
+
+
+def test_pixels_of_no_class_do_not_count() -> None:
+    truth, found = np.array([[0, 0, 1, 255]]), np.array([[0, 1, 1, 1]])
+    confusion = confusion_of(truth, found, 3)
+    assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert intersection_over_union(confusion)[:2].tolist() == [0.5, 0.5]
+    assert np.isnan(per_class(confusion, ('a', 'b', 'c'))['c']['iou'])
