@@ -73,7 +73,7 @@ def _detections(hook: CollectHook, out: Path, worst: int, score_thr: float) -> t
         (
             'errors.png',
             'Kinds after TIDE (Bolya et al., ECCV 2020): right place but wrong class; wrong place (IoU 0.1 to 0.5); '
-            'both; found twice; background; missed. By size of the box: small below 32 x 32 pixels, large from 96 x 96.',
+            'both; found twice; background; missed. By size of the box: small below 32 x 32 pixels, large from 96.',
         ),
     ]
     order = sorted(range(len(hook.images)), key=lambda index: -summary.errors[index])[:worst]
