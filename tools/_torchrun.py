@@ -35,13 +35,13 @@ def children() -> list[int]:
     return found
 
 
-def signal_children(signum: int) -> bool:
-    """Send a signal to the processes of this machine; tell whether there are any."""
+def signal_children(signum: int) -> int:
+    """Send a signal to the processes of this machine; return how many there are."""
     found = children()
     for pid in found:
         with suppress(ProcessLookupError):
             os.kill(pid, signum)
-    return bool(found)
+    return len(found)
 
 
 class Launcher:
@@ -58,10 +58,13 @@ class Launcher:
     def hear(self, signum: int) -> float | None:
         """Pass a signal on; where there are no processes yet, end. Return when to end in any case."""
         self.asked.append(signum)
-        if not signal_children(signum):
+        count = signal_children(signum)
+        if not count:
             sys.stderr.write(self.nothing_begun())
             sys.stderr.flush()
             os._exit(exit_code_of(signum))
+        if len(self.asked) == 1:  # a process that hangs cannot say so itself
+            self.say(f'{self.name()}: passed on to {count} process{"es" if count > 1 else ""}')
         if signum != signal.SIGINT:
             deadline = time.monotonic() + grace_of(signum) + _LATE
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)

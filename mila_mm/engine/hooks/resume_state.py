@@ -82,7 +82,9 @@ class ResumeStateHook(Hook):
         if checkpoint.get('validated_iter', at) == at:
             return
         if is_finished(runner):
-            runner.logger.info(f'the run had come to its end at iteration {runner.iter}: nothing is left to do')
+            runner.logger.warning(
+                f'--resume: the run had come to its end at iteration {runner.iter}: nothing is left to do'
+            )
         elif hasattr(loop, 'validation_is_due') and loop.validation_is_due():
             # the log and the best checkpoint shall say what they would have said
             runner.message_hub.update_info_dict(checkpoint['shown'])
