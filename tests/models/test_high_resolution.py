@@ -39,11 +39,13 @@ def test_checkpointing_changes_nothing(with_cp, amp, weighted_sum, same_gradient
             torch.testing.assert_close(y, x, rtol=0, atol=0)
 
 
-def saved_bytes(with_cp):
+def saved_bytes(with_cp, monkeypatch):
     """What stays allocated between forward and backward, beyond the parameters."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
+    # newer torch looks at what it has drawn, which fake tensors have not; the values do not matter here
+    monkeypatch.setattr(nn.init, 'trunc_normal_', lambda tensor, **_: tensor)
     with FakeTensorMode():
         model = MILA(**SMALL, with_cp=with_cp).train()
         image = torch.randn(1, 3, 256, 256)
@@ -56,8 +58,8 @@ def saved_bytes(with_cp):
     return next(iter(snapshot.values()))['Total']
 
 
-def test_checkpointing_stores_less():
-    plain, block, stage = (saved_bytes(with_cp) for with_cp in (False, 'block', 'stage'))
+def test_checkpointing_stores_less(monkeypatch):
+    plain, block, stage = (saved_bytes(with_cp, monkeypatch) for with_cp in (False, 'block', 'stage'))
     assert stage < block < 0.6 * plain
 
 
