@@ -201,7 +201,7 @@ def _check_size(size: tuple[int, int], dynamic: bool, batch: int) -> None:
 
 
 def _check_options(deployed: Deployed, format: str, precision: str, dynamic: bool) -> None:
-    if type(deployed.core).__name__ != 'DINODetector':
+    if not deployed.fixed:
         return
     if precision == 'fp16':
         raise UserError('--precision fp16: DINO computes positions in fp32; export it in fp32')

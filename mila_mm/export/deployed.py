@@ -26,6 +26,7 @@ class Deployed(nn.Module):
         kind: 'detector', 'segmentor' or 'classifier'.
         input_names: 'image', uint8 RGB (B, H, W, 3), and for a detector 'size', int64 (B, 2): height and width of the
             content at the top left; the rest is taken for padding.
+        fixed: Whether it can only be traced, for one size and in fp32.
         output_names: Of the results, in their order.
 
     Raises:
@@ -38,6 +39,7 @@ class Deployed(nn.Module):
         super().__init__()
         source = deployable(model)
         self.kind, self.core = _core(source, pasted, logits)
+        self.fixed = bool(getattr(self.core, 'fixed', False))
         preprocessor = source.data_preprocessor
         self.preprocess = Preprocess(preprocessor, _divisor(preprocessor))
         self.half_precision = precision == 'fp16'

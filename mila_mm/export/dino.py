@@ -21,6 +21,8 @@ class DINODetector(nn.Module):
         UserError: If its head has no exported form.
     """
 
+    fixed = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         head = model.bbox_head
@@ -63,9 +65,10 @@ class DINODetector(nn.Module):
             features.append(feature.flatten(2).transpose(1, 2))
             positions.append(position + model.level_embed[level])
             masks.append(mask.flatten(1))
-            shapes.append(torch._shape_as_tensor(feature)[2:])
+            shapes.append([feature.shape[2], feature.shape[3]])
             ratios.append(model.get_valid_ratio(mask))
-        spatial_shapes = torch.stack(shapes).to(x.device)
+        # Constants: mmdet's attention cuts the features by them, so that a graph is for one size.
+        spatial_shapes = torch.tensor(shapes, device=x.device)
         areas = spatial_shapes.prod(1).cumsum(0)[:-1]
         common = {
             'spatial_shapes': spatial_shapes,

@@ -93,12 +93,28 @@ def program(model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool) -> Expor
 
 
 def _write_onnx(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
-    recorded = program(model, inputs, dynamic)
     names = {'input_names': list(model.input_names), 'output_names': list(model.output_names)}
+    if model.fixed:
+        _write_trace(path, model, inputs, metadata, names)
+        return
+    recorded = program(model, inputs, dynamic)
     with _quiet():
         graph = torch.onnx.export(recorded, dynamo=True, verbose=False, **names)
         graph.model.metadata_props[METADATA_KEY] = metadata
         graph.save(path, external_data=False)
+
+
+def _write_trace(
+    path: Path, model: Deployed, inputs: tuple[Tensor, ...], metadata: str, names: dict[str, list[str]]
+) -> None:
+    """Through a trace, for what torch.export does not take: sizes that mmdet reads from tensors."""
+    import onnx
+
+    with torch.no_grad(), _quiet():
+        torch.onnx.export(model, inputs, str(path), dynamo=False, opset_version=18, **names)
+    graph = onnx.load(str(path))
+    onnx.helper.set_model_props(graph, {METADATA_KEY: metadata})
+    onnx.save(graph, str(path))
 
 
 def _load_onnx(path: Path, model: Deployed, threads: int) -> Run:
