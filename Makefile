@@ -95,8 +95,9 @@ gpu-check:
 	  if [ $$status -gt $$worst ]; then worst=$$status; fi; \
 	done; exit $$worst
 
-# What a GPU has to show of training: memory, throughput of a detector against other backbones, 500 steps in each precision.
+# What a GPU has to show of training: a stop under NCCL, memory, throughput of a detector against other backbones, 500 steps in each precision.
 gpu-scale: $(READY)
+	$(BIN)/python -m pytest -m gpu tests/faults/test_cluster.py
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.memory --docs
 	$(BIN)/python -m benchmarks.tiled && $(BIN)/python -m benchmarks.tiled --docs

@@ -56,7 +56,7 @@ class Cluster:
     Attributes:
         folder: Where everything is written.
         config: The config.
-        launcher: 'srun' or 'nodes'.
+        launcher: 'srun', 'nodes', or 'one' for a node with one process.
         answers: Seconds from SIGTERM to the first byte, by phase.
         ends: Seconds from SIGTERM to the end of the last launcher, by phase.
     """
@@ -91,8 +91,9 @@ class Cluster:
             command = ['bash', ROOT / 'tools/slurm_train.sh', 'gpu', 'job', self.config, work_dir, '--resume']
             return [self.launch(command, env, port)]
         command = ['bash', ROOT / 'tools/dist_train.sh', self.config, '1', *options]
-        nodes = [0] if phase == 'rendezvous' else [0, 1]
-        env |= {'NNODES': '2', 'MASTER_ADDR': '127.0.0.1', 'PORT': port}
+        nodes = [0] if phase == 'rendezvous' or self.launcher == 'one' else [0, 1]
+        count = '1' if self.launcher == 'one' else '2'
+        env |= {'NNODES': count, 'MASTER_ADDR': '127.0.0.1', 'PORT': port}
         return [self.launch(command, env | {'NODE_RANK': str(node)}, port, node) for node in nodes]
 
     def launch(self, command: Sequence[Any], env: dict[str, str], port: str, node: int = 0) -> Process:

@@ -26,6 +26,13 @@ def test_preempted_it_answers_and_ends_with_75_everywhere(clusters, tmp_path, la
     clusters.Cluster(folder, clusters.prepare(folder, 8), launcher).preempt('run', phase)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('phase', ['step', 'saving'])
+def test_under_nccl_on_one_gpu(clusters, tmp_path, phase) -> None:
+    folder = tmp_path / 'job'
+    clusters.Cluster(folder, clusters.prepare(folder, 8), 'one').preempt('run', phase)
+
+
 @pytest.mark.parametrize(
     ('task', 'status'),
     [
