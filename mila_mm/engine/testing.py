@@ -15,6 +15,8 @@ from mila_mm.engine.config.checks import check_data, check_work_dir
 from mila_mm.engine.config.load import load_config, refuse_old, scope_of
 from mila_mm.engine.config.prepare import fetch_weights, prepare, prepare_launch, set_work_dir
 from mila_mm.engine.data.first_step import naming_parts
+from mila_mm.engine.data.metrics import COCO_METRICS, metrics_of
+from mila_mm.engine.data.splits import kind_name
 from mila_mm.engine.hooks.check_data import checked_start
 from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
 from mila_mm.engine.runner.runner import build_runner
@@ -76,6 +78,7 @@ def test(
     if show or show_dir is not None:
         _add_drawing(cfg, scope, show, show_dir, wait_time)
     checking = checked_start(cfg, ['test'], scope, launcher) if check else None
+    _tell_by_class(cfg)
     if tta:
         _use_tta(cfg)
     fetch_weights(cfg)
@@ -92,6 +95,13 @@ def test(
 
 # pytest would take a function of this name for a test wherever it is imported
 test.__test__ = False  # type: ignore[attr-defined]
+
+
+def _tell_by_class(cfg: Config) -> None:
+    """Let COCO's metric print the AP of each class, as that of segmentors prints each class's IoU."""
+    for _, metric in metrics_of(cfg, 'test'):
+        if kind_name(metric) in COCO_METRICS:
+            metric.setdefault('classwise', True)
 
 
 def _add_dump(cfg: Config, scope: str, out: str) -> None:
