@@ -36,6 +36,7 @@ PARAMETERS = (
 )
 """What a node takes behind its first two arguments, and the order of its gradients."""
 
+_STENCILS = (*range(4), 8, 9, 12, 13, *range(16, 20))  # of PARAMETERS: convolutions and norms, read as they are
 _EPS, _ROPE_BASE = 1e-6, 1e4  # the defaults of mila_attention
 
 
@@ -117,29 +118,32 @@ def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _mix_backward(
     grad: Tensor,
     saved: tuple[Tensor, ...],
-    weights: Products,
+    weights: tuple[Tensor, ...],
     params: tuple[Tensor, ...],
     scale: Tensor | None,
     setting: Setting,
+    master: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, of the stencils and norm before the attention and in it, and of the first products: from x2's.
 
-    Those of weights are in the dtype of the products, for the caller to cast, those of biases in the parameters'.
+    Those of weights are in the dtype of the products, for the caller to cast, those of biases in ``master``, that of
+    the parameters. ``weights`` are those of joint, qk and out, ``params`` of cpe1, norm1, dwc and lepe.
     """
     ops, size = _ops(), setting[:2]
     x, x1, mean, rstd, y1, joint, u, qk, a, state, key_mean = saved
     u0, gate = joint.chunk(2, dim=-1)
-    channels, dtype = u.shape[-1], params[4].dtype
+    channels = u.shape[-1]
+    joint_weight, qk_weight, out_weight = weights
 
-    grad_a, *grads_out = ops.linear_backward(_scaled(grad, scale, setting.dtype), a, weights.out_weight, dtype)
+    grad_a, *grads_out = ops.linear_backward(_scaled(grad, scale, setting.dtype), a, out_weight, master)
     grad_qk, grad_u, *grads_lepe, grad_gate = ops.attention_backward(
-        grad_a, qk, u, *params[12:14], gate, state, key_mean, *size, setting.num_heads, _EPS, _ROPE_BASE
+        grad_a, qk, u, *params[6:8], gate, state, key_mean, *size, setting.num_heads, _EPS, _ROPE_BASE
     )
-    grad_u.view(-1, channels).addmm_(grad_qk.view(-1, 2 * channels), weights.qk_weight)
-    _, *grads_qk = ops.linear_backward(grad_qk, u, None, dtype)
-    grad_u0, *grads_dwc = ops.dwc_silu_backward(grad_u, u0, *params[8:10], *size)
+    grad_u.view(-1, channels).addmm_(grad_qk.view(-1, 2 * channels), qk_weight)
+    _, *grads_qk = ops.linear_backward(grad_qk, u, None, master)
+    grad_u0, *grads_dwc = ops.dwc_silu_backward(grad_u, u0, *params[4:6], *size)
     grad_joint = torch.cat((grad_u0, grad_gate), dim=-1)
-    grad_y1, *grads_joint = ops.linear_backward(grad_joint, y1, weights.joint_weight, dtype)
+    grad_y1, *grads_joint = ops.linear_backward(grad_joint, y1, joint_weight, master)
     grad_x, *grads_cpe = ops.cpe_norm_backward(grad, grad_y1, x, *params[:4], x1, mean, rstd, *size)
     return grad_x, *grads_cpe, *grads_joint, *grads_dwc, *grads_qk, *grads_lepe, *grads_out
 
@@ -147,26 +151,26 @@ def _mix_backward(
 def _feed_forward_backward(
     grad: Tensor,
     saved: tuple[Tensor, ...],
-    weights: Products,
+    weights: tuple[Tensor, ...],
     params: tuple[Tensor, ...],
     scale: Tensor | None,
     setting: Setting,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x2, of stencil and norm, and of the MLP in the dtype of the products: from the block's result's."""
+    """Gradients of x2, of stencil and norm (``params``), and of the MLP in its weights' dtype, from the result's."""
     ops = _ops()
     x, x3, mean, rstd, y2 = saved
-    grad_y2, *grads_mlp = ops.mlp_backward(grad, y2, *weights[6:10], scale)
-    grad_x, *grads_cpe = ops.cpe_norm_backward(grad, grad_y2, x, *params[16:20], x3, mean, rstd, *setting[:2])
+    grad_y2, *grads_mlp = ops.mlp_backward(grad, y2, *weights, scale)
+    grad_x, *grads_cpe = ops.cpe_norm_backward(grad, grad_y2, x, *params, x3, mean, rstd, *setting[:2])
     return grad_x, *grads_cpe, *grads_mlp
 
 
-def _in_order(first: list[Tensor], last: list[Tensor], params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients of all parameters in their order and dtypes, from those of the two halves."""
+def _in_order(first: list[Tensor], last: list[Tensor], master: torch.dtype) -> tuple[Tensor, ...]:
+    """Gradients of all parameters in their order and dtype, from those of the two halves."""
     casts = [first[4], first[8], first[12], *last[4:8]]
-    if casts[0].dtype != params[4].dtype:
-        casts = _ops().cast_all(casts, params[4].dtype)
+    if casts[0].dtype != master:
+        casts = _ops().cast_all(casts, master)
     joint, qk, out, *mlp = casts
-    channels = params[4].shape[0]
+    channels = joint.shape[1]
     halves = (*joint.split(channels), *first[5].split(channels))
     return *first[:4], *halves, *first[6:8], qk, first[9], *first[10:12], out, first[13], *last[:4], *mlp
 
@@ -209,19 +213,24 @@ class BlockNode(torch.autograd.Function):
         x2, kept1 = mix(x, weights, params, scale1, setting)
         out, kept2 = feed_forward(x2, weights, params, scale2, setting)
         ctx.setting = setting
-        ctx.save_for_backward(*kept1, *kept2, *weights, scale1, scale2, *params)
+        # Of the parameters behind the products and of the first three biases nobody asks for values.
+        ctx.master = params[4].dtype
+        ctx.save_for_backward(
+            *kept1, *kept2, *weights[:6:2], *weights[6:], scale1, scale2, *(params[i] for i in _STENCILS)
+        )
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x and of all parameters."""
         saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
-        weights, (scale1, scale2), params = Products(*saved[16:26]), saved[26:28], saved[28:]
-        given = grad
+        weights, (scale1, scale2), params, given = saved[16:23], saved[23:25], saved[25:], grad
         with torch.no_grad(), as_written(grad):
-            grad, *last = _feed_forward_backward(grad.contiguous(), saved[11:16], weights, params, scale2, ctx.setting)
-            grad, *first = _mix_backward(grad, saved[:11], weights, params, scale1, ctx.setting)
-            grads = grad, *_in_order(first, last, params)
+            grad, *last = _feed_forward_backward(
+                grad.contiguous(), saved[11:16], weights[3:], params[8:], scale2, ctx.setting
+            )
+            grad, *first = _mix_backward(grad, saved[:11], weights[:3], params[:8], scale1, ctx.setting, ctx.master)
+            grads = grad, *_in_order(first, last, ctx.master)
         if torch.is_grad_enabled():  # create_graph=True
             grads = tuple(_FirstOrderOnly.apply(each, given, saved[0], *params) for each in grads)
         return grads[0], None, *grads[1:]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
 
 def why_not_plain(name: str, module: nn.Module | None, kind: type[nn.Module]) -> str | None:
     """Why the forward of a module has to be called, and not its parameters read; None where either will do."""

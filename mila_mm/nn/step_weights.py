@@ -54,8 +54,8 @@ class Castable:
         if not self._params:
             return [part[0] for part in self.parts]
         flat = torch.empty(sum(self._sizes), dtype=dtype, device=self._params[0].device)
-        torch._foreach_copy_(flat.split(self._sizes), self._read())
-        joint = iter(flat.split(self._joint_sizes))
+        torch._foreach_copy_(flat.split_with_sizes(self._sizes), self._read())
+        joint = iter(flat.split_with_sizes(self._joint_sizes))
         return [
             next(joint).as_strided(shape, part[0].stride()) if copied else part[0]
             for part, shape, copied in zip(self.parts, self.shapes, self._copied, strict=True)

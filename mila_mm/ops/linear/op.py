@@ -58,7 +58,7 @@ def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Cast contiguous tensors at once, into one buffer."""
     sizes = [t.numel() for t in tensors]
     flat = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
-    results = [piece.view(t.shape) for piece, t in zip(flat.split(sizes), tensors, strict=True)]
+    results = [piece.view(t.shape) for piece, t in zip(flat.split_with_sizes(sizes), tensors, strict=True)]
     torch._foreach_copy_(results, list(tensors))
     return results
 
