@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mila_mm import cli
+from mila_mm import cli, zoo
 from mila_mm.errors import UserError
 
 _PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
@@ -44,7 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(name, [each.rpartition('/')[2] for each in tools], n=3)
         hint = f'did you mean {", ".join(near)}?' if near else f'mila run {args.package} lists them'
         raise UserError(f'{args.package} has no tool {args.tool}; {hint}')
-    run_tool(path, args.arguments)
+    run_tool(path, [_as_path(word) for word in args.arguments])
+
+
+def _as_path(word: str) -> str:
+    """Return the file where an argument is the name of one of this package's configs, which upstream does not know."""
+    own = None if Path(word).exists() else zoo.find_config(word)
+    return word if own is None else str(own)
 
 
 def tools_of(package: str) -> dict[str, Path]:

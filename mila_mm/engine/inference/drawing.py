@@ -17,6 +17,9 @@ from mmengine.structures import BaseDataElement
 if TYPE_CHECKING:
     import supervision
 
+# On a smaller picture, in pixels of its shorter side, names would hide what they name.
+_NAMED = 160
+_SMALLEST_TEXT = 0.35
 _DEFAULTS = {'mmdet': 'mmdet.DetLocalVisualizer', 'mmseg': 'mmseg.SegLocalVisualizer'}
 
 
@@ -59,21 +62,30 @@ class SupervisionDrawing:
         colors = (
             sv.ColorPalette([sv.Color(*map(int, color)) for color in palette]) if palette else sv.ColorPalette.DEFAULT
         )
-        self._classes = classes
+        self._classes, self._colors = classes, colors
         self._masks = sv.MaskAnnotator(colors, opacity=0.45)
-        self._boxes = sv.BoxAnnotator(colors, thickness=2)
-        self._labels = sv.LabelAnnotator(colors, smart_position=True)
 
     def __call__(self, image: np.ndarray, sample: BaseDataElement, score_thr: float) -> np.ndarray:
         """Return the picture (H, W, 3) uint8, BGR, with what was predicted on it."""
+        import supervision as sv
+
         found = detections(sample, score_thr)
-        names = [
-            f'{self._classes[label]} {score:.2f}' for label, score in zip(found.class_id, found.confidence, strict=True)
-        ]
+        found = found[np.argsort(found.confidence)]  # the surest on top
+        height, width = image.shape[:2]
+        side = min(height, width)
+        thickness = max(1, sv.calculate_optimal_line_thickness((width, height)))
         drawn = image.copy()
         if found.mask is not None:
             drawn = self._masks.annotate(drawn, found)
-        return self._labels.annotate(self._boxes.annotate(drawn, found), found, names)
+        drawn = sv.BoxAnnotator(self._colors, thickness=thickness if side >= _NAMED else 1).annotate(drawn, found)
+        if side < _NAMED:
+            return drawn
+        names = [
+            f'{self._classes[label]} {score:.2f}' for label, score in zip(found.class_id, found.confidence, strict=True)
+        ]
+        scale = max(_SMALLEST_TEXT, sv.calculate_optimal_text_scale((width, height)))
+        labels = sv.LabelAnnotator(self._colors, text_scale=scale, text_padding=max(2, round(10 * scale)))
+        return labels.annotate(drawn, found, names)
 
 
 def detections(sample: BaseDataElement, score_thr: float) -> supervision.Detections:
