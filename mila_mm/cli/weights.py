@@ -1,9 +1,10 @@
-"""List, fetch, verify, inspect, export and strip weights, published and other ones.
+"""List, fetch, verify, inspect, gather, export and strip weights, published and other ones.
 
 mila weights list
 mila weights fetch tiny-in1k mask-rcnn-tiny-3x
 mila weights verify [NAME ...]
 mila weights inspect FILE
+mila weights gather FOLDER OUT.pth
 mila weights export FILE OUT.safetensors
 mila weights strip FILE OUT.pth
 """
@@ -128,6 +129,27 @@ def strip_file(args: argparse.Namespace) -> None:
     print(f'{args.out}: {after / 1e6:.1f} MB of {before / 1e6:.1f} MB')
 
 
+def gather_file(args: argparse.Namespace) -> None:
+    """Write one file out of the folder that the ranks of a training have written together."""
+    from pathlib import Path
+
+    import torch
+
+    from mila_mm.errors import printable_path
+    from mila_mm.files import replacing
+    from mila_mm.weights.file.sharded import is_sharded, read_whole
+    from mila_mm.weights.load import disarm
+
+    if not is_sharded(args.folder):
+        raise UserError(f'gather: {printable_path(args.folder)} is no folder of shards; other checkpoints are one file')
+    content = disarm(read_whole(args.folder, optimizer=args.all))
+    if not args.all:
+        content = {'meta': content.get('meta', {}), 'state_dict': content['state_dict']}
+    with replacing(Path(args.out)) as draft:
+        torch.save(content, draft)
+    print(f'{args.out}: {len(content["state_dict"])} tensors' + (', optimizer and schedules' if args.all else ''))
+
+
 def _required(names: Sequence[str], command: str) -> Sequence[str]:
     if not names:
         raise UserError(f'{command}: give at least one name, or --all; mila weights list shows them')
@@ -156,6 +178,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument('source', metavar='FILE', help='checkpoint of a training')
     command.add_argument('out', metavar='OUT', help='file to write, .pth')
     command.set_defaults(run=strip_file)
+    command = commands.add_parser('gather', help='one file out of a folder that the ranks of a training have written')
+    command.add_argument('folder', metavar='FOLDER', help='sharded checkpoint, iter_N.pth')
+    command.add_argument('out', metavar='OUT', help='file to write, .pth')
+    command.add_argument('--all', action='store_true', help='with the optimizer, to continue from [weights alone]')
+    command.set_defaults(run=gather_file)
     command = commands.add_parser('export', help='write for the released code, or as safetensors')
     command.add_argument('source', metavar='FILE', help='path, mila://name or address')
     command.add_argument('out', metavar='OUT', help='file to write: .pth or .safetensors')

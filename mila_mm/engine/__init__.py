@@ -17,7 +17,7 @@ from mila_mm.engine.optimizers.layer_decay import LayerDecayOptimWrapperConstruc
 from mila_mm.engine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mila_mm.engine.runner.runner import Runner, build_runner
 from mila_mm.engine.runner.sampler import ResumableBatchSampler
-from mila_mm.engine.runner.sharding import FullyShardedModel
+from mila_mm.engine.runner.sharded_model import FullyShardedModel
 from mila_mm.engine.testing import DumpSegResults, test
 from mila_mm.engine.training import train
 

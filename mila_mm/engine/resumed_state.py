@@ -63,7 +63,13 @@ def check_resumed(checkpoint: dict[str, Any], source: str) -> None:
     Raises:
         CheckpointError: If training cannot continue from it.
     """
-    meta = _mapping(checkpoint.get('meta'), f'{source}: meta')
+    absent = [name for name in ('meta', 'message_hub') if not checkpoint.get('meta') or name not in checkpoint]
+    if absent:
+        raise CheckpointError(
+            f'{source} holds weights but no state of a training run (no {absent[0]!r})\n'
+            'To start a new training from these weights: --cfg-options load_from=FILE'
+        )
+    meta = _mapping(checkpoint['meta'], f'{source}: meta')
     for name in ('epoch', 'iter'):
         count(meta.get(name), f'{source}: its meta.{name}')
     if meta.get('seed') is not None:
@@ -77,7 +83,7 @@ def check_resumed(checkpoint: dict[str, Any], source: str) -> None:
         count(position.get('batches'), f'{source}: its position.batches', length)
     if checkpoint.get('ema_state_dict') is not None:
         _check_averaged(checkpoint['ema_state_dict'], checkpoint.get('state_dict'), source)
-    hub = _mapping(checkpoint.get('message_hub', {}), f'{source}: its message_hub')
+    hub = _mapping(checkpoint['message_hub'], f'{source}: its message_hub')
     info = _mapping(hub.get('runtime_info', {}), f'{source}: its message_hub.runtime_info')
     earlier = checkpoint.get('named_best')
     checkpoint['named_best'] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mila_mm.weights import names
 from mila_mm.weights.errors import CheckpointError
-from mila_mm.weights.file.reader import read_file
+from mila_mm.weights.file.sharded import read_path
 from mila_mm.weights.report import LoadReport, MismatchError, advice, listed
 from mila_mm.weights.source.fetching import local_path
 from mila_mm.weights.source.published import SCHEME
@@ -34,7 +34,8 @@ def read_checkpoint(
     """Read weights by name, address or path, under the names of this package.
 
     Args:
-        source: ``mila://name``, an http(s) address, or a ``.pth`` or ``.safetensors`` file.
+        source: ``mila://name``, an http(s) address, a ``.pth`` or ``.safetensors`` file, or a folder that several
+            processes have written together.
         map_location: As for :func:`torch.load`. Defaults to the CPU.
         key: The entry that holds the state dict. Defaults to the first of ``state_dict``, ``model`` and
             ``state_dict_ema`` that there is.
@@ -51,7 +52,7 @@ def read_checkpoint(
         DownloadError: If it cannot be fetched.
     """
     mmap = str(source).startswith(SCHEME) if mmap is None else mmap
-    content = disarm(read_file(local_path(str(source)), map_location, mmap=mmap))
+    content = disarm(read_path(local_path(str(source)), map_location, mmap=mmap))
     state_dict, layout = names.unwrap(content, key=key, source=str(source))
     tensors, dropped = names.to_project(state_dict)
     rest = {name: value for name, value in content.items() if name != layout} if layout else {}

@@ -24,6 +24,7 @@ from mila_mm.errors import UserError
 from mila_mm.weights import names
 from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file.reader import read_file
+from mila_mm.weights.file.sharded import read_path
 from mila_mm.weights.load import disarm, load_backbone
 from mila_mm.weights.source.fetching import local_path
 from mila_mm.weights.source.published import PUBLISHED, SCHEME
@@ -77,7 +78,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it cannot be read safely.
     """
-    return _prepared(read_file(local_path(filename), map_location), filename)
+    return _prepared(read_path(local_path(filename), map_location), filename)
 
 
 def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None, progress: Any = None) -> Any:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,8 @@ from mmengine.runner import Runner
 
 from mila_mm.engine.resumed_state import check_resumed
 from mila_mm.engine.runner.own_checkpoints import is_of_run, new_run_id, own_best, own_steps, run_id_of
+from mila_mm.engine.runner.sharded_checkpoint import ShardedSaving, remove
+from mila_mm.engine.runner.sharded_model import FullyShardedModel
 from mila_mm.errors import UserError
 from mila_mm.files import UNFINISHED, replacing
 from mila_mm.registry import HOOKS
@@ -71,7 +74,7 @@ def remove_unfinished(folder: str | Path) -> None:
     """
     for pattern in (f'.*{UNFINISHED}', f'*.pth/.*{UNFINISHED}'):
         for path in Path(folder).glob(pattern):
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -99,7 +102,11 @@ class CheckpointHook(MMEngineCheckpointHook):
     and notes in a checkpoint whether its validation has been done and which run wrote it. A run that continues removes
     only what carries its id; what a resumed checkpoint lists is not believed.
 
-    Takes the arguments of :class:`mmengine.hooks.CheckpointHook`.
+    Args:
+        sharded: Whether the ranks of a model under ``fully_shard`` write their pieces themselves, into a folder,
+            instead of gathering them on rank 0. The best checkpoint is one file in any case. Defaults to False.
+        in_background: Whether training goes on while pieces are written. Defaults to False.
+        **kwargs: As for :class:`mmengine.hooks.CheckpointHook`.
     """
 
     saved_iter: int | None = None
@@ -109,6 +116,12 @@ class CheckpointHook(MMEngineCheckpointHook):
     _surplus: int | None = None
     _position: dict[str, int] | None = None
     _meta: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self, *args: Any, sharded: bool = False, in_background: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sharded = sharded or in_background
+        self.in_background = in_background
+        self._saving = ShardedSaving()
 
     @property
     def run_id(self) -> str | None:
@@ -165,6 +178,16 @@ class CheckpointHook(MMEngineCheckpointHook):
         checkpoint['meta']['run_id'] = self._run_id
         checkpoint['validated_iter'] = self._validated_iter
 
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Finish what was written in the background, and save where it is time."""
+        self._saving.poll()
+        super().after_train_iter(runner, *args, **kwargs)
+
+    def after_train(self, runner: Runner) -> None:
+        """Finish what is written in the background."""
+        self._saving.wait()
+        super().after_train(runner)
+
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Save the best checkpoint."""
         self._validated_iter = runner.iter
@@ -181,9 +204,12 @@ class CheckpointHook(MMEngineCheckpointHook):
         if self.saved_iter != meta['iter'] or not self.save_optimizer:
             options = dict(self.args, save_optimizer=True, save_param_scheduler=True)
             self._write(runner, STOPPED_TEMPLATE.format(meta['iter']), meta, by_epoch=False, **options)
+        self._saving.wait()
+        barrier()
         return str(self.last_ckpt)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, int]) -> None:
+        self._saving.wait()  # which removes what the one before has made superfluous
         self._surplus = None
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
@@ -194,13 +220,12 @@ class CheckpointHook(MMEngineCheckpointHook):
         meta = self._position or meta
         options = dict(save_optimizer=self.save_optimizer, save_param_scheduler=self.save_param_scheduler)
         self._write(runner, self.filename_tmpl.format(step), meta, by_epoch=self.by_epoch, **options, **self.args)
-        if is_main_process():
-            self._remove_surplus()
 
     def _remove_surplus(self) -> None:
         """Remove the regular checkpoint that the last one made superfluous."""
         if self._surplus is not None:
             self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(self._surplus)))
+            self._surplus = None
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         self._position = dict(epoch=runner.epoch, iter=runner.iter)
@@ -211,21 +236,33 @@ class CheckpointHook(MMEngineCheckpointHook):
             self._position = None
 
     def _write(self, runner: Runner, filename: str, meta: dict[str, int], **options: Any) -> None:
-        self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
+        before, self.last_ckpt = self.last_ckpt, self.file_backend.join_path(self.out_dir, filename)
+        again = self.saved_iter == meta['iter'] and self.last_ckpt == before
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         runner.call_hook('gather_for_checkpoint')
         self._meta = {key: meta[key] for key in ('epoch', 'iter')}
+        options.update(meta=meta, file_client_args=self.file_client_args, backend_args=self.backend_args)
+        done = partial(self._after_saving, runner, meta['iter'])
         try:
-            runner.save_checkpoint(
-                self.out_dir, filename, self.file_client_args, meta=meta, backend_args=self.backend_args, **options
-            )
+            if not self.sharded or not isinstance(runner.model, FullyShardedModel):
+                runner.save_checkpoint(self.out_dir, filename, **options)
+                barrier()  # where every rank writes its shard, nothing older may go before all have
+                if is_main_process():
+                    done()
+            elif again:  # for a best score: the tensors are those that are there
+                self._saving.wait()
+                runner.save_state(Path(self.last_ckpt), **options)
+            else:
+                runner.save_sharded(self._saving, Path(self.last_ckpt), done, self.in_background, **options)
         finally:
             self._meta = MappingProxyType({})
-        barrier()  # where every rank writes its shard, nothing older may go before all have
         self.saved_iter = meta['iter']
-        if is_main_process():
-            write_atomically(Path(runner.work_dir) / 'last_checkpoint', str(self.last_ckpt).encode())
-            self._remove_stopped(meta['iter'])
+
+    def _after_saving(self, runner: Runner, iteration: int) -> None:
+        """Remove what the checkpoint that is whole now makes superfluous; called on rank 0."""
+        write_atomically(Path(runner.work_dir) / 'last_checkpoint', str(self.last_ckpt).encode())
+        self._remove_stopped(iteration)
+        self._remove_surplus()
 
     def _remove_stopped(self, iteration: int) -> None:
         """Remove what earlier stops have saved, now that a later checkpoint is whole."""

@@ -11,10 +11,10 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mila_mm.engine.nested import tensors_in
 from mila_mm.engine.random_state import capture_random_state, restore_random_state
+from mila_mm.engine.runner.sharded_model import FullyShardedModel
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
 
@@ -220,7 +220,7 @@ class NonFiniteHook(Hook):
         Raises:
             UserError: If the model is sharded.
         """
-        if isinstance(runner.model, FullyShardedDataParallel):
+        if isinstance(runner.model, FullyShardedModel):
             raise UserError(
                 '--debug-nonfinite: expected a model whose parameters are whole, got one under FSDP\n'
                 'Run it without model_wrapper_cfg, on one process or under DDP.'

@@ -28,6 +28,7 @@ from mila_mm.files import read_small
 from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file import container
 from mila_mm.weights.file.reader import read_file
+from mila_mm.weights.file.sharded import STATE, ShardReader, is_sharded
 from mila_mm.weights.load import load_model, read_checkpoint
 from mila_mm.weights.report import LoadReport, MismatchError, listed
 
@@ -221,7 +222,7 @@ def _nothing_readable(work_dir: str, skipped: Sequence[Skipped]) -> str:
 
 def _position(path: Path) -> tuple[int, int, RunRecord | None]:
     """Return iteration, epoch and run of a checkpoint, reading only its small part where the format allows."""
-    file = _shards(path)[0] if path.is_dir() else path
+    file = _parts(path)[0]
     content = read_file(file, mmap=True)
     meta = content.get('meta') if isinstance(content, dict) else None
     if not isinstance(meta, dict) or 'message_hub' not in content:
@@ -236,7 +237,7 @@ def _position(path: Path) -> tuple[int, int, RunRecord | None]:
 
 def _check_whole(path: Path) -> None:
     """Compare the checksums of all that a checkpoint holds, which torch itself does not do."""
-    for file in _shards(path) if path.is_dir() else [path]:
+    for file in _parts(path):
         if container.check(file) != container.ZIP:
             continue
         try:
@@ -246,6 +247,15 @@ def _check_whole(path: Path) -> None:
             raise CheckpointError(f'{file}: damaged: {one_line(error)}') from error
         if damaged is not None:
             raise CheckpointError(f'{file}: damaged: the checksum of its record {damaged} is wrong')
+    if is_sharded(path):
+        ShardReader(path).check_whole()
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files of a checkpoint that can be read by themselves, the one with the position first."""
+    if is_sharded(path):
+        return [path / STATE]
+    return _shards(path) if path.is_dir() else [path]
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -278,9 +288,9 @@ def check_checkpoint_file(path: str, flag: str) -> None:
     if '://' in path:
         return
     file = Path(path).expanduser()
-    if file.is_dir():
+    if file.is_dir() and not is_sharded(file):
         raise UserError(f'{flag}: {path} is a folder, expected a checkpoint file (.pth)')
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f'{flag}: {path} does not exist (looked in {Path.cwd()})')
 
 

@@ -7,6 +7,8 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import Tensor, nn
 
+from mila_mm.engine.runner.sharded_model import BLOCKS, units_of
+from mila_mm.engine.runner.sharding import cuts_up
 from mila_mm.errors import UserError
 from mila_mm.nn.cuda_graphs import BackboneGraphs, why_not_graphs
 
@@ -17,7 +19,8 @@ def apply_model_options(model: nn.Module, cfg: Config) -> nn.Module:
     ``channels_last=True`` lays out the images and the weights of all convolutions so, which convolutions on a GPU with
     tensor cores prefer. ``compile_backbone=True``, or a dict of arguments of :func:`torch.compile`, compiles
     the backbone alone: detectors compute their losses in Python that depends on the data, where mmengine's
-    own ``compile`` (of the whole training step) breaks the program up and compiles for every batch anew.
+    own ``compile`` (of the whole training step) breaks the program up and compiles for every batch anew. Of a model
+    that is sharded each unit is compiled by itself.
     ``graph_backbone=True``, or ``dict(shapes=N)`` for graphs of so many shapes instead of 8, launches the backbone from
     CUDA graphs (:mod:`mila_mm.nn.cuda_graphs`): for images of few shapes.
 
@@ -36,7 +39,12 @@ def apply_model_options(model: nn.Module, cfg: Config) -> nn.Module:
     if options or isinstance(options, dict):
         # Sizes differ from batch to batch in detection: a program for each would be compiled until dynamo gives up.
         arguments = {'dynamic': True} | (options if isinstance(options, dict) else {})
-        _backbone_of(model, 'compile_backbone').compile(**arguments)
+        backbone, wrapper = _backbone_of(model, 'compile_backbone'), cfg.get('model_wrapper_cfg')
+        if cuts_up(wrapper):  # the parameters of a unit are gathered before it computes, which no program holds
+            for unit in units_of(backbone, wrapper.get('shard_modules', BLOCKS)):
+                unit.compile(**arguments)
+        else:
+            backbone.compile(**arguments)
     graphs = cfg.get('graph_backbone')
     if graphs or isinstance(graphs, dict):
         if options or isinstance(options, dict):
@@ -44,6 +52,8 @@ def apply_model_options(model: nn.Module, cfg: Config) -> nn.Module:
                 'graph_backbone: expected no compile_backbone beside it\nFor graphs of a compiled backbone: '
                 '--cfg-options compile_backbone.mode=reduce-overhead, without graph_backbone'
             )
+        if cuts_up(cfg.get('model_wrapper_cfg')):
+            raise UserError('graph_backbone: expected no sharded model: its parameters are elsewhere in each step')
         _use_graphs(_backbone_of(model, 'graph_backbone'), graphs)
     return model
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file.reader import read_file
+from mila_mm.weights.file.sharded import is_sharded, read_state
 
 _RUN_ID = re.compile(r'[0-9a-f]{32}')
 
@@ -44,6 +45,8 @@ def read_small(path: Path) -> Any:
     Raises:
         CheckpointError: If it is damaged, or not whole at first sight.
     """
+    if is_sharded(path):
+        return read_state(path, mmap=True)
     return read_file(path / 'rank0.pth' if path.is_dir() else path, mmap=True)
 
 

@@ -9,7 +9,7 @@ from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
@@ -24,10 +24,12 @@ from mila_mm.engine.resumed_state import check_groups, check_optimizer, check_re
 from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into, settle_resume
 from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.model_options import apply_model_options
+from mila_mm.engine.runner.sharded_model import FullyShardedModel, number_by_name
 from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
 from mila_mm.engine.screen import watch
 from mila_mm.errors import UserError, printable_path
-from mila_mm.weights.load import read_checkpoint
+from mila_mm.weights.file.sharded import is_sharded, read_state
+from mila_mm.weights.load import disarm, read_checkpoint
 
 # What comes of it when mmengine's dataset packs an empty list.
 _NUMPY_OF_NO_IMAGE = 'need at least one array to concatenate'
@@ -225,15 +227,18 @@ class Runner(ShardingRunner):
         """
         if revise_keys is not None:
             raise NotImplementedError('revise_keys: rename the keys before loading')
-        checkpoint = read_checkpoint(filename, map_location)
+        in_pieces = isinstance(self.model, FullyShardedModel) and is_sharded(filename)
+        checkpoint = disarm(read_state(filename)) if in_pieces else read_checkpoint(filename, map_location)
         source = f'--resume: {printable_path(filename)}'
         if self._resume:
-            _check_training_state(checkpoint, source)
             check_resumed(checkpoint, source)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model = whole_model(self.model)
         strict = self.cfg.get('load_strict', True) if strict is None else strict
-        load_checkpoint_into(model, checkpoint, f'checkpoint {filename}', strict)
+        if in_pieces:
+            self._load_pieces(filename, checkpoint, strict)
+        else:
+            load_checkpoint_into(model, checkpoint, f'checkpoint {filename}', strict)
         self._has_loaded = True
         # Of a run that loads before it has an optimizer nothing is asked but weights.
         groupings = getattr(self, '_groupings', None)
@@ -242,6 +247,10 @@ class Runner(ShardingRunner):
         if self._resume:
             check_groups(checkpoint, source)
         checkpoint = regroup(checkpoint, self.optim_wrapper, groupings)
+        optimizer = getattr(self.optim_wrapper, 'optimizer', None)
+        if isinstance(optimizer, Optimizer):
+            inner = self.model.module if is_model_wrapper(self.model) else self.model
+            checkpoint = number_by_name(checkpoint, optimizer, inner)
         if self._resume:
             self._check_fitting(checkpoint, source)
         return checkpoint
@@ -283,15 +292,6 @@ class Runner(ShardingRunner):
         for folder in self._made_folders:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _check_training_state(checkpoint: dict[str, Any], source: str) -> None:
-    absent = [name for name in ('meta', 'message_hub') if not checkpoint.get('meta') or name not in checkpoint]
-    if absent:
-        raise UserError(
-            f'{source} holds weights but no state of a training run (no {absent[0]!r})\n'
-            'To start a new training from these weights: --cfg-options load_from=FILE'
-        )
 
 
 def _missing_folders(path: Path) -> list[Path]:

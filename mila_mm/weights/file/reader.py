@@ -63,7 +63,7 @@ _lock = threading.RLock()
 
 
 @contextmanager
-def _only_our_globals() -> Iterator[None]:
+def only_our_globals() -> Iterator[None]:
     """Let torch's unpickler know our stand-ins and nothing that other code has allowed in this process."""
     serialization = torch.serialization
     with _lock:
@@ -105,7 +105,7 @@ def read_file(
     else:
         _screen_legacy(path)
     try:
-        with _only_our_globals(), warnings.catch_warnings():
+        with only_our_globals(), warnings.catch_warnings():
             # the advice in torch's warnings (other options of torch.load) is not for users of this function
             warnings.filterwarnings('ignore', category=UserWarning, module='torch')
             mapped = mmap and kind == container.ZIP
