@@ -101,7 +101,8 @@ class ShardReader(dcp.FileSystemReader):
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Return the index as torch lays it out."""
-        tensors, places = {}, {}
+        tensors: dict[str, Any] = {}
+        places = {}
         for name, tensor in self.index.items():
             properties = TensorProperties(dtype=_DTYPES[tensor['dtype']])
             chunks = []
