@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class FullyShardedModel(nn.Module):
         options = dict(mesh=_mesh(replicate_nodes), offload_policy=offload)
         for unit in units:
             fully_shard(unit, mp_policy=policy, reshard_after_forward=reshard_after_forward, **options)
+            if policy.param_dtype is not None:
+                unit.register_forward_pre_hook(partial(_cast_inputs, policy.param_dtype))
         self.module = fully_shard(module, reshard_after_forward=False, **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +145,12 @@ def _policy(mixed_precision: Mapping[str, Any] | None) -> MixedPrecisionPolicy:
         param_dtype=values.get('param_dtype'),
         reduce_dtype=values.get('reduce_dtype', torch.float32),
         output_dtype=torch.float32,
+        cast_forward_inputs=False,  # not done where a checkpointed block is computed again: _cast_inputs does
     )
+
+
+def _cast_inputs(dtype: torch.dtype, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
 def _mesh(replicate_nodes: bool) -> DeviceMesh:
