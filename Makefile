@@ -56,7 +56,8 @@ test: $(READY)
 faults: $(READY)
 	$(BIN)/python tests/faults/driver.py --kills 40 --tmpfs --work-dir $(WORK_DIR)/faults
 	$(BIN)/python tests/faults/cluster.py --work-dir $(WORK_DIR)/faults_cluster
-	MILA_MM_SLOW=1 $(BIN)/python -m pytest tests/faults/test_distributed.py
+	MILA_MM_SLOW=1 $(BIN)/python -m pytest tests/faults/test_distributed.py \
+	  tests/engine/runner/test_sharding.py
 
 # The distributed tests with four processes as well.
 test-scale: $(READY)
