@@ -21,11 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Analyse as the command line says.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Analyse as the command line says."""
     args = cli.parse(add_arguments, argv, description='Test a checkpoint and show where it errs.')
     if args.worst < 0:
         raise UserError(f'--worst: expected a number of images, got {args.worst}')

@@ -20,11 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw as the command line says.
-
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-    """
+    """Draw as the command line says."""
     args = cli.parse(add_arguments, argv, description='Draw batches as the model sees them.')
     if args.number < 1:
         raise UserError(f'--number: expected a number of samples above 0, got {args.number}')

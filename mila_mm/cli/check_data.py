@@ -35,9 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check data as the command line says.
 
-    Args:
-        argv: Arguments, None for ``sys.argv[1:]``.
-
     Raises:
         UserError: If an error was found; the report is printed before.
     """

@@ -42,7 +42,6 @@ class Exported:
     """A file that was written and checked.
 
     Attributes:
-        path: The file.
         kind: 'detector', 'segmentor' or 'classifier'.
         bytes: Its size, for OpenVINO with the weights beside it.
         operators: How often each operator is in it; empty where the format does not tell.
