@@ -77,7 +77,7 @@ KERNELS = (
     (row_kernels, 'column_parts_kernel'),
     (row_kernels, 'column_reduce_kernel'),
 )
-STENCIL_CHANNELS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+STENCIL_CHANNELS = (32, 64, 72, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True)

@@ -16,27 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mila_mm.nn.plain import why_not_plain
-from mila_mm.ops import cpe_norm, dwc_silu, mila_attention, why_not_triton_stencil
-from mila_mm.ops.common import autocast_dtype, to_image, to_tokens
+from mila_mm.nn.precision import full_precision
+from mila_mm.ops import cpe_norm, dwc_silu, mila_attention, relu_dwc_relu, why_not_triton_stencil
+from mila_mm.ops.common import to_image, to_tokens
+from mila_mm.ops.stencil.down import by_triton
 
 NormLayer = Callable[[int], nn.Module]
 Parameters = tuple[Tensor, Tensor | None]  # weight and bias
 FUSIONS = ('cpe_norm', 'dwc_silu', 'projections')
-
-
-@torch.compiler.assume_constant_result
-def _cudnn_rounds() -> bool:
-    """Whether cuDNN may round what an fp32 convolution takes to TF32, as it may unless told otherwise."""
-    cudnn = torch.backends.cudnn
-    # The old attribute may raise once the new one has been set, so the new one is asked wherever it exists.
-    return cudnn.conv.fp32_precision == 'tf32' if hasattr(cudnn, 'conv') else cudnn.allow_tf32
-
-
-def _full_precision(x: Tensor) -> bool:
-    """True where a convolution of x would compute in fp32 or fp64."""
-    if autocast_dtype(x.device.type) is not None or (x.is_cuda and x.dtype == torch.float32 and _cudnn_rounds()):
-        return False
-    return x.dtype in (torch.float32, torch.float64)
 
 
 def _may_overwrite() -> bool:
@@ -67,7 +54,7 @@ class DepthwiseConv(nn.Conv2d):
         weight = self.weight
         # x + conv(x) is the convolution with 1 added to its middle tap: one pass over memory less. Not in 16 bits or
         # TF32, where the sum would round the small weight, and x, away.
-        inside = residual and _full_precision(x) and weight.dtype == x.dtype
+        inside = residual and full_precision(x) and weight.dtype == x.dtype
         if inside:
             middle = torch.zeros(self.kernel_size, dtype=weight.dtype, device=weight.device)
             middle[tuple(size // 2 for size in self.kernel_size)] = 1
@@ -188,7 +175,7 @@ class Downsample(nn.Module):
         x = pad_to_multiple(to_image(x, height, width), 2)
 
         def widen(x: Tensor) -> Tensor:
-            return self.conv[:2](x) if params is None else self.conv[1](self.conv[0](x, params[0]), params[1])
+            return self.conv[:2](x) if params is None else self._widen(x, params)
 
         # Without the last layer: its BatchNorm would count the batch twice.
         if recompute:
@@ -200,6 +187,19 @@ class Downsample(nn.Module):
             return to_tokens(x), x.shape[2], x.shape[3]
         x = self.conv[2](x) if params is None else self.conv[2](x, params[2])
         return to_tokens(x), x.shape[2], x.shape[3]
+
+    def _widen(self, x: Tensor, params: Sequence[Parameters]) -> Tensor:
+        """The first two layers on parameters that have been cast, what lies between their products in one pass."""
+        first, second = self.conv[0], self.conv[1]
+        bias = params[1][1]
+        if first.norm is not None or second.norm is not None or bias is None or not (first.act and second.act):
+            return second(first(x, params[0]), params[1])
+        x = first.conv._conv_forward(x, *params[0])
+        height, width = x.shape[2:]
+        if not by_triton(x.flatten(2).mT, height, width):
+            return second(F.relu(x, inplace=True), params[1])
+        y = relu_dwc_relu(to_tokens(x), params[1][0], bias, (height, width))
+        return to_image(y, (height + 1) // 2, (width + 1) // 2)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

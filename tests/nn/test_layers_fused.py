@@ -1,9 +1,13 @@
 """The fused forms of a block: the same numbers, gradients and names as the modules one after the other."""
 
+import copy
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from mila_mm import MILA
+from mila_mm.nn import layers
 from mila_mm.nn.layers import FUSIONS
 
 SMALL = dict(arch=dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2)), out_indices=(0, 1))
@@ -115,3 +119,31 @@ def test_compiles_for_any_size_and_traces_to_plain_operators():
 def test_no_such_fusion(fused):
     with pytest.raises(ValueError, match="fused to be True, False, 'auto' or names of cpe_norm, dwc_silu, projections"):
         MILA(**SMALL, fused=fused)
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('size', [(6, 8), (5, 7), (1, 1)], ids=str)
+def test_a_downsampling_in_one_pass_equals_its_layers(
+    size: tuple[int, int], recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    ours = layers.Downsample(8, nn.BatchNorm2d).double()
+    plain = copy.deepcopy(ours)
+    x = torch.randn(2, size[0] * size[1], 8, dtype=torch.float64, requires_grad=True)
+    asked: list[tuple[int, int]] = []
+
+    def yes(x: Tensor, height: int, width: int) -> bool:
+        asked.append((height, width))
+        return True
+
+    monkeypatch.setattr(layers, 'by_triton', yes)
+    params = [(layer.conv.weight, layer.conv.bias) for layer in ours.conv]
+    (y, *grid), (want, *want_grid) = ours(x, *size, recompute, params), plain(x, *size)
+    assert asked and all(side % 2 == 0 for side in asked[0])
+    assert grid == want_grid and y.shape == want.shape
+    torch.testing.assert_close(y, want)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, *ours.parameters()), grad)
+    for a, b in zip(got, torch.autograd.grad(want, (x, *plain.parameters()), grad), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())

@@ -22,7 +22,7 @@ MAX_CHANNELS = 2**14
 """Widest tokens that the kernels take: they go through channels in blocks."""
 
 
-def _by_triton(x: Tensor, height: int, width: int) -> bool:
+def by_triton(x: Tensor, height: int, width: int) -> bool:
     """Whether the Triton kernels serve x (B, height * width, C)."""
     if not x.is_cuda:
         return False
@@ -36,7 +36,7 @@ def _by_triton(x: Tensor, height: int, width: int) -> bool:
 
 def _relu_dwc_relu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     """y (B, ceil(height / 2) * ceil(width / 2), C), which the backward takes too."""
-    if _by_triton(x, height, width):
+    if by_triton(x, height, width):
         from mila_mm.ops.stencil import launch
 
         return launch.relu_dwc_relu_forward(x, weight, bias, height, width)
@@ -47,7 +47,7 @@ def _relu_dwc_relu_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each in the dtype of its input."""
-    if _by_triton(x, height, width):
+    if by_triton(x, height, width):
         from mila_mm.ops.stencil import launch
 
         return launch.relu_dwc_relu_backward(grad_y, x, weight, bias, y, height, width)

@@ -122,7 +122,7 @@ def _convolve_silu(
 ) -> None:
     """Fill y with silu(p), or ``backward`` with grad_y silu'(p); p is the convolution of x."""
     channels = x.shape[2]
-    setting, width_of_block = configs.strip(x.dtype), configs.STENCIL_CHANNELS
+    setting, width_of_block = configs.strip(x.dtype, aligned(channels)), configs.STENCIL_CHANNELS
     blocks = -(-channels // width_of_block)
     grid, rows = _runs(setting, x, blocks, height, width)
     with on_device(x):
@@ -164,7 +164,7 @@ def depthwise_weight_backward(
     From grad, the gradient of its result; both as :func:`mila_mm.ops.triton.tensors.readable` returns them.
     """
     channels = x.shape[2]
-    setting, width_of_block = configs.strip(x.dtype), configs.STENCIL_CHANNELS
+    setting, width_of_block = configs.strip(x.dtype, aligned(channels)), configs.STENCIL_CHANNELS
     blocks = -(-channels // width_of_block)
     grid, rows = _runs(setting, x, blocks, height, width)
     parts = fp32_like(x, grid[0] // blocks * grid[1] * grid[2], 10, channels)
@@ -229,7 +229,7 @@ def relu_dwc_relu_backward(
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     out_height, out_width = -(-height // 2), -(-width // 2)
     x, y, grad_y = readable(x, width), readable(y, width), readable(grad_y, width)
-    setting = configs.STRIP_DOWN_BACKWARD
+    setting = configs.STRIP_DOWN_BACKWARD if aligned(channels) else configs.STRIP_DOWN_BACKWARD_UNALIGNED
     blocks = -(-channels // configs.STENCIL_CHANNELS)
     grid, rows = _runs(setting, x, blocks, out_height, out_width)
     grad_x = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)

@@ -242,16 +242,20 @@ class Strip:
 
 STRIP, STRIP_OF_16_BITS = Strip(16, 4), Strip(16, 4, 128)
 """How the stencils walk that keep nine weights or ten sums: 16 bits leave room for more programs at a time."""
+STRIP_UNALIGNED = Strip(8, 4)
 STRIP_BACKWARD = Strip(8, 4)
 """Nine weights, ten sums and four rows of x: two channels of a pair a thread are what registers hold."""
 
 
 STRIP_DOWN, STRIP_DOWN_BACKWARD = Strip(8, 4), Strip(4, 4, 128)
+STRIP_DOWN_BACKWARD_UNALIGNED = Strip(4, 4, 168)
 """Of the convolution of stride 2, where twice ``groups`` columns of the result are what a program has."""
 
 
-def strip(dtype: torch.dtype) -> Strip:
-    """How the stencils walk over activations of a dtype."""
+def strip(dtype: torch.dtype, aligned: bool) -> Strip:
+    """How the stencils walk over activations of a dtype; unaligned tokens are loaded channel by channel."""
+    if not aligned:
+        return STRIP_UNALIGNED
     return STRIP if dtype == torch.float32 else STRIP_OF_16_BITS
 
 
