@@ -76,7 +76,10 @@ class Candidates(nn.Module):
         flat = scores.flatten(1)
         if self.threshold is not None:
             flat = torch.where(flat > self.threshold, flat, torch.full_like(flat, NOTHING))
-        values, index = best(flat, self.per_level)
+        length = flat.shape[1]
+        # Of a small level all are taken; where its size is not a number yet, it is filled up.
+        most = min(self.per_level, length) if isinstance(length, int) else self.per_level
+        values, index = best(flat, most)
         prior = torch.div(index, classes, rounding_mode='floor')
         deltas = deltas.float().permute(0, 2, 3, 1).reshape(batch, -1, 4)
         priors = priors[None].expand(batch, -1, -1)

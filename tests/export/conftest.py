@@ -87,6 +87,7 @@ MODELS = {
             norm_cfg=dict(type='BN')),
         auxiliary_head=dict(in_channels=128, channels=8, num_classes=7, norm_cfg=dict(type='BN'))""",
     ),
+    'classifier': ('imagenet/mila_t_in1k', "arch='nano', num_classes=5, drop_path_rate=0.0"),
 }
 
 RUN = """
@@ -151,6 +152,8 @@ def _text(name: str, data: Path) -> str:
         changes = MODELS['mask_rcnn'][1].replace('roi_head=dict(', 'roi_head=dict(mask_head=None, ', 1)
         head = changes.index('mask_head=dict(')
         changes = changes[:head].rstrip(', \n') + changes[changes.index(')),', head) + 1 :]
+    if name == 'classifier':
+        return f'_base_ = {str(CONFIGS / base)!r} + ".py"\nmodel = dict({changes})\n'
     detects = name not in ('upernet', 'segformer', 'deeplabv3plus')
     classes = CLASSES if detects else (*CLASSES, 'ground')
     return (

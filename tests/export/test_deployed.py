@@ -13,7 +13,7 @@ DETECTORS = ['mask_rcnn', 'faster_rcnn', 'cascade_mask_rcnn', 'retinanet', 'atss
 SEGMENTORS = ['upernet', 'segformer', 'deeplabv3plus']
 
 
-@pytest.mark.parametrize('name', DETECTORS + SEGMENTORS)
+@pytest.mark.parametrize('name', [*DETECTORS, *SEGMENTORS, 'classifier'])
 def test_the_exported_form_is_the_model(ready, name):
     made = ready(name)
     cfg = load_config(made.config)
