@@ -7,9 +7,13 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mila_mm.engine.hooks.checkpoint import CheckpointHook, checkpoint_folders, write_atomically
+from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into
 from mila_mm.engine.runner.identity import RunRecord, Settings, changes, read_record, remarks, write_record
 from mila_mm.engine.runner.replay import Fresh, saved_schedulers, schedulers
 from mila_mm.errors import UserError
@@ -67,6 +71,7 @@ class RunIdentityHook(Hook):
             _check_optimizer(before, self._settings)
         refused = [name for name in found if name not in self.changed]
         if refused:
+            _check_model(runner, checkpoint)
             raise UserError(
                 f'--resume: the checkpoint has another {"; ".join(found[name] for name in refused)}\n'
                 f'Put it back, or go on with the change: --resume --resume-changed {",".join(found)}'
@@ -146,3 +151,13 @@ def _check_optimizer(before: Settings, now: Settings) -> None:
             f'--resume: the checkpoint holds the state of {kinds[0]}, which {kinds[1]} cannot go on from\n'
             'To start a new training from its weights: --cfg-options load_from=FILE'
         )
+
+
+def _check_model(runner: Runner, checkpoint: dict) -> None:
+    """Refuse the checkpoint of another model for that: what else differs is then beside the point."""
+    model = getattr(runner, 'model', None)
+    whole = not is_model_wrapper(model) or isinstance(model, DistributedDataParallel)
+    if isinstance(model, nn.Module) and whole and checkpoint.get('state_dict'):
+        # it may be filled: the run is about to be refused anyhow
+        inner = model.module if is_model_wrapper(model) else model
+        load_checkpoint_into(inner, checkpoint, '--resume: the checkpoint', runner.cfg.get('load_strict', True))
