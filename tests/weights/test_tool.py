@@ -166,3 +166,25 @@ def test_as_a_command(root, filled):
     )
     assert (done.returncode, done.stderr) == (0, '')
     assert 'upernet-base-160k' in done.stdout
+
+
+def test_gather_makes_one_file_of_shards(tool, tmp_path):
+    from torch.distributed import checkpoint as dcp
+
+    from mila_mm.weights.file.sharded import STATE, ShardWriter
+
+    folder, out = tmp_path / 'iter_8.pth', tmp_path / 'whole.pth'
+    folder.mkdir()
+    state = dict(meta=dict(iter=8), message_hub={}, optimizer=dict(state={}, param_groups=[dict(params=[0])]))
+    torch.save(state, folder / STATE)
+    tensors = {'model.a': torch.ones(3), 'optimizer.0.exp_avg': torch.zeros(3)}
+    dcp.save(tensors, storage_writer=ShardWriter(folder), no_dist=True)
+    status, printed, _ = tool('gather', folder, out)
+    assert status == 0 and '1 tensors' in printed
+    content = torch.load(out)
+    assert torch.equal(content['state_dict']['a'], torch.ones(3)) and 'optimizer' not in content
+    assert tool('gather', folder, out, '--all')[0] == 0
+    content = torch.load(out)
+    assert torch.equal(content['optimizer']['state'][0]['exp_avg'], torch.zeros(3)) and content['meta']['iter'] == 8
+    status, _, err = tool('gather', tmp_path, out)
+    assert status == 2 and 'no folder of shards' in err
