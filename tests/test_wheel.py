@@ -111,3 +111,32 @@ def test_a_config_by_name_gets_as_far_as_its_data(run: Run) -> None:
     assert done.returncode == 2
     assert 'data/coco' in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+WEIGHTS = """
+import mila_mm, torch
+from mila_mm.engine import load_config
+from mmengine.registry import MODELS, init_default_scope
+cfg = load_config('upernet_mila_nano_shapes')
+init_default_scope('mmseg')
+torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, 'weights.pth')
+import cv2, numpy
+cv2.imwrite('picture.png', numpy.zeros((48, 64, 3), 'uint8'))
+"""
+
+
+def test_predict(run: Run, tmp_path: Path) -> None:
+    assert run('-c', WEIGHTS).returncode == 0
+    words = ('predict', 'upernet_mila_nano_shapes', 'weights.pth', 'picture.png', '--device', 'cpu', '--masks')
+    done = run('-m', 'mila_mm', *words)
+    assert done.returncode == 0, done.stderr
+    assert '1 image in' in done.stdout
+    assert (tmp_path / 'predictions' / 'pictures' / 'picture.png').is_file()
+    assert (tmp_path / 'predictions' / 'masks' / 'picture.png').is_file()
+
+
+def test_swap(run: Run, tmp_path: Path) -> None:
+    words = ('swap', 'mmdet::retinanet/retinanet_r50_fpn_1x_coco', '--arch', 'nano', '--out', 'swapped.py')
+    done = run('-m', 'mila_mm', *words)
+    assert done.returncode == 0, done.stderr
+    assert "type='mila_mm.MILA'" in (tmp_path / 'swapped.py').read_text()
