@@ -51,7 +51,7 @@ def test_label_maps_of_mmseg(name, images, tmp_path) -> None:
     listed = 'ann_file' in inspect.signature(kind.__init__).parameters
     (tmp_path / 'list.txt').write_text('0\n1\n')
     prefix = dict(img_path=str(tmp_path), seg_map_path=str(tmp_path))
-    bare = kind(lazy_init=True, data_prefix=prefix, **(dict(ann_file='list.txt') if listed else {}))
+    bare = kind(lazy_init=True, data_prefix=prefix, **(dict(ann_file=str(tmp_path / 'list.txt')) if listed else {}))
     reduced, suffixes = bare.reduce_zero_label, (bare.img_suffix, bare.seg_map_suffix)
     for folder in ('img', 'ann'):
         (tmp_path / folder).mkdir()
