@@ -26,6 +26,7 @@ _FIRST_WORD = 15.0
 # Raised at import or at every start by the libraries below us. Each is about a choice of theirs
 # that no user of a command can change, and would bury the one line that the user can act upon.
 _NOISE = (
+    (UserWarning, r'pkg_resources is deprecated as an API'),
     (UserWarning, r'Fail to import ``MultiScaleDeformableAttention``'),
     (UserWarning, r'The draw is False'),
     (UserWarning, r'The show is True'),
