@@ -82,6 +82,7 @@ def _onnxruntime(path: Path, image: torch.Tensor) -> Callable[[], list[np.ndarra
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # its threads would wait on our cores
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     inputs = {session.get_inputs()[0].name: image.numpy()}
     return lambda: session.run(None, inputs)
