@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError
+from mila_mm.nn.trunk import Trunk
 
 _ONE_VALUE = (
     'BatchNorm sees one value a channel, of which there is no variance: one image a step and a map of 1 x 1; set '
@@ -87,16 +88,20 @@ def _module_of(runner: Runner, error: Exception) -> str:
 class BatchNormWatch:
     """Refuse a BatchNorm over a single value, now or in the last batch of an epoch, at the first forward.
 
+    MILA's own are left alone: beside a hook its layers take another way, which rounds otherwise, and a resumed run would
+    not repeat the step bit for bit. torch refuses a single value there too, and :func:`naming_parts` says it.
+
     Args:
         last_batch: Images in the last batch of an epoch on one process.
     """
 
     def __init__(self, model: nn.Module, last_batch: int) -> None:
         self._last_batch = last_batch
+        ours = {id(inner) for trunk in model.modules() if isinstance(trunk, Trunk) for inner in trunk.modules()}
         self._handles = [
             module.register_forward_pre_hook(lambda layer, inputs, n=name: self._look(n, layer, inputs))
             for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and id(module) not in ours
         ]
 
     def _look(self, name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
