@@ -94,6 +94,12 @@ class Launch:
     options: tuple[tuple[str, int], ...]
 
 
+STRIPS = {
+    f'{name}_kernel'
+    for name in ('cpe_norm', 'dwc_silu', 'stencil_backward', 'lepe_backward', 'relu_dwc_relu', 'relu_dwc_relu_backward')
+}
+
+
 @dataclass(frozen=True)
 class Report:
     """What ptxas made of a launch."""
@@ -115,8 +121,11 @@ class Report:
         """Whether too few of the load instructions move 128 bits, with heads of 32 channels and LePE.
 
         What may be narrower are vectors of a few numbers per program (the key mean, the bias) and, with the small
-        steps that three TF32 terms leave registers for, the rotation tables.
+        steps that three TF32 terms leave registers for, the rotation tables. Kernels that walk down strips load each
+        row once, in narrower pieces: what they take from L1 is counted in bytes by ``instruction_count``.
         """
+        if self.kernel in STRIPS:
+            return False
         if 'channels' in self.case:
             # With four elements a thread, activations of 16 bits move 64 bits at a time; what is wide are the weights.
             return self.wide_loads < 1 / 3 * self.loads

@@ -77,7 +77,7 @@ def test_a_detector_with_a_forget_gate_trains(tmp_path, monkeypatch):
     assert 0 < runner.message_hub.log_scalars['train/loss'].current() < 1e4
     groups = runner.optim_wrapper.optimizer.param_groups
     names = {id(p): n for n, p in runner.model.named_parameters()}
-    decays = {names[id(g['params'][0])]: g['weight_decay'] for g in groups}
+    decays = {names[id(p)]: g['weight_decay'] for g in groups for p in g['params']}
     rates = {n: d for n, d in decays.items() if 'log_rate' in n}
     assert len(rates) == 5 and set(rates.values()) == {0.0}
     assert decays['backbone.layers.0.blocks.0.attn.qk.weight'] == 0.05

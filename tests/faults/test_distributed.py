@@ -164,5 +164,5 @@ def test_a_mistake_is_said_once(job) -> None:
     assert wrong.wait() == 2
     text = wrong.err.read_text()
     assert text.startswith('error (rank 0): ')
-    assert text.count('max_iter') == 1, text
+    assert text.count("'max_iter'") == 1, text
     assert len(text.splitlines()) <= 2, text

@@ -119,3 +119,6 @@ def test_issue_slots_allow_most_of_the_bandwidth(tmp_path: Path) -> None:
     attention = {name for name in (kernel.removesuffix('_kernel') for kernel in KERNELS) if 'reduce' not in name}
     assert attention <= set(kernels)
     assert all(kernels[name]['bound'] >= 0.7 for name in attention), kernels
+    # Strips load a row once: three bf16 numbers read and one written are 8 bytes, a stencil by tiles takes 34 and more.
+    strips = {'lepe_backward', 'cpe_norm', 'stencil_backward', 'dwc_silu'}
+    assert all(kernels[name]['l1_bytes'] <= 20 and kernels[name]['bound'] >= 0.7 for name in strips), kernels

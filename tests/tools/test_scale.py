@@ -159,7 +159,8 @@ def test_processes_train_and_measure_as_one_does(
     ended = command('test.py', config, checkpoint, '--work-dir', 'single_test')
     assert ended.status == 0, ended
     several = metrics(workspace / 'several', '*/vis_data/scalars.json')
-    assert several and several == metrics(workspace / 'single_test', '*/*.json')
+    # a test prints the AP of each class as well
+    assert several and several.items() <= metrics(workspace / 'single_test', '*/*.json').items()
 
 
 # Runs trainings one after the other in one process group.

@@ -88,8 +88,8 @@ def _module_of(runner: Runner, error: Exception) -> str:
 class BatchNormWatch:
     """Refuse a BatchNorm over a single value, now or in the last batch of an epoch, at the first forward.
 
-    MILA's own are left alone: beside a hook its layers take another way, which rounds otherwise, and a resumed run would
-    not repeat the step bit for bit. torch refuses a single value there too, and :func:`naming_parts` says it.
+    MILA's own are left alone: beside a hook its layers take another way, which rounds otherwise, and a resumed run
+    would not repeat the step bit for bit. torch refuses a single value there too, and :func:`naming_parts` says it.
 
     Args:
         last_batch: Images in the last batch of an epoch on one process.

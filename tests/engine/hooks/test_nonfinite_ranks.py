@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
+import gc
 import sys
 from types import SimpleNamespace
 
@@ -50,6 +51,10 @@ for sign in (1.0, -1.0):
     except UserError as error:
         print(error)
     runner.iter += 1
+# What still holds gloo's threads while the interpreter ends would abort the process.
+del model, wrapper, runner, hook
+gc.collect()
+distributed.destroy_process_group()
 """
 
 

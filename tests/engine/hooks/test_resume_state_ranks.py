@@ -45,10 +45,12 @@ def rank(monkeypatch: pytest.MonkeyPatch):
 
 def resumed(tmp_path, **entries) -> tuple:
     """What is drawn first after a checkpoint has been resumed."""
-    runner = SimpleNamespace(_resume=True, hooks=[], work_dir=str(tmp_path), model=nn.Linear(1, 1))
+    runner = SimpleNamespace(
+        _resume=True, _load_from='iter_1.pth', hooks=[], work_dir=str(tmp_path), model=nn.Linear(1, 1)
+    )
     hook = ResumeStateHook()
     hook.after_load_checkpoint(
-        runner, dict(optimizer={}, message_hub=dict(runtime_info={}), meta=dict(iter=1)) | entries
+        runner, dict(optimizer={}, message_hub=dict(runtime_info={}), meta=dict(iter=1, epoch=0)) | entries
     )
     seed(0)
     hook.before_train_epoch(runner)
