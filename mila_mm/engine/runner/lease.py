@@ -1,6 +1,7 @@
 """One run at a time in a work folder: who writes there says so in a file, and keeps saying so while it lives."""
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -127,6 +128,9 @@ def acquire(path: Path, holder: Holder) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while not _create(path, holder):
+        file = _file(path)
+        if file is None:  # given back just now
+            continue
         found, dead = Holder.read(path), None
         if found is not None:
             dead = found.is_dead()
@@ -137,7 +141,7 @@ def acquire(path: Path, holder: Holder) -> None:
                 f'{path.parent} is in use by another run: {found or "unknown"}\n'
                 f'Take another --work-dir, or end that run; if it is gone for certain, remove {path}.'
             )
-        _remove_dead(path, found)
+        _remove_dead(path, found, file)
 
 
 def release(path: Path, holder: Holder) -> None:
@@ -182,15 +186,34 @@ def _gives_a_sign(path: Path) -> bool:
     return False
 
 
-def _remove_dead(path: Path, found: Holder | None) -> None:
-    """Remove the file of a dead run, and not the one of another that has just done the same."""
-    aside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(aside)
-        if Holder.read(aside) != found:
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
-        aside.unlink()
+def _remove_dead(path: Path, found: Holder | None, file: int | None) -> None:
+    """Remove the file of a dead run, and not the one of another that has just done the same.
+
+    While the dead one's file stands nobody creates another, and only who holds the lock removes it.
+    """
+    with _one_at_a_time(path.parent):
+        if file is not None and _file(path) == file and Holder.read(path) == found:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder that ends with this process, where the file system knows such locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _file(path: Path) -> int | None:
+    """Return which file bears a name, None where none does."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _beat(path: Path, over: threading.Event) -> None:

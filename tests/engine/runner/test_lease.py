@@ -110,7 +110,8 @@ def test_what_says_nothing_is_replaced_once_it_is_old(tmp_path, content) -> None
         assert Holder.read(tmp_path / LEASE) is not None
 
 
-def test_of_many_one_gets_it(tmp_path) -> None:
+@pytest.mark.parametrize('attempt', range(20))
+def test_of_many_one_gets_it(tmp_path, attempt) -> None:
     """Also from one that is dead."""
     hold(tmp_path, started='1')
     got, barrier = [], threading.Barrier(8)

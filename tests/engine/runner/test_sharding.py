@@ -26,6 +26,8 @@ from mila_mm.errors import UserError
 from mila_mm.models import MILA
 from mila_mm.weights.file.sharded import ShardWriter, read_state, read_whole
 
+pytestmark = pytest.mark.forking
+
 MICRO = dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
 FSDP = dict(type='mila_mm.FullyShardedModel')
 COUNTER = itertools.count()
