@@ -48,7 +48,7 @@ def run_fresh(session: pytest.Session, path: Path) -> Outcomes:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Report the outcome of the fresh process in place of running a marked test, fixtures included."""
     if os.environ.get(FRESH) or item.get_closest_marker('forking') is None:
         return None
@@ -66,4 +66,5 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         )
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)  # what the test before has left standing for this file
     return True
