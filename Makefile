@@ -73,6 +73,12 @@ test-latest: $(VENV_LATEST)/.ready
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_LATEST)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/ops \
 	  tests/models tests/nn tests/compat tests/weights
 
+# Put faults into a copy of the package, one at a time, and see whether its tests notice: half an hour, by a seed.
+mutants: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q cosmic-ray==8.7.0
+	$(BIN)/python tests/mutants.py --workers $(JOBS) --minutes 30
+	$(BIN)/python tests/mutants.py --docs
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .

@@ -22,12 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from queue import Queue
+
+from mila_mm.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / 'benchmarks/results/mutants.json'
@@ -155,9 +157,10 @@ def copies(count: int, below: Path) -> Queue[Path]:
     return folders
 
 
-def run(mutants: list[Mutant], workers: int, seconds: float) -> list[Outcome]:
-    """Judge faults until they or the time are at an end."""
+def run(mutants: list[Mutant], workers: int, seconds: float, report: Callable[[list[Outcome]], None]) -> list[Outcome]:
+    """Judge faults until they or the time are at an end; hand what is known to ``report`` after each."""
     end = time.monotonic() + seconds
+    known: list[Outcome] = []
     with tempfile.TemporaryDirectory() as below:
         folders = copies(workers, Path(below))
 
@@ -173,6 +176,8 @@ def run(mutants: list[Mutant], workers: int, seconds: float) -> list[Outcome]:
                 f'{outcome.status:8s} {outcome.seconds:6.1f} s  {mutant.path}:{mutant.line} {mutant.operator}',
                 flush=True,
             )
+            known.append(outcome)
+            report(list(known))
             return outcome
 
         with ThreadPoolExecutor(workers) as pool:
@@ -232,12 +237,17 @@ def main() -> None:
         return
     mutants = [mutant for room in args.rooms for mutant in draw(room, args.per_room, args.seed)]
     random.Random(args.seed).shuffle(mutants)  # where the time ends early, all rooms have had their share
-    outcomes = run(mutants, args.workers, 60 * args.minutes)
     commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True)
     machine = dict(date=date.today().isoformat(), commit=commit.stdout.strip(), python=platform.python_version())
     remarks = json.loads(args.out.read_text(encoding='utf-8'))['remarks'] if args.out.exists() else {}
-    document = dict(machine=machine, seed=args.seed, remarks=remarks, outcomes=[asdict(o) for o in outcomes])
-    args.out.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
+
+    def report(outcomes: list[Outcome]) -> None:
+        """Write what is known: a run that is cut off keeps it."""
+        document = dict(machine=machine, seed=args.seed, remarks=remarks, outcomes=[asdict(o) for o in outcomes])
+        write_whole(args.out, json.dumps(document, indent=1) + '\n')
+
+    outcomes = run(mutants, args.workers, 60 * args.minutes, report)
+    report(outcomes)
     survived = sum(outcome.status == 'survived' for outcome in outcomes)
     print(f'{len(outcomes) - survived} of {len(outcomes)} caught, {len(mutants) - len(outcomes)} not tried; {args.out}')
 

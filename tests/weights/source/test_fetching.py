@@ -100,6 +100,32 @@ def test_folder_and_template_mirrors(server, home, published_bytes, tmp_path, en
     assert fetch(entry(server)).read_bytes() == published_bytes
 
 
+@pytest.mark.parametrize('etag', ['', '"v1"'])
+def test_a_source_does_not_continue_what_another_began(server, home, published_bytes, entry, etag):
+    """Neither says which version it has, and both files are of one length: half of each would look whole."""
+    other = bytes(byte ^ 1 for byte in published_bytes)
+    cuts = [len(other) // 2, *[0] * 20]
+    server.put('/m/mila-micro.pth', body=other, cut=cuts, etag=etag)
+    page = server.put(FILE, body=published_bytes, etag=etag)
+    configure(mirrors=[server.base + '/m'])
+    assert fetch(entry(server)).read_bytes() == published_bytes
+    assert len(cuts) < 20  # the mirror was asked, and asked to continue
+    assert page.requests == ['']
+
+
+def test_another_mirror_the_next_time_begins_anew(server, home, published_bytes, entry):
+    server.put(FILE, body=published_bytes, cut=[len(published_bytes) // 2, *[0] * 20])
+    with pytest.raises(DownloadError):
+        fetch(entry(server))
+    assert list(home.glob('*.part'))
+    other = bytearray(published_bytes)
+    other[len(other) // 4] ^= 1
+    page = server.put('/m/mila-micro.pth', body=bytes(other))
+    configure(mirrors=[server.base + '/m'])
+    assert fetch(entry(server)).read_bytes() == bytes(other)
+    assert page.requests == ['']
+
+
 def test_mirrors_from_a_config(home):
     from mmengine.config import Config
 
