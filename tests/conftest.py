@@ -14,6 +14,8 @@ import torch
 import mila_mm  # noqa: F401 - before any test imports mmdet, which looks for mmcv's ops once
 
 ROOT = Path(__file__).resolve().parent.parent
+# A kernel that does not work must fail the test that is about it, and not hand over to PyTorch's operators.
+os.environ.setdefault('MILA_MM_KERNEL_ERRORS', 'raise')
 SAMPLE_DATA = Path(os.environ.get('MILA_MM_SAMPLE_DATA', ROOT.parent / 'shared' / 'data'))
 
 

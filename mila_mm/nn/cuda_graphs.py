@@ -137,6 +137,7 @@ class BackboneGraphs:
         self._state: Any = None
         self._under_way: Any = None
         self._said: set[str] = set()
+        self._broken = False
         self._params: list[nn.Parameter] = []
         self.grads: list[Tensor | None] = []
 
@@ -160,12 +161,9 @@ class BackboneGraphs:
         low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         modes = tuple(module.training for module in backbone.modules())
         key = (x.shape, x.stride(), x.dtype, low, training, x.requires_grad, modes)
-        shape = self._shapes.get(key)
+        shape = self._captured(key, x, training, low)
         if shape is None:
-            while len(self._shapes) >= self._limit:
-                self._shapes.popitem(last=False)
-            shape = self._shapes[key] = self._capture(x, training, low)
-        self._shapes.move_to_end(key)
+            return self._forward(backbone, x)
         if training:
             token = _Token()
             self._under_way = weakref.ref(token)
@@ -174,6 +172,25 @@ class BackboneGraphs:
             shape.image.copy_(x)
             shape.forward.replay()
             return tuple(output.clone() for output in shape.outputs)
+
+    def _captured(self, key: Any, x: Tensor, training: bool, low: torch.dtype | None) -> _Shape | None:
+        """The graphs of a shape; None where they could not be captured, now or before."""
+        if self._broken:
+            return None
+        shape = self._shapes.get(key)
+        if shape is None:
+            while len(self._shapes) >= self._limit:
+                self._shapes.popitem(last=False)
+            try:
+                shape = self._shapes[key] = self._capture(x, training, low)
+            except RuntimeError as error:
+                # What the driver says of one shape it will say of others; and no more memory is to be tried for.
+                self._broken = True
+                self._shapes.clear()
+                self._say(f'a capture failed ({type(error).__name__}: {str(error).splitlines()[0]})')
+                return None
+        self._shapes.move_to_end(key)
+        return shape
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
@@ -227,17 +244,19 @@ class BackboneGraphs:
                     shape.grad_outputs = [torch.zeros_like(output) for output in outputs]
                     backward(outputs)
 
-            self._graph.warm_up(step)
-            shape.forward = self._graph(self._pool)
-            outputs = shape.forward.capture(forward)
-            if training:
-                shape.backward = self._graph(self._pool)
-                shape.backward.capture(partial(backward, outputs))
+            try:
+                self._graph.warm_up(step)
+                shape.forward = self._graph(self._pool)
+                outputs = shape.forward.capture(forward)
+                if training:
+                    shape.backward = self._graph(self._pool)
+                    shape.backward.capture(partial(backward, outputs))
+            finally:
+                with torch.no_grad():
+                    for buffer, value in zip(buffers, before, strict=True):
+                        buffer.copy_(value)  # the warm-up has moved running statistics
             # Without what was kept for the backward: in the pool it is free for other shapes now.
             shape.outputs = [output.detach() for output in outputs]
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)  # the warm-up has moved running statistics
         return shape
 
     def _run(self, shape: _Shape, low: torch.dtype | None) -> list[Tensor]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+
+from mila_mm.ops.triton import capability
+from mila_mm.ops.triton.configs import KernelFailed
 
 BACKENDS = ('auto', 'triton', 'reference')
 
@@ -41,6 +45,7 @@ def register(
         setup_context: Keeps what the backward needs.
         once: For an op that is a backward itself: what to say where somebody differentiates it again.
     """
+    function = _or_plainly(function)
     IMPLEMENTATIONS[name] = function
     _library.define(f'{name}{schema}')
     for key in ('CPU', 'CUDA'):
@@ -54,6 +59,23 @@ def register(
         differentiate = refuse
     if differentiate is not None:
         torch.library.register_autograd(f'mila_mm::{name}', differentiate, setup_context=setup_context, lib=_library)
+
+
+def _or_plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of an op; where a kernel of it turns out not to work here, again, by PyTorch's own operators.
+
+    An op writes to none of its arguments, so that nothing of the first attempt is left.
+    """
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except KernelFailed as failure:
+            capability.give_up(next(arg.device for arg in args if isinstance(arg, Tensor)), failure)
+            return function(*args)
+
+    return call
 
 
 def as_written(v: Tensor) -> AbstractContextManager:

@@ -115,6 +115,32 @@ def test_inference_returns_maps_that_stay():
     assert Again.made == 3
 
 
+@pytest.mark.parametrize('fails_in', ['warm_up', 'forward', 'backward'])
+def test_a_capture_that_fails_leaves_the_ordinary_way(fails_in, caplog):
+    class Failing(Again):
+        def capture(self, function):
+            results = super().capture(function)
+            if fails_in == ('backward' if 'differentiate' in str(function.func) else 'forward'):
+                raise RuntimeError('CUDA error: operation not permitted when stream is capturing\nand more')
+            return results
+
+        @staticmethod
+        def warm_up(function):
+            Again.warm_up(function)
+            if fails_in == 'warm_up':
+                raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+
+    plain, twin = pair(graph=Failing)
+    check_training(plain, twin, 'cpu')
+    assert Again.replayed == 0 and Again.made <= 2, 'not tried again'
+    with torch.no_grad():
+        for a, b in zip(twin.eval()(image(1, 3, 32, 32)), plain.eval()(image(1, 3, 32, 32)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith('graph_backbone: runs without a CUDA graph: a capture failed (')
+    assert '\n' not in caplog.messages[0]
+
+
 def test_the_least_recently_used_shape_goes():
     _, twin = pair(shapes=2)
     with torch.no_grad():

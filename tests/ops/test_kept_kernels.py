@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +20,9 @@ if os.environ.get('TRITON_INTERPRET', '0') not in {'', '0'}:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
+from mila_mm.ops import common  # noqa: E402
 from mila_mm.ops.rows import kernels  # noqa: E402
-from mila_mm.ops.triton import kept  # noqa: E402
+from mila_mm.ops.triton import capability, kept  # noqa: E402
 
 
 class Notes:
@@ -134,3 +137,60 @@ def test_whoever_watches_launches_sees_them(notes: Notes) -> None:
     finally:
         hooks.remove(seen.append)
     assert calls
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        triton.runtime.errors.OutOfResources(200000, 101376, 'shared memory'),
+        triton.runtime.errors.PTXASError('ptxas fatal: sm_121a is not defined'),
+        RuntimeError('PassManager::run failed'),
+        RuntimeError('Triton Error [CUDA]: device kernel image is invalid'),
+        PermissionError(13, 'Permission denied', '/root/.triton/cache'),
+        subprocess.CalledProcessError(1, ['gcc', 'main.c']),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_kernel_that_cannot_be_made_hands_over_to_plain_operators(
+    error: Exception, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(kernels.column_parts_kernel), 'run', fail)
+    monkeypatch.setattr(capability, '_given_up', {})
+    args, rest = arguments(torch.zeros(10, 64))
+    calls = []
+
+    def op(x: torch.Tensor, scale: float) -> torch.Tensor:
+        """As the ops are: by a kernel where nothing speaks against it."""
+        calls.append(capability._why_given_up(x.device))
+        if calls[-1] is None:
+            kept.start(kernels.column_parts_kernel, (2, 3), *args, **rest)
+        return x * scale
+
+    guarded = common._or_plainly(op)
+    with pytest.raises(capability.KernelFailed, match='column_parts_kernel cannot run here'):
+        guarded(torch.ones(2), 3.0)  # as the environment of the tests says
+    monkeypatch.delenv('MILA_MM_KERNEL_ERRORS')
+    with pytest.warns(UserWarning, match=rf'column_parts_kernel cannot run here \({type(error).__name__}: .*plain'):
+        assert guarded(torch.ones(2), 3.0).tolist() == [3.0, 3.0]
+    assert calls[:2] == [None, None] and type(error).__name__ in calls[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert guarded(torch.ones(2), 3.0).tolist() == [3.0, 3.0], 'said once, and not tried again'
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize('words', ['out of memory', 'an illegal memory access was encountered'])
+def test_what_is_no_fault_of_a_kernel_stays_what_it_is(
+    words: str, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError(f'Triton Error [CUDA]: {words}')
+
+    monkeypatch.setattr(type(kernels.column_parts_kernel), 'run', fail)
+    args, rest = arguments(torch.zeros(10, 64))
+    with pytest.raises(RuntimeError, match=words) as caught:
+        kept.start(kernels.column_parts_kernel, (2, 3), *args, **rest)
+    assert not isinstance(caught.value, capability.KernelFailed)

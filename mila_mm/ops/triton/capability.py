@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -22,6 +23,7 @@ from mila_mm.ops.triton.configs import (
     MAX_ROW,
     MAX_SIDE,
     MAX_STENCIL_CHANNELS,
+    KernelFailed,
     interpreted,
     offsets_fit,
 )
@@ -30,6 +32,7 @@ MINIMUM_TRITON = (3, 5)
 """The first whose loops can keep invariant code inside, which saves registers in the query kernel."""
 MINIMUM_CAPABILITY = (8, 0)
 """Ampere: the first with bf16 and TF32 matrix units."""
+_given_up: dict[torch.device, str] = {}
 
 
 def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -49,12 +52,23 @@ def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec('triton') is None:
         return 'expected the package triton, got none installed'
-    import triton
-
+    try:
+        import triton
+    except (ImportError, OSError) as error:  # a library of it that this system cannot load
+        return f'expected a triton that can be imported, got {_first_line(error)}'
     version = tuple(int(part) for part in triton.__version__.split('.')[:2])
     if version < MINIMUM_TRITON:
         return f'expected triton >= {".".join(map(str, MINIMUM_TRITON))}, got {triton.__version__}'
+    try:
+        importlib.import_module('mila_mm.ops.triton.kept')
+    except (ImportError, AttributeError) as error:  # a newer one that has moved what is used of it
+        return f'expected a triton that this package knows, got {triton.__version__} ({_first_line(error)})'
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f'{type(error).__name__}: {lines[0] if lines else "no message"}'
 
 
 @_constant
@@ -88,9 +102,32 @@ def _why_not_device(device: torch.device) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _why_given_up(device: torch.device) -> str | None:
+    return _given_up.get(device)
+
+
+def give_up(device: torch.device, failure: KernelFailed) -> None:
+    """Leave the kernels alone on a device from now on, and say so; what has been computed by them stays right.
+
+    Raises:
+        KernelFailed: The failure itself, where the environment has ``MILA_MM_KERNEL_ERRORS=raise``: a test or a
+            benchmark of kernels must not pass without them.
+    """
+    if os.environ.get('MILA_MM_KERNEL_ERRORS') == 'raise':
+        raise failure
+    cause = _first_line(failure.__cause__ or failure)
+    _given_up[device] = f'expected kernels that work on this GPU, got {failure} ({cause})'
+    warnings.warn(
+        f'mila_mm.ops: {failure} ({cause}); the slower form in plain PyTorch runs on {device} from now on. '
+        'MILA_MM_KERNEL_ERRORS=raise shows where',
+        stacklevel=2,
+    )
+
+
 def _why_not_here(device: torch.device) -> str | None:
     """What concerns the machine, whatever the tensors."""
-    return _why_no_triton() or _why_not_device(device) or _why_no_compiler()
+    return _why_no_triton() or _why_not_device(device) or _why_no_compiler() or _why_given_up(device)
 
 
 @functools.cache

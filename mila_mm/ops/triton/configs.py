@@ -20,6 +20,10 @@ MAX_ROW = 2**17
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class KernelFailed(RuntimeError):
+    """A Triton kernel that the compiler or the driver does not take here; nothing of it has run."""
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How matrix products are taken and how exact the exponential is.

@@ -7,16 +7,24 @@ Python; beside a kernel of ten microseconds that is what a small image waits for
 
 from __future__ import annotations
 
+from subprocess import SubprocessError
 from typing import Any
 
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.errors import TritonError
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from mila_mm.ops.triton.configs import KernelFailed
+
 CHECKED_TRITON = ((3, 5), (3, 6), (3, 7), (3, 8))
 """Versions in which a compiled kernel is known to be started as :func:`start` does; with others the JIT starts it."""
+_NOT_OF_THE_BINARY = (
+    *('out of memory', 'illegal memory access', 'misaligned address', 'unspecified launch failure'),
+    *('illegal instruction', 'device-side assert', 'ECC error'),
+)
 _KNOWN = tuple(int(part) for part in triton.__version__.split('.')[:2]) in CHECKED_TRITON
 _INT32_MAX = 2**31 - 1
 # Kernel -> what is specialised on -> compiled kernel, its function and its packed metadata, and constants in the order
@@ -66,6 +74,22 @@ def _specialised_on(kernel: JITFunction, args: tuple[object, ...]) -> tuple[tupl
     return None if addresses % 16 else (tuple(key), values)
 
 
+def _by_jit(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, object]) -> Any:
+    """Launch through Triton's JIT, which compiles what it has not compiled yet.
+
+    Raises:
+        KernelFailed: Neither compiled nor loaded: an error of the compiler, of the C compiler or the cache on disk, or
+            a driver that does not take the binary. Memory that is used up, and what an earlier kernel did, are not
+            this.
+    """
+    try:
+        return kernel[grid](*args, **constants)
+    except (TritonError, OSError, ImportError, SubprocessError, RuntimeError) as error:
+        if not isinstance(kernel, JITFunction) or any(words in str(error) for words in _NOT_OF_THE_BINARY):
+            raise
+        raise KernelFailed(f'{kernel.fn.__name__} cannot run here') from error
+
+
 def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **constants: object) -> None:
     """Do what ``kernel[grid](*args, **constants)`` does, on the current device and stream, in less time.
 
@@ -80,7 +104,7 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **con
     """
     watched = _hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook)
     if not _KNOWN or type(kernel) is not JITFunction or watched:
-        kernel[grid](*args, **constants)
+        _by_jit(kernel, grid, args, constants)
         return
     kept = _kept.get(id(kernel))
     if kept is None:
@@ -88,7 +112,7 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **con
         _sizes[id(kernel)] = frozenset(p.num for p in kernel.params if p.do_not_specialize)
     described = _specialised_on(kernel, args)
     if described is None:
-        kernel[grid](*args, **constants)
+        _by_jit(kernel, grid, args, constants)
         return
     key, values = described
     active = driver.active
@@ -96,7 +120,7 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **con
     key = (device, *key, *constants.items())
     found = kept.get(key)
     if found is None:
-        compiled = kernel[grid](*args, **constants)
+        compiled = _by_jit(kernel, grid, args, constants)
         skipped = tuple(constants.get(p.name) for p in kernel.params[len(args) :])
         # The grid's numbers do not enter a binary; a kernel that was only asked for and not launched has no function.
         if getattr(compiled, 'function', None) is not None:
