@@ -84,37 +84,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
-GPU_TESTS = tests/ops/test_attention_gpu.py tests/ops/test_attention_gpu_runtime.py tests/ops/test_stencil_gpu.py \
-  tests/ops/test_gated_gpu.py tests/ops/test_rows_gpu.py tests/ops/test_down_gpu.py tests/ops/test_mlp_gpu.py \
-  tests/nn/test_block_node_gpu.py
-# Quick, meant for eight minutes: bf16, one size, little of torch.compile, whose programs take a minute or two each; with
-# QUICK= everything, which takes an hour or so. Neither time has been measured yet.
-QUICK ?= 1
-ifeq ($(QUICK),1)
-GPU_ENVIRONMENT = MILA_MM_BENCHMARK_MS=120
-GPU_ATTENTION = --dtypes bf16 --implementations ours eager
-GPU_FUSIONS = --dtypes bf16 --sizes 800x1280x2 --implementations ours eager
-GPU_BACKBONE = --dtypes bf16 --sizes 800x1280x2 --implementations ours ours-modules ours-graphs ours-compiled eager
-GPU_BACKBONE += $(shell $(PYTHON) -c 'import timm; print("resnet50 swin-t convnext-t")' 2>/dev/null)
-GPU_DETECTOR = --runs 8
-endif
-GPU_STEPS = "-m benchmarks.backbone $(GPU_BACKBONE) $(BENCHMARK_FLAGS)" \
-  "-m benchmarks.attention_op $(GPU_ATTENTION) $(BENCHMARK_FLAGS)" \
-  "-m benchmarks.block_fusions $(GPU_FUSIONS) $(BENCHMARK_FLAGS)" \
-  $(shell $(PYTHON) -c 'import mmdet' 2>/dev/null && echo '"-m benchmarks.detector_step $(GPU_DETECTOR)"')
-
-# Everything that a GPU has to show: correctness of the op, then its speed. Needs torch, triton, numpy and pytest only,
-# so it takes the interpreter as it is: make gpu-check PYTHON=python3. Every step runs, whatever became of those before,
-# and make fails with the worst of their statuses. After an interruption: make gpu-check BENCHMARK_FLAGS=--resume
+# Everything that a GPU has to show: correctness of the ops, tools/train.py, speed beside other backbones. Each step has a
+# limit of time and goes on whatever became of those before; make fails unless all have run and passed. It takes the
+# interpreter as it is: make gpu-check PYTHON=python3. After an interruption: make gpu-check GPU_CHECK=--resume; the whole
+# of it, an hour or so: GPU_CHECK=--all; on a machine lent for eight minutes: GPU_CHECK='--patience 1 --budget 470';
+# a rehearsal on a CPU: GPU_CHECK=--rehearse.
+GPU_CHECK ?=
 gpu-check:
-	$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu-check needs a CUDA device")'
-	@worst=0; \
-	for step in "-m pytest -m gpu $(GPU_TESTS)" $(GPU_STEPS); do \
-	  echo "$(PYTHON) $$step"; \
-	  $(GPU_ENVIRONMENT) $(PYTHON) $$step; status=$$?; \
-	  if [ $$status -ne 0 ]; then echo "gpu-check: $$step ended with $$status" >&2; fi; \
-	  if [ $$status -gt $$worst ]; then worst=$$status; fi; \
-	done; exit $$worst
+	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
 
 # What a GPU has to show of training: a stop under NCCL, memory, throughput of a detector against other backbones, 500 steps in each precision.
 gpu-scale: $(READY)

@@ -55,13 +55,13 @@ def peer(name: str) -> nn.Module:
     import timm
 
     options = {'strict_img_size': False} if name == 'swin-t' else {}
-    return timm.create_model(PEERS[name], pretrained=False, features_only=True, **options).cuda()
+    return timm.create_model(PEERS[name], pretrained=False, features_only=True, **options).to(measure.DEVICE)
 
 
 def models(arch: str, names: list[str], backend: str) -> dict[str, nn.Module]:
     """The implementations on the GPU; all of MILA with the same weights."""
     torch.manual_seed(0)
-    eager = TranscribedMILA(arch).cuda()
+    eager = TranscribedMILA(arch).to(measure.DEVICE)
     made: dict[str, nn.Module] = {}
     for name in names:
         if name == 'eager':
@@ -72,7 +72,7 @@ def models(arch: str, names: list[str], backend: str) -> dict[str, nn.Module]:
             continue
         model = TranscribedMILA(arch) if name == 'compiled' else trunk(arch, backend, OURS[name])
         model.load_state_dict(eager.state_dict())
-        model.cuda()
+        model.to(measure.DEVICE)
         if name == 'ours-graphs':
             from mila_mm.nn.cuda_graphs import BackboneGraphs
 
@@ -83,11 +83,11 @@ def models(arch: str, names: list[str], backend: str) -> dict[str, nn.Module]:
 
 def difference(model: nn.Module, other: nn.Module, dtype: torch.dtype) -> float:
     """The largest relative difference between the maps of two models on an awkward image, in eval mode."""
-    image = torch.randn(2, 3, 197, 261, device='cuda')
+    image = torch.randn(2, 3, 197, 261, device=measure.DEVICE)
 
     def maps(m: nn.Module) -> tuple[Tensor, ...]:
         m.eval()
-        with torch.no_grad(), torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), torch.autocast(measure.DEVICE, dtype, enabled=dtype != torch.float32):
             result = m(image)
         m.train()
         return result
@@ -99,20 +99,20 @@ def difference(model: nn.Module, other: nn.Module, dtype: torch.dtype) -> float:
 def measure_one(model: nn.Module, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
     """Times and peak memory of inference, and of forward and backward, on images of height, width and batch."""
     cast = dtype != torch.float32
-    image = torch.randn(size[2], 3, *size[:2], device='cuda')
+    image = torch.randn(size[2], 3, *size[:2], device=measure.DEVICE)
 
     def forward() -> None:
-        with torch.no_grad(), torch.autocast('cuda', dtype, enabled=cast):
+        with torch.no_grad(), torch.autocast(measure.DEVICE, dtype, enabled=cast):
             model(image)
 
     def both() -> None:
-        with torch.autocast('cuda', dtype, enabled=cast):
+        with torch.autocast(measure.DEVICE, dtype, enabled=cast):
             maps = model(image)
         torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
         model.zero_grad(set_to_none=True)
 
     def captured() -> None:
-        with torch.autocast('cuda', dtype, enabled=cast, cache_enabled=False):
+        with torch.autocast(measure.DEVICE, dtype, enabled=cast, cache_enabled=False):
             maps = model(image)
         torch.autograd.grad(maps, list(model.parameters()), [torch.ones_like(x) for x in maps], allow_unused=True)
 

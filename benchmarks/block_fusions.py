@@ -142,8 +142,10 @@ def draw(fusion: str, batch: int, height: int, width: int, channels: int, dtype:
         'relu_dwc_relu': [kernel, vector],
         'mlp': [(4 * channels, channels), (4 * channels,), (channels, 4 * channels), vector],
     }[fusion]
-    x = torch.randn(batch, height * width, channels, device='cuda').to(dtype)
-    parameters = [torch.randn(shape, device='cuda') / math.sqrt(max(1, math.prod(shape[1:]))) for shape in shapes]
+    x = torch.randn(batch, height * width, channels, device=measure.DEVICE).to(dtype)
+    parameters = [
+        torch.randn(shape, device=measure.DEVICE) / math.sqrt(max(1, math.prod(shape[1:]))) for shape in shapes
+    ]
     shortcut = [torch.randn_like(x)] if fusion == 'mlp' else []
     return [t.requires_grad_() for t in (x, *parameters, *shortcut)]
 
@@ -152,7 +154,7 @@ def with_gradients(
     op: Op, inputs: list[Tensor], grads: list[Tensor], hw: tuple[int, int], dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Outputs, and gradients of the inputs."""
-    with torch.autocast('cuda', dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+    with torch.autocast(measure.DEVICE, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
         outputs = op(*inputs, *hw)
     return outputs, torch.autograd.grad(outputs, inputs, [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)])
 
@@ -178,7 +180,7 @@ def measure_one(op: Op, inputs: list[Tensor], hw: tuple[int, int], dtype: torch.
     cast = dtype != torch.float32
 
     def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad(), torch.autocast('cuda', dtype, enabled=cast):
+        with torch.no_grad(), torch.autocast(measure.DEVICE, dtype, enabled=cast):
             return op(*inputs, *hw)
 
     grads = [torch.randn_like(y) for y in forward()]
@@ -266,7 +268,9 @@ def describe(dtype: str, fusion: str, stage: int, name: str, size: tuple[int, in
 def require_kernels() -> None:
     """Exit with one line where ours would not run."""
     measure.require_cuda()
-    if (reason := why_not_triton_stencil(torch.zeros(1, 4, 64, device='cuda'))) is not None:
+    if measure.REHEARSAL:
+        return
+    if (reason := why_not_triton_stencil(torch.zeros(1, 4, 64, device=measure.DEVICE))) is not None:
         sys.exit(f'the Triton kernels cannot run here: {reason}')
 
 

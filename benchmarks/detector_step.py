@@ -6,7 +6,11 @@
 mmdet's Mask R-CNN with FPN on random images with eight boxes and masks each: preprocessing, forward, losses, backward
 and fused AdamW, under autocast unless fp32 is asked for; no data loading, no distribution. ResNet-50 and Swin-T are
 mmdet's, ConvNeXt-T is timm's as it comes. All start from random weights. The rounds go through all backbones in turn,
-so that a machine that slows down slows all of them; each figure is the median of its rounds.
+so that a machine that slows down slows all of them; each figure is the median of its rounds, by wall clock.
+
+Beside it stands the device's own time. A detector samples boxes as its data say and waits for the device in between,
+so that no CUDA graph holds its step: for the whole step it is the sum over the kernels of one step, for the backbone's
+part the replay of a CUDA graph of its forward and backward on the same images.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import Tensor, nn
 import mila_mm  # noqa: F401 - before anything imports mmcv
 from benchmarks import measure
 from benchmarks.backbone_cpu import machine as cpu_machine
+from mila_mm.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,7 +115,7 @@ class Trainee:
             cfg.model.roi_head.bbox_head.fc_out_channels = 16
             cfg.model.train_cfg.rpn_proposal.update(nms_pre=50, max_per_img=20)
         torch.manual_seed(0)
-        self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.device, self.dtype = 'cuda' if torch.cuda.is_available() else 'cpu', args.dtype
         self.model = MODELS.build(cfg.model).to(self.device).train()
         if choice.get('graphs') and self.device == 'cuda':
             from mila_mm.nn.cuda_graphs import BackboneGraphs
@@ -143,19 +148,50 @@ class Trainee:
             sys.exit(f'the loss is {losses["loss"].item()}: expected a finite one, its time means nothing')
         return seconds
 
+    def backbone_graph(self) -> dict[str, float] | None:
+        """Time of the backbone's forward and backward replayed from a CUDA graph; None where it cannot be captured."""
+        backbone = self.model.backbone
+        if 'forward' in vars(backbone):  # from graphs already, which hold no others
+            return None
+        with torch.no_grad():
+            images = self.model.data_preprocessor(deepcopy(self.data), True)['inputs']
+        parameters = [p for p in backbone.parameters() if p.requires_grad]
+        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.dtype)
+
+        def both() -> None:
+            with torch.autocast(self.device, dtype, enabled=dtype is not None, cache_enabled=False):
+                maps = backbone(images)
+            torch.autograd.grad(maps, parameters, [torch.ones_like(x) for x in maps], allow_unused=True)
+
+        return measure.timed_graph(both)
+
     def _wait(self) -> None:
         if self.device == 'cuda':
             torch.cuda.synchronize()
+
+
+def described(trainee: Trainee, warmup: int) -> dict[str, Any]:
+    """What is known of a backbone's step before it is timed; the first steps are taken here."""
+    for _ in range(warmup):
+        trainee.step()
+    row: dict[str, Any] = {'parameters': sum(p.numel() for p in trainee.model.parameters())}
+    if trainee.device == 'cuda':
+        # Beyond what all the models hold together: parameters and the optimizer's state of one are added again.
+        held = sum(x.numel() * x.element_size() for x in trainee.model.parameters())
+        row['peak_bytes'] = measure.peak_bytes(trainee.step) + 3 * held
+        launched = measure.kernels(trainee.step)
+        assert launched is not None, 'a rehearsal beside a GPU'
+        row |= {'kernels': int(launched['count']), 'kernels_ms': launched['ms']}
+        row['backbone_graph'] = trainee.backbone_graph()
+    return row
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """All rows of the result."""
     rows: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {name: [] for name in args.backbones}
-    trainees = {name: Trainee(name, args) for name in args.backbones}
-    for name, trainee in trainees.items():
-        for _ in range(args.warmup):
-            trainee.step()
+    trainees: dict[str, Trainee] = {}
+    for name in args.backbones:
         rows[name] = {
             'backbone': name,
             'image': list(args.image),
@@ -163,19 +199,21 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             'dtype': args.dtype,
             'channels_last': args.channels_last,
             'narrow_heads': args.narrow,
-            'parameters': sum(p.numel() for p in trainee.model.parameters()),
         }
-        if trainee.device == 'cuda':
-            # Beyond what all the models hold together: parameters and the optimizer's state of one are added again.
-            held = sum(x.numel() * x.element_size() for x in trainee.model.parameters())
-            rows[name]['peak_bytes'] = measure.peak_bytes(trainee.step) + 3 * held
-            rows[name]['kernels'] = measure.kernel_count(trainee.step)
+        try:
+            trainee = Trainee(name, args)
+            rows[name] |= described(trainee, args.warmup)
+        except (RuntimeError, UserError) as error:  # the other backbones still have their figures
+            rows[name]['failure'] = f'{type(error).__name__}: {str(error).splitlines()[0]}'
+            print(f'{name}: {rows[name]["failure"]}', file=sys.stderr)
+        else:
+            trainees[name] = trainee
     for _ in range(args.runs):
         for name, trainee in trainees.items():
             times[name].append(trainee.step())
-    for name, row in rows.items():
+    for name in trainees:
         seconds = statistics.median(times[name])
-        row |= {
+        rows[name] |= {
             'ms': 1e3 * seconds,
             'fastest_ms': 1e3 * min(times[name]),
             'runs': args.runs,
@@ -196,20 +234,27 @@ def table(document: dict[str, Any]) -> str:
         f'{" x ".join(map(str, first["image"]))}, B={first["batch"]}, {first["dtype"]}'
         + (', heads narrowed for a trial' if first['narrow_heads'] else ''),
         '',
-        '| backbone | parameters of the detector | ms a step | images/s | kernels a step | peak GiB |',
-        '| --- ' * 6 + '|',
+        '| backbone | parameters of the detector | ms a step, wall | its kernels, ms | backbone alone, device, ms | '
+        'images/s | kernels a step | peak GiB |',
+        '| --- ' * 8 + '|',
     ]
     for row in document['rows']:
+        if 'failure' in row:
+            lines.append(f'| {row["backbone"]} | {row["failure"]} |')
+            continue
         peak = f'{row["peak_bytes"] / 2**30:.2f}' if 'peak_bytes' in row else 'not measured'
+        busy = f'{row["kernels_ms"]:.1f}' if 'kernels_ms' in row else 'not measured'
+        graph = row.get('backbone_graph')
+        alone = 'not measured' if graph is None else f'{graph["median"]:.2f}'
         lines.append(
-            f'| {row["backbone"]} | {row["parameters"] / 1e6:.1f} M | {row["ms"]:.1f} | '
+            f'| {row["backbone"]} | {row["parameters"] / 1e6:.1f} M | {row["ms"]:.1f} | {busy} | {alone} | '
             f'{row["images_per_second"]:.2f} | {row.get("kernels", "not counted")} | {peak} |'
         )
     return '\n'.join(lines)
 
 
 def main() -> int:
-    """Parse, measure, print, save."""
+    """Parse, measure, print, save. Returns 1 where a backbone could not train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--backbones', nargs='+', default=list(BACKBONES), choices=list(BACKBONES))
     parser.add_argument('--image', type=int, nargs=2, default=[800, 1333], metavar=('HEIGHT', 'WIDTH'))
@@ -230,7 +275,7 @@ def main() -> int:
     out = args.out or (measure.RESULTS / 'detector_step.json' if torch.cuda.is_available() else None)
     if out is not None:
         measure.save(out, document)
-    return 0
+    return 1 if any('failure' in row for row in document['rows']) else 0
 
 
 if __name__ == '__main__':

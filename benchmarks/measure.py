@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ import torch
 from mila_mm.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / 'benchmarks' / 'results'
+REHEARSAL = os.environ.get('MILA_MM_REHEARSAL') == '1'
+"""Whether the scripts are only tried, on a CPU: they go their whole way, and their figures mean nothing."""
+DEVICE = 'cpu' if REHEARSAL else 'cuda'
+RESULTS = ROOT / 'work_dirs' / 'rehearsal' if REHEARSAL else ROOT / 'benchmarks' / 'results'
 TARGET_MS = float(os.environ.get('MILA_MM_BENCHMARK_MS', '400'))
 """How long a figure is measured for; a shorter time goes into the result."""
 LEAST_RUNS, MOST_RUNS = 10, 200
@@ -28,8 +32,8 @@ FLUSH_BYTES = 256 * 2**20
 
 
 def require_cuda() -> None:
-    """Exit with one line where there is no GPU."""
-    if not torch.cuda.is_available():
+    """Exit with one line where there is no GPU, except in a rehearsal."""
+    if not REHEARSAL and not torch.cuda.is_available():
         sys.exit('expected a CUDA device, got none: these figures mean nothing elsewhere')
 
 
@@ -55,10 +59,13 @@ def machine() -> dict[str, Any]:
         import triton as package
 
         triton = package.__version__
+    gpu = {
+        'gpu': 'none, a rehearsal' if REHEARSAL else torch.cuda.get_device_name(),
+        'capability': 'none' if REHEARSAL else '.'.join(map(str, torch.cuda.get_device_capability())),
+        'driver': 'none' if REHEARSAL else output('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'),
+    }
     return {
-        'gpu': torch.cuda.get_device_name(),
-        'capability': '.'.join(map(str, torch.cuda.get_device_capability())),
-        'driver': output('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'),
+        **gpu,
         'torch': torch.__version__,
         'cuda': torch.version.cuda,
         'triton': triton,
@@ -78,6 +85,10 @@ def timed(function: Callable[[], object], flush: bool = True) -> dict[str, float
     Returns:
         median, q20, q80 and the number of runs.
     """
+    if REHEARSAL:
+        start = time.perf_counter()
+        function()
+        return dict.fromkeys(('median', 'q20', 'q80'), 1e3 * (time.perf_counter() - start)) | {'runs': 1}
     for _ in range(3):
         function()
     cache = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.int8, device='cuda')
@@ -105,6 +116,9 @@ def timed(function: Callable[[], object], flush: bool = True) -> dict[str, float
 
 def timed_graph(function: Callable[[], object]) -> dict[str, float] | None:
     """:func:`timed` of the replay of a CUDA graph: without the launches' cost. None where it cannot be captured."""
+    if REHEARSAL:
+        function()
+        return None
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -122,20 +136,37 @@ def timed_graph(function: Callable[[], object]) -> dict[str, float] | None:
     return timed(graph.replay)
 
 
-def kernel_count(function: Callable[[], object]) -> int:
-    """Kernels, copies and fills that a call launches."""
+def kernels(function: Callable[[], object]) -> dict[str, float] | None:
+    """How many kernels, copies and fills a call launches, and the milliseconds that they take on the device together.
+
+    They run one after the other, so that is the device's own time; None in a rehearsal.
+    """
+    if REHEARSAL:
+        function()
+        return None
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     function()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         function()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    # An annotation of the host's that the profiler repeats on the device's line is no kernel.
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in events if not event.is_user_annotation]
+    return {'count': len(events), 'ms': sum(event.time_range.elapsed_us() for event in events) / 1e3}
+
+
+def kernel_count(function: Callable[[], object]) -> int | None:
+    """Kernels, copies and fills that a call launches; None in a rehearsal."""
+    found = kernels(function)
+    return None if found is None else int(found['count'])
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Memory that a call allocates beyond what was there, at its peak."""
+    """Memory that a call allocates beyond what was there, at its peak; 0 in a rehearsal."""
     function()
+    if REHEARSAL:
+        return 0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -145,7 +176,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def copy_bandwidth(gigabytes: float = 1.0) -> float:
-    """Bytes read plus bytes written per second by a large device-to-device copy."""
+    """Bytes read plus bytes written per second by a large device-to-device copy; 1e12 in a rehearsal."""
+    if REHEARSAL:
+        return 1e12
     size = int(gigabytes * 2**30)
     source = torch.empty(size, dtype=torch.int8, device='cuda').random_(0, 127)
     target = torch.empty_like(source)

@@ -24,6 +24,11 @@ PASSES = (('forward', 'forward'), ('both', 'forward + backward'))
 # than others a training step of MILA-T is, and the share of their peak memory.
 COPY_GOAL, CORE_GOALS, DEPTHS = 70.0, {'forward': 8.0, 'both': 6.0}, {1: 2, 2: 4, 3: 8, 4: 4}
 STEP_GOALS, PEAK_GOAL = {'eager': 2.5, 'compiled': 1.3}, 0.5
+# Of the same step, milliseconds of the device; beside ConvNeXt-T, whose figures on an H200 are 6.3 and 19.7, the share
+# of its wall clock and of its peak memory; with CUDA graphs, the wall clock over the device's own time.
+DEVICE_GOALS, WALL_GOAL, GRAPHS_GOAL = {'forward': 3.0, 'both': 9.0}, 1.5, 1.1
+FUSION_GOAL = 60.0
+"""Percent of the copy bandwidth that the stencils reach in stages 1 to 3 from batch 4 on."""
 
 
 def grouped(rows: list[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
@@ -148,12 +153,66 @@ def step_goals(rows: list[Row]) -> list[str]:
                 verdict(faster >= goal, f'{title} {faster:.2f} x {other}, goal {goal} x'),
                 verdict(share <= PEAK_GOAL, f'{title} {share:.2f} of the peak memory of {other}, goal {PEAK_GOAL}'),
             ]
+    return lines + host_goals(by)
+
+
+def host_goals(by: dict[str, Row]) -> list[str]:
+    """The goals of the device's time, and of the wall clock beside it, as far as there are rows."""
+    ours, peer, graphs = (by.get(name, {}) for name in ('ours', 'convnext-t', 'ours-graphs'))
+    lines = []
+    for key, title in PASSES:
+        if graph := ours.get(f'{key}_graph'):
+            goal = DEVICE_GOALS[key]
+            lines.append(
+                verdict(graph['median'] <= goal, f'{title} of MILA-T, device: {graph["median"]:.2f} ms, goal {goal} ms')
+            )
+    if 'both' in ours and 'both' in peer:
+        wall = ours['both']['median'] / peer['both']['median']
+        share = ours['both_peak_bytes'] / peer['both_peak_bytes']
+        lines += [
+            verdict(wall <= WALL_GOAL, f'wall clock of the step of MILA-T: {wall:.2f} x ConvNeXt-T, goal {WALL_GOAL}'),
+            verdict(share <= 1, f'peak memory of the step of MILA-T: {share:.2f} x ConvNeXt-T, goal 1'),
+        ]
+    if 'both' in graphs and ours.get('both_graph'):
+        over = graphs['both']['median'] / ours['both_graph']['median']
+        text = f'wall clock of the step from CUDA graphs: {over:.2f} x its device time, goal {GRAPHS_GOAL}'
+        lines.append(verdict(over <= GRAPHS_GOAL, text))
+    return lines
+
+
+def detector_goals(rows: list[Row]) -> list[str]:
+    """MILA-T in a detector beside Swin-T and ConvNeXt-T."""
+    rates = {row['backbone']: row['images_per_second'] for row in rows if 'images_per_second' in row}
+    return [
+        verdict(rates[ours] >= rates[other], f'{ours}: {rates[ours]:.2f} images/s, {other} {rates[other]:.2f}')
+        for ours in ('MILA-T', 'MILA-T-graphs')
+        for other in ('ConvNeXt-T', 'Swin-T')
+        if ours in rates and other in rates
+    ]
+
+
+def fusion_goals(rows: list[Row]) -> list[str]:
+    """The share of the copy bandwidth that the stencils reach."""
+    lines = []
+    for row in rows:
+        fusion, stage = str(row['stage']).split()
+        if row['implementation'] != 'ours' or row['dtype'] != 'bf16' or row['batch'] < 4 or int(stage) > 3:
+            continue
+        if fusion in ('cpe_norm', 'dwc_silu', 'relu_dwc_relu') and 'both_percent_of_copy' in row:
+            share = row['both_percent_of_copy']
+            text = f'{fusion}, stage {stage}, batch {row["batch"]}: {share:.0f} % of copy bandwidth, '
+            lines.append(verdict(share >= FUSION_GOAL, f'{text}goal {FUSION_GOAL:.0f} %'))
     return lines
 
 
 def goals(document: dict[str, Any]) -> list[str]:
     """Each goal for speed that the result has the rows for, as met or missed, with its figure."""
-    judge = {'attention_op': core_goals, 'backbone': step_goals}.get(document['benchmark'])
+    judge = {
+        'attention_op': core_goals,
+        'backbone': step_goals,
+        'detector_step': detector_goals,
+        'block_fusions': fusion_goals,
+    }.get(document['benchmark'])
     return [] if judge is None else judge(document['rows'])
 
 

@@ -254,3 +254,38 @@ def test_report_of_the_op(report: Callable[[dict[str, Any]], str]) -> None:
     ]
     few = report({'benchmark': 'attention_op', 'copy_bandwidth': 4e12, 'rows': rows[:2]})
     assert [line[:30] for line in few.splitlines() if line.startswith('- ')] == ['- met: forward of stage 1, bat']
+
+
+def test_report_beside_other_backbones(report: Callable[[dict[str, Any]], str]) -> None:
+    step = {'arch': 'tiny', 'batch': 2}
+    rows = [
+        row('ours', 4, 12, 3, forward_graph={'median': 2.9}, both_graph={'median': 10.0}, **step),
+        row('ours-graphs', 3, 10.5, 3, forward_graph=None, both_graph=None, **step),
+        row('convnext-t', 5, 10, 2, forward_graph={'median': 6.3}, both_graph={'median': 9.5}, **step),
+    ]
+    out = report({'benchmark': 'backbone', 'rows': rows})
+    assert [line for line in out.splitlines() if line.startswith('- ')] == [
+        '- met: forward of MILA-T, device: 2.90 ms, goal 3.0 ms',
+        '- MISSED: forward + backward of MILA-T, device: 10.00 ms, goal 9.0 ms',
+        '- met: wall clock of the step of MILA-T: 1.20 x ConvNeXt-T, goal 1.5',
+        '- MISSED: peak memory of the step of MILA-T: 1.50 x ConvNeXt-T, goal 1',
+        '- met: wall clock of the step from CUDA graphs: 1.05 x its device time, goal 1.1',
+    ]
+
+
+def test_goals_of_detectors_and_fusions(load: Callable[[str], ModuleType]) -> None:
+    judge = load('report').goals
+    rates = {'MILA-T': 6.5, 'ConvNeXt-T': 6.6, 'Swin-T': 6.3}
+    rows = [{'backbone': name, 'images_per_second': rate} for name, rate in rates.items()]
+    assert judge({'benchmark': 'detector_step', 'rows': [*rows, {'backbone': 'MILA-T-graphs', 'failure': 'x'}]}) == [
+        'MISSED: MILA-T: 6.50 images/s, ConvNeXt-T 6.60',
+        'met: MILA-T: 6.50 images/s, Swin-T 6.30',
+    ]
+    fusions = [
+        {**fusion_row('bf16', batch, 'ours', 1.0), 'stage': stage, 'both_percent_of_copy': share}
+        for batch, stage, share in ((8, 'cpe_norm 1', 61), (8, 'dwc_silu 3', 59), (8, 'mlp 1', 9), (2, 'cpe_norm 1', 9))
+    ]
+    assert judge({'benchmark': 'block_fusions', 'rows': [*fusions, {**fusions[0], 'stage': 'cpe_norm 4'}]}) == [
+        'met: cpe_norm, stage 1, batch 8: 61 % of copy bandwidth, goal 60 %',
+        'MISSED: dwc_silu, stage 3, batch 8: 59 % of copy bandwidth, goal 60 %',
+    ]

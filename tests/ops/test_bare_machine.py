@@ -1,4 +1,4 @@
-"""``make gpu-check`` needs torch, triton, numpy and pytest alone, and goes through to its end."""
+"""``make gpu-check`` needs torch, triton, numpy and pytest alone for the ops and the backbone."""
 
 from __future__ import annotations
 
@@ -56,20 +56,23 @@ def test_gpu_check_imports() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-def make_gpu_check(python: Path | str, *options: str) -> subprocess.CompletedProcess[str]:
-    if shutil.which('make') is None:
-        pytest.skip('no make')
-    return subprocess.run(
-        ['make', *options, 'gpu-check', f'PYTHON={python}', 'BENCHMARK_FLAGS=--resume'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+LIST = """
+sys.path.insert(0, ROOT)
+from benchmarks import gpu_check
+
+sys.exit(gpu_check.main(['--list']))
+"""
+
+
+def steps() -> list[str]:
+    """The commands of the check on such a machine."""
+    run = run_bare(LIST)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout.splitlines()
 
 
 def test_gpu_check_collects_its_tests() -> None:
-    files = re.findall(r'tests/\S+\.py', make_gpu_check('python', '-n').stdout)
+    files = re.findall(r'tests/\S+\.py', '\n'.join(steps()))
     assert len(files) == len(set(files)) >= 4
     run = run_bare(COLLECT, *files)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
@@ -77,35 +80,31 @@ def test_gpu_check_collects_its_tests() -> None:
         assert f'{file}::' in run.stdout, f'{file} has no GPU test'
 
 
-def test_every_gpu_test_of_the_ops_is_in_gpu_check() -> None:
-    listed = make_gpu_check('python', '-n').stdout
+def test_every_gpu_test_of_ops_and_network_is_in_gpu_check() -> None:
+    command = [sys.executable, '-m', 'benchmarks.gpu_check', '--list']
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     marked = [
-        path
-        for path in sorted(Path(__file__).parent.glob('test_*.py'))
+        path.relative_to(ROOT)
+        for folder in ('ops', 'nn')
+        for path in sorted((ROOT / 'tests' / folder).glob('test_*.py'))
         if re.search(r'^(pytestmark = |@)pytest\.mark\.gpu', path.read_text(), re.MULTILINE)
     ]
     assert len(marked) >= 4
-    assert [path.name for path in marked if f'tests/ops/{path.name}' not in listed] == []
+    assert [path for path in marked if str(path) not in listed] == []
 
 
-def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
+def test_peers_are_left_out_where_timm_is_missing() -> None:
+    backbone = next(line for line in steps() if line.startswith('backbone '))
+    assert ' ours ' in backbone and 'convnext-t' not in backbone
+
+
+def test_make_passes_interpreter_options_and_status_on(tmp_path: Path) -> None:
+    if shutil.which('make') is None:
+        pytest.skip('no make')
     python, log = tmp_path / 'python', tmp_path / 'log'
-    # The tests end with 1, the third benchmark with 3.
-    cases = '*pytest*) exit 1;; *block_fusions*) exit 3;;'
-    python.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in {cases} esac\n')
+    python.write_text(f'#!/bin/sh\necho "$*" >> {log}\nexit 3\n')
     python.chmod(0o755)
-    run = make_gpu_check(python)
-    # Those with -c ask what is installed; this python finds everything.
-    steps = [line.removeprefix('-m ') for line in log.read_text().splitlines() if line.startswith('-m')]
-    assert [step.split()[0] for step in steps] == [
-        'pytest',
-        'benchmarks.backbone',
-        'benchmarks.attention_op',
-        'benchmarks.block_fusions',
-        'benchmarks.detector_step',
-    ]
-    assert all(step.endswith(' --resume') for step in steps[1:4])
+    command = ['make', 'gpu-check', f'PYTHON={python}', 'GPU_CHECK=--resume --patience 1']
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert log.read_text().splitlines() == ['-m benchmarks.gpu_check --resume --patience 1']
     assert run.returncode != 0 and 'Error 3' in run.stderr
-    assert 'tests/ops/test_attention_gpu.py' in run.stderr and re.search(
-        r'benchmarks.block_fusions .*--resume ended with 3', run.stderr
-    )
