@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_CLASSIC ?= .venv-classic
 VENV_LATEST ?= .venv-latest
+VENV_DOCS ?= .venv-docs
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 WORK_DIR ?= work_dirs
 JOBS ?= 2
 
-.PHONY: install demo demo-seg test test-classic test-latest lint gpu-check faults mutants test-scale gpu-scale clean
+.PHONY: install demo demo-seg test test-classic test-latest lint gpu-check faults mutants test-scale gpu-scale docs docs-links clean
 
 install: $(READY)
 
@@ -84,6 +85,23 @@ lint: $(READY)
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
+$(VENV_DOCS)/.ready: requirements-docs.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "the documentation is built with Python 3.11 or later: make docs PYTHON=/path/to/python3.13" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python -m pip install --disable-pip-version-check -q -r requirements-docs.txt
+	@touch $@
+
+# The site in docs/_build/html, warnings as errors, in an environment of its own: neither torch nor OpenMMLab is installed.
+docs: $(VENV_DOCS)/.ready
+	$(VENV_DOCS)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(VENV_DOCS)/bin/python tools/docs/check_reference.py docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+# The addresses that the site links to, asked one by one; needs the network.
+docs-links: $(VENV_DOCS)/.ready
+	$(VENV_DOCS)/bin/python -m sphinx -q -b linkcheck docs docs/_build/links
+
 # Everything that a GPU has to show: correctness of the ops, tools/train.py, speed beside other backbones. Each step has a
 # limit of time and goes on whatever became of those before; make fails unless all have run and passed. It takes the
 # interpreter as it is: make gpu-check PYTHON=python3. After an interruption: make gpu-check GPU_CHECK=--resume; the whole
@@ -104,4 +122,4 @@ gpu-scale: $(READY)
 	  --plot docs/images/precision_curves_gpu.png
 
 clean:
-	rm -rf $(VENV) $(VENV_CLASSIC) $(VENV_LATEST) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV_CLASSIC) $(VENV_LATEST) $(VENV_DOCS) docs/_build docs/_generated build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,7 +1,7 @@
 """Memory of one training step of the backbone by image size, with and without checkpointing and the fused op.
 
     python -m benchmarks.memory                    # computed; measured as well where there is a GPU
-    python -m benchmarks.memory --docs             # the table in docs/scale.md, from the result
+    python -m benchmarks.memory --docs             # the table in docs/large_images.md, from the result
 
 *Computed* runs the step on fake CPU tensors, which have sizes and no memory, under PyTorch's memory tracker, in fp32:
 the greatest sum of parameters, gradients, activations and temporaries that live at one time. The fused op counts as
@@ -157,10 +157,11 @@ def main() -> int:
     parser.add_argument('--sizes', type=size, nargs='+', default=SIZES, metavar='HxWxB', help='B is not used')
     parser.add_argument('--checkpointing', nargs='+', default=list(CHECKPOINTING), choices=list(CHECKPOINTING))
     parser.add_argument('--out', type=Path, default=measure.RESULTS / 'memory.json')
-    parser.add_argument('--docs', action='store_true', help='write the table of --out into docs/scale.md')
+    parser.add_argument('--docs', action='store_true', help='write the table of --out into docs/large_images.md')
     args = parser.parse_args()
     if args.docs:
-        measure.write_docs(table(json.loads(args.out.read_text(encoding='utf-8'))), 'benchmarks/memory.py')
+        text = table(json.loads(args.out.read_text(encoding='utf-8')))
+        measure.write_docs(text, 'benchmarks/memory.py', measure.ROOT / 'docs' / 'large_images.md')
         return 0
     rows: list[Row] = []
     machine = measure.machine() if torch.cuda.is_available() else cpu_machine()

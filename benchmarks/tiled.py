@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument('--sides', type=int, nargs='+', default=[1024, 2048, 4096, 8192])
     parser.add_argument('--one', nargs=2, metavar=('MODE', 'SIDE'), help=argparse.SUPPRESS)
     parser.add_argument('--out', type=Path)
-    parser.add_argument('--docs', action='store_true', help='write the table of the last result into docs/scale.md')
+    parser.add_argument('--docs', action='store_true', help='write the table of --out into docs/large_images.md')
     args = parser.parse_args()
     import mila_mm  # noqa: F401 - before anything imports mmcv
 
@@ -111,7 +111,8 @@ def main() -> int:
 
     out = args.out or measure.RESULTS / 'tiled.json'
     if args.docs:
-        measure.write_docs(table(json.loads(out.read_text(encoding='utf-8'))), 'benchmarks/tiled.py')
+        text = table(json.loads(out.read_text(encoding='utf-8')))
+        measure.write_docs(text, 'benchmarks/tiled.py', ROOT / 'docs' / 'large_images.md')
         return 0
     rows = []
     for side in args.sides:
