@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cli.add_config(parser)
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='weights of that model')
     cli.add_cfg_options(parser)
+    cli.add_verbose(parser)
     parser.add_argument(
         '--out', type=Path, default=Path('analysis'), metavar='DIR', help='folder to write to [analysis]'
     )
@@ -28,15 +29,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 <= args.score_thr <= 1:
         raise UserError(f'--score-thr: expected a score from 0 to 1, got {args.score_thr}')
     from mila_mm.engine.analysis.report import analyze
+    from mila_mm.engine.screen import quiet
 
-    result = analyze(
-        args.config,
-        args.checkpoint,
-        args.out,
-        worst=args.worst,
-        score_thr=args.score_thr,
-        cfg_options=args.cfg_options,
-    )
+    with quiet(args.verbose):
+        result = analyze(
+            args.config,
+            args.checkpoint,
+            args.out,
+            worst=args.worst,
+            score_thr=args.score_thr,
+            cfg_options=args.cfg_options,
+        )
     for name, table in result.items():
         if name != 'metrics':
             print(f'\n{name}')

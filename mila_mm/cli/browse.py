@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the subcommand."""
     cli.add_config(parser)
     cli.add_cfg_options(parser)
+    cli.add_verbose(parser)
     parser.add_argument('--split', choices=['train', 'val', 'test'], default='train', help='what to draw from [train]')
     parser.add_argument('--number', type=int, default=8, metavar='N', help='samples to draw [8]')
     parser.add_argument('--out', type=Path, default=Path('browse'), metavar='DIR', help='folder for the PNGs [browse]')
@@ -29,11 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mila_mm.engine.config.checks import check_data, check_work_dir
     from mila_mm.engine.config.load import load_config
     from mila_mm.engine.data.browse import browse
+    from mila_mm.engine.screen import quiet
 
-    cfg = load_config(args.config, args.cfg_options)
-    check_data(cfg, [args.split])
-    if not args.show:
-        check_work_dir(args.out, '--out')
-    written = browse(cfg, args.split, args.number, None if args.show else args.out, args.show)
+    with quiet(args.verbose):
+        cfg = load_config(args.config, args.cfg_options)
+        check_data(cfg, [args.split])
+        if not args.show:
+            check_work_dir(args.out, '--out')
+        written = browse(cfg, args.split, args.number, None if args.show else args.out, args.show)
     if written:
         print(f'{len(written)} pictures in {args.out}')

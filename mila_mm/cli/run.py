@@ -7,9 +7,11 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mila_mm import cli, zoo
+from mila_mm.compat.import_hook import when_imported
 from mila_mm.errors import UserError
 
 _PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
@@ -19,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the subcommand."""
     parser.add_argument('package', choices=_PACKAGES, help='whose tool it is')
     parser.add_argument('tool', nargs='?', help='browse_dataset, confusion_matrix, analyze_logs, test, ... [list them]')
-    parser.add_argument('arguments', nargs=argparse.REMAINDER, help="the tool's own arguments, --help among them")
+    rest = parser.add_argument(
+        'arguments', nargs=argparse.REMAINDER, help="the tool's own arguments, --help among them"
+    )
+    rest.required = False  # argparse would ask for it by name where the package is missing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = args.tool.removesuffix('.py')
     path = tools.get(name) or next((tools[each] for each in tools if each.rpartition('/')[2] == name), None)
     if path is None:
-        near = difflib.get_close_matches(name, [each.rpartition('/')[2] for each in tools], n=3)
+        near = difflib.get_close_matches(name, list(dict.fromkeys(each.rpartition('/')[2] for each in tools)), n=3)
         hint = f'did you mean {", ".join(near)}?' if near else f'mila run {args.package} lists them'
         raise UserError(f'{args.package} has no tool {args.tool}; {hint}')
     run_tool(path, [_as_path(word) for word in args.arguments])
@@ -61,7 +66,8 @@ def tools_of(package: str) -> dict[str, Path]:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(f"{package} is not installed: pip install 'mila-mm[onedl]'")
+        extra = 'classify' if package == 'mmpretrain' else 'onedl'
+        raise UserError(f"{package} is not installed: pip install 'mila-mm[{extra}]'")
     root = Path(spec.origin).parent / '.mim' / 'tools'
     return {path.relative_to(root).with_suffix('').as_posix(): path for path in sorted(root.rglob('*.py'))}
 
@@ -74,10 +80,24 @@ def run_tool(path: Path, arguments: Sequence[str]) -> None:
     torch.load = _safe(torch.load)  # scripts like publish_model read with it
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
+    when_imported('matplotlib.style', _name_seaborns_styles)
     try:
         runpy.run_path(str(path), run_name='__main__')
+    except ModuleNotFoundError as error:
+        missing = (error.name or '').partition('.')[0]
+        if not missing or importlib.util.find_spec(missing) is not None:
+            raise
+        raise UserError(f'{path.stem} needs {missing}, which is not installed: pip install {missing}') from error
     finally:
         torch.load, sys.argv, sys.path[:] = before
+
+
+def _name_seaborns_styles(module: ModuleType) -> None:
+    """Let matplotlib know the styles that analyze_logs takes, ``dark`` by default; seaborn had them by these names."""
+    for name in ('dark', 'darkgrid', 'ticks', 'white', 'whitegrid'):
+        known = module.library.get(f'seaborn-v0_8-{name}')
+        if known is not None:
+            module.library.setdefault(name, known)
 
 
 def _safe(torch_load: Callable[..., Any]) -> Callable[..., Any]:

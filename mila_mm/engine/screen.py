@@ -119,7 +119,12 @@ class _WithRate(logging.Formatter):
         batch = self._screen.batch
         if batch is None or '(train)' not in text:
             return text
-        return _TIME.sub(lambda found: f'{found[0]}  images/s: {batch / max(float(found[2]), 1e-9):.1f}', text, count=1)
+        return _TIME.sub(lambda found: f'{found[0]}  images/s: {_rate(batch, float(found[2]))}', text, count=1)
+
+
+def _rate(images: int, seconds: float) -> str:
+    rate = images / max(seconds, 1e-9)
+    return f'{rate:.1f}' if rate >= 1 else f'{rate:.2g}'
 
 
 def watch(logger: MMLogger) -> None:

@@ -68,6 +68,14 @@ def test_unreadable_pictures_are_named_at_the_end(run, checkpoint: Path) -> None
         ([CONFIG, '{checkpoint}', '98'], 'camera 98 is not there'),
         ([CONFIG, '{checkpoint}', '.'], 'no picture among 0 files'),
         (['mila_t_in1k', '{checkpoint}', 'pictures'], 'is a classifier'),
+        (
+            [CONFIG, '{checkpoint}', 'pictures', '--score-thr', '2'],
+            'expected a score from 0 to 1, got 2.0',
+        ),
+        ([CONFIG, '{checkpoint}', 'pictures', '--score-thr', 'nan'], '--score-thr: expected a score from 0 to 1'),
+        ([CONFIG, '{checkpoint}', 'pictures', '--limit', '-3'], '--limit: expected a number above 0, got -3'),
+        ([CONFIG, '{checkpoint}', 'pictures', '--batch', '0'], '--batch: expected a number above 0, got 0'),
+        ([CONFIG, 'nowhere.pth', 'pictures', '--out', '{checkpoint}'], 'is a file, not a folder'),
     ],
 )
 def test_mistakes(words: list[str], said: str, run, checkpoint: Path) -> None:

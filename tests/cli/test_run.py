@@ -1,5 +1,6 @@
 """``mila run``: tools of mmdet and mmseg in an environment without mmcv's compiled ops."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 from mila_mm.cli import command, run
+from mila_mm.errors import UserError
+
+LOGS = 'analysis_tools/analyze_logs'
 
 
 class Touch:
@@ -70,6 +74,26 @@ def test_mistakes(capsys: pytest.CaptureFixture) -> None:
     assert 'did you mean analyze_logs' in capsys.readouterr().err
     assert command.main(['run', 'mmpose']) == 2
     assert 'mmpose' in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / 'tool.py').write_text('import no_such_library.part')
+    with pytest.raises(UserError, match='tool needs no_such_library, which is not installed'):
+        run.run_tool(folder / 'tool.py', [])
+    (folder / 'tool.py').write_text('import torch.no_such_part')  # a defect of the tool
+    with pytest.raises(ModuleNotFoundError):
+        run.run_tool(folder / 'tool.py', [])
+    assert command.main(['run']) == 2
+    assert 'required: package\n' in capsys.readouterr().err
+
+
+def test_curves_in_the_style_that_the_tool_asks_for(folder: Path) -> None:
+    pytest.importorskip('seaborn' if 'seaborn' in run.tools_of('mmdet')[LOGS].read_text() else 'matplotlib')
+    lines = [json.dumps({'loss': 1.0 / step, 'epoch': 1, 'step': step, 'iter': step}) for step in (1, 2, 3)]
+    (folder / 'scalars.json').write_text('\n'.join(lines) + '\n')
+    words = ('run', 'mmdet', 'analyze_logs', 'plot_curve', 'scalars.json', '--keys', 'loss', '--out', 'loss.png')
+    assert command.main(words) == 0
+    assert (folder / 'loss.png').stat().st_size > 5000
 
 
 def test_a_script_finds_its_neighbours(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mila_mm.engine.config.build_errors import plain_failures
+from mila_mm.engine.config.checks import check_work_dir
 from mila_mm.engine.inference.outputs import Outputs
 from mila_mm.engine.inference.predictor import Predictor
 from mila_mm.engine.inference.sources import Picture, Source, open_source
@@ -77,8 +78,12 @@ def predict(
     Raises:
         UserError: If nothing can be predicted, or the disk is full.
     """
-    if batch < 1:
-        raise UserError(f'--batch: expected a number above 0, got {batch}')
+    for flag, value in (('--batch', batch), ('--limit', limit)):
+        if value is not None and value < 1:
+            raise UserError(f'{flag}: expected a number above 0, got {value}')
+    if not 0 <= score_thr <= 1:
+        raise UserError(f'--score-thr: expected a score from 0 to 1, got {score_thr}')
+    check_work_dir(out, '--out')
     images = open_source(source)  # before the model, which takes longer
     predictor = Predictor(config, checkpoint, device=device, cfg_options=cfg_options)
     options: dict[str, Any] = dict(pictures=pictures, write_json=write_json, masks=masks, score_thr=score_thr)

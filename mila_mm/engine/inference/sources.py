@@ -15,7 +15,8 @@ from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
-VIDEOS = ('.mp4', '.avi', '.mkv', '.mov', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
+# a GIF mostly moves, and one that does not is a video of one frame
+VIDEOS = ('.mp4', '.avi', '.mkv', '.mov', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv', '.gif')
 _STREAMS = ('rtsp://', 'rtmp://', 'http://', 'https://')
 _PATTERN = frozenset('*?[')
 # The number of frames in a video's header is often off by one or two.

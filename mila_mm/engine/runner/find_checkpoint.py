@@ -273,6 +273,7 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 _SHOWN_KEYS = 10
+_SHOWN_OF_A_KIND = 3
 
 
 def check_checkpoint_file(path: str, flag: str) -> None:
@@ -314,5 +315,5 @@ def load_checkpoint_into(model: nn.Module, checkpoint: Mapping[str, Any], source
 
 def _summary(report: LoadReport) -> str:
     kinds = (('missing', report.missing), ('unexpected', report.unexpected), ('of another shape', report.mismatched))
-    parts = [f'{len(keys)} {what} ({listed(keys, _SHOWN_KEYS)})' for what, keys in kinds if keys]
+    parts = [f'{len(keys)} {what} ({listed(keys, _SHOWN_OF_A_KIND)})' for what, keys in kinds if keys]
     return one_line(ValueError('; '.join(parts)), limit=3000)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mila_mm.engine.inference.sources import open_source, read_picture
 from mila_mm.errors import UserError
@@ -39,6 +40,14 @@ def test_video(video: Path) -> None:
     assert (source.total, source.fps, source.name) == (8, 10.0, 'clip')
     assert [picture.name for picture in source][:2] == ['clip_000000', 'clip_000001']
     assert source.failures == []
+
+
+def test_an_animated_gif_is_a_video(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((48, 64, 3), 80 * index, np.uint8)) for index in range(3)]
+    frames[0].save(tmp_path / 'moving.gif', save_all=True, append_images=frames[1:], duration=100)
+    source = open_source(str(tmp_path / 'moving.gif'))
+    assert [round(float(picture.image.mean())) for picture in source] == pytest.approx([0, 80, 160], abs=4)
+    assert (source.fps, source.failures) == (10.0, [])
 
 
 def test_a_video_that_breaks_off_says_where(video: Path) -> None:
