@@ -17,7 +17,7 @@ from mila_mm.nn import block_node
 from mila_mm.nn.layers import Block, ConvLayer, DepthwiseConv, Downsample, LinearAttention, Mlp, Stage, Stem
 from mila_mm.nn.plain import why_not_plain
 from mila_mm.nn.step_weights import Castable, Casted
-from mila_mm.ops import why_not_triton_stencil
+from mila_mm.ops import layer_norm, why_not_triton_stencil
 from mila_mm.ops.common import as_written, autocast_dtype, transformed
 from mila_mm.ops.rope import to_device
 
@@ -156,6 +156,15 @@ class Pass:
         """What the layers of a stem or a downsampling take in place of their convolutions' parameters."""
         return self._convolutions.get(id(module))
 
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """LayerNorm of tokens (B, N, C) in the dtype of the pass: what comes next would cast autocast's fp32 to it."""
+        if not _norms_in_fp32(x) or why_not_plain('', norm, nn.LayerNorm) is not None:
+            return norm(x)
+        assert isinstance(norm, nn.LayerNorm)
+        if type(norm.weight) is not nn.Parameter or type(norm.bias) is not nn.Parameter:
+            return norm(x)
+        return layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+
     def run(self, blocks: Iterable[nn.Module], x: Tensor, height: int, width: int) -> Tensor:
         """Send tokens (B, N, C) through blocks."""
         blocks = list(blocks)
@@ -259,6 +268,11 @@ def _wins(trunk: Walked, image: Tensor, dtype: torch.dtype) -> bool:
         first: Any = next(iter(stages_of(trunk))).blocks[0]
         return why_not_triton_stencil(first.norm1.weight[None, None]) is None
     return dtype in _LOW
+
+
+def _norms_in_fp32(x: Tensor) -> bool:
+    """Whether PyTorch's LayerNorm would return fp32 in place of 16 bits: a GPU's autocast has it so, a CPU's not."""
+    return x.is_cuda and autocast_dtype(x.device.type) in _LOW
 
 
 def _products_of(params: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

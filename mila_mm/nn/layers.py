@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mila_mm.nn.plain import why_not_plain
 from mila_mm.nn.precision import full_precision
-from mila_mm.ops import cpe_norm, dwc_silu, mila_attention, relu_dwc_relu, why_not_triton_stencil
+from mila_mm.ops import cpe_norm, dwc_silu, layer_norm, mila_attention, relu_dwc_relu, why_not_triton_stencil
 from mila_mm.ops.common import to_image, to_tokens
 from mila_mm.ops.stencil.down import by_triton
 
@@ -254,7 +254,7 @@ class Block(nn.Module):
         inner_dim: Width of u. Defaults to C.
         cpe: Whether depthwise convolutions go before attention and MLP.
         kernel_size: Of the depthwise convolution before the attention.
-        fused: Which of ``FUSIONS`` to compute as one: cpe, its sum and the norm after it, :func:`mila_mm.ops.cpe_norm`;
+        fused: Which of ``FUSIONS`` to compute as one: cpe, its sum and the norm after it, :func:`mila_mm.ops.cpe_norm`
             dwc, if it is a 3x3, and SiLU, :func:`mila_mm.ops.dwc_silu`; in_proj and act_proj as one product. 'auto' for
             all of them where their kernels run. The modules then only hold the parameters; where one of them has been
             replaced or hooked, all are called one after the other instead.
@@ -327,6 +327,8 @@ class Block(nn.Module):
         """x + cpe(x), and the norm of that."""
         if fused and cpe is not None:
             return cpe_norm(x, cpe.weight, cpe.bias, norm.weight, norm.bias, (height, width), eps=norm.eps)
+        if fused and cpe is None:
+            return x, layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
         x = x if cpe is None else cpe(x, height, width, residual=True)
         return x, norm(x)
 

@@ -14,6 +14,7 @@ from mila_mm.arch import Arch, resolve_arch
 from mila_mm.nn.fast_path import FastPath, Pass, stages_of
 from mila_mm.nn.layers import FUSIONS, Block, Downsample, LinearAttention, NormLayer, Stage, Stem
 from mila_mm.ops.attention.op import BACKENDS
+from mila_mm.ops.common import autocast_dtype
 
 
 class Trunk(nn.Module):
@@ -134,7 +135,7 @@ class Trunk(nn.Module):
 
         Returns:
             For each of ``out_indices`` the map of stage i, (B, embed_dim * 2**i, H_i, W_i) with H_0 = ceil(H / 4) and
-            H_(i+1) = ceil(H_i / 2); channels_last if x is, else contiguous.
+            H_(i+1) = ceil(H_i / 2); channels_last if x is, else contiguous; in autocast's dtype where it is on.
         """
         # A 1-channel or 1 x 1 image is both contiguous and channels_last: take it as contiguous.
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -144,7 +145,11 @@ class Trunk(nn.Module):
         for i, stage in enumerate(stages_of(self)):
             x = self.run_blocks(stage, x, height, width, prepared)
             if i in self.out_indices:
-                y = getattr(self, f'norm{i}')(x).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+                norm = getattr(self, f'norm{i}')
+                y = norm(x) if prepared is None else prepared.norm(norm, x)
+                if y.dtype == torch.float32:
+                    y = y.to(autocast_dtype(x.device.type) or y.dtype)
+                y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
                 maps[i] = y if channels_last else y.contiguous()
             if stage.downsample is not None:
                 x, height, width = self.downsample(stage, x, height, width, prepared)

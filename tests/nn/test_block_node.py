@@ -93,6 +93,30 @@ def test_in_16_bits_it_is_as_near_to_fp64_as_the_modules(low):
         assert error <= 2 * other + 3e-3, f'{name}: {error:.1e}, the modules {other:.1e}'
 
 
+@pytest.mark.parametrize('low', LOW, ids=str)
+def test_maps_are_in_autocasts_dtype_whatever_runs(low, monkeypatch):
+    """PyTorch's norm returns fp32 on a GPU, which what comes next would cast: the same bits."""
+    plain, twin = pair()
+    hooked = copy.deepcopy(twin)
+    hooked.norm0.register_forward_hook(lambda *_: None)
+    seen = []
+    called = fast_path.layer_norm
+    monkeypatch.setattr(fast_path, 'layer_norm', lambda *a, **k: seen.append((a[0], called(*a, **k))) or seen[-1][1])
+    monkeypatch.setattr(fast_path, '_norms_in_fp32', lambda x: True)
+    with torch.no_grad(), torch.autocast('cpu', low):
+        maps = {name: model(image()) for name, model in (('plain', plain), ('twin', twin), ('hooked', hooked))}
+    assert {m.dtype for each in maps.values() for m in each} == {low}
+    assert len(seen) == 3, 'two of the one, and one of that whose other norm is hooked'
+    for (x, y), norm in zip(seen, (twin.norm0, twin.norm1, hooked.norm1), strict=True):
+        exact = nn.functional.layer_norm(x.float(), x.shape[-1:], norm.weight, norm.bias)
+        assert exact.dtype == torch.float32 and torch.equal(y, exact.to(low))
+    (_, grads), (_, expected) = step(twin, image(), low), step(plain, image(), low)
+    for name in ('norm0.weight', 'norm0.bias', 'norm1.weight', 'norm1.bias'):
+        torch.testing.assert_close(
+            grads[name], expected[name], rtol=0.05, atol=0.05 * expected[name].abs().max().item()
+        )
+
+
 def test_frozen_parameters_get_no_gradient():
     plain, twin = pair(torch.float64)
     for model in (plain, twin):

@@ -147,3 +147,20 @@ def test_a_downsampling_in_one_pass_equals_its_layers(
     for a, b in zip(got, torch.autograd.grad(want, (x, *plain.parameters()), grad), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+
+
+def test_a_norm_without_position_encoding_is_one_op_too(monkeypatch):
+    torch.manual_seed(0)
+    one, other = (
+        layers.Block(16, lambda dim: layers.LinearAttention(dim, 1), cpe=False, fused=fused)
+        for fused in (('cpe_norm',), ())
+    )
+    other.load_state_dict(one.state_dict())
+    calls = []
+    called = layers.layer_norm
+    monkeypatch.setattr(layers, 'layer_norm', lambda *a, **k: calls.append(1) or called(*a, **k))
+    x = torch.randn(2, 35, 16)
+    for low in (None, torch.bfloat16):
+        with torch.no_grad(), torch.autocast('cpu', low or torch.bfloat16, enabled=low is not None):
+            torch.testing.assert_close(one(x, 5, 7), other(x, 5, 7), rtol=1e-5, atol=1e-2 if low else 1e-5)
+    assert len(calls) == 4

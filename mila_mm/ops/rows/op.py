@@ -99,6 +99,7 @@ def _layer_norm_context(ctx, inputs, output):
     """Keep the inputs and two numbers a token."""
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # of mean and rstd there are none, and none are to be made up
     ctx.save_for_backward(*inputs[:3], mean, rstd)
 
 
