@@ -94,7 +94,7 @@ $(VENV_DOCS)/.ready: requirements-docs.txt
 
 # The site in docs/_build/html, warnings as errors, in an environment of its own: neither torch nor OpenMMLab is installed.
 docs: $(VENV_DOCS)/.ready
-	$(VENV_DOCS)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(VENV_DOCS)/bin/python -m sphinx -q -E -a -W --keep-going -b html docs docs/_build/html
 	$(VENV_DOCS)/bin/python tools/docs/check_reference.py docs/_build/html
 	@echo "open docs/_build/html/index.html"
 

@@ -105,23 +105,24 @@ def model_tables() -> str:
 
 def model_table(models: list[dict[str, Any]]) -> str:
     """Return one table; metrics and costs are the columns that at least one of its models has."""
+    sources = {result['Source'] for model in models for result in model.get('Results', [])}
     rows = []
     for model in models:
         about = dict(model['Metadata'])
         about.pop('Training Data')
         about.pop('Training Resources', None)
         cells: dict[str, Any] = {'config': f'[{model["Name"]}](../{model["Config"]})'}
-        length = {'Epochs': 'epochs', 'Iterations': 'iterations'}
-        cells['length'] = next(f'{about.pop(key)} {name}' for key, name in length.items() if key in about)
         cells.update(about)
         for result in model.get('Results', []):
-            cells.update({f'{name}, {result["Source"]}': value for name, value in result['Metrics'].items()})
+            source = f', {result["Source"]}' if len(sources) > 1 else ''
+            cells.update({f'{name}{source}': value for name, value in result['Metrics'].items()})
         if 'Weights' in model:
             cells['weights'] = f'[released]({model["Weights"]})'
         rows.append(cells)
     columns = list(dict.fromkeys(name for row in (max(rows, key=len), *rows) for name in row))
     lines = [columns, ['---'] * len(columns), *([str(row.get(name, '')) for name in columns] for row in rows)]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    said = f'Results: {sources.pop()}.\n\n' if len(sources) == 1 else ''
+    return said + ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def commands() -> str:
