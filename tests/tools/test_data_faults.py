@@ -154,7 +154,6 @@ ENTRIES = {
     'a box of three': (one(bbox=[1, 2, 3]), ['annotations[1].bbox']),
     'a box of text': (one(bbox=['1', '2', '3', '4']), ['annotations[1].bbox']),
     'a box with NaN': (one(bbox=[1.0, float('nan'), 9.0, 9.0]), ['annotations[1].bbox', 'nan']),
-    'no areas': (each(area=None), ['annotations[0]', 'area', 'width * height']),
     'an area of text': (one(area='big'), ['annotations[1].area']),
     'areas of 0': (each(area=0), ['no box is left', 'area 0']),
     'iscrowd of text': (one(iscrowd='no'), ['annotations[1].iscrowd']),
@@ -162,7 +161,7 @@ ENTRIES = {
     'thin boxes': (each(bbox=[5, 5, 0.5, 0.5]), ['no box is left', 'less than a pixel']),
     'ids twice': (one(id=1), ['annotations[1].id 1']),
     'ids as text': (as_text, ["image_id '", 'of type int', 'of type str']),
-    'categories from 0': (from_zero, ['category_id 0', 'shifted by one']),
+    'categories from 0': (from_zero, ['].category_id', 'ids 0', 'shifted by one']),
     'size 0': (
         lambda content: [image.update(width=0, height=0) for image in content['images']],
         ['images[0]', 'width 0'],
@@ -195,11 +194,13 @@ def test_annotation_files_of_the_validation_alone(command, refused, detector_of,
     refused(command(TRAIN, detector_of(own)), *words, 'val', lines=(1, 2, 3))
 
 
-def test_absent_iscrowd_is_told_where_the_evaluation_reads_it(command, refused, detector_of, own) -> None:
-    edit(own, each(iscrowd=None))
+def test_absent_areas_and_crowds_are_computed_and_told(command, detector_of, own) -> None:
+    edit(own, each(iscrowd=None, area=None))
     ended = command(TRAIN, detector_of(own))
-    refused(ended, 'instances_val.json', '"iscrowd"', 'add "iscrowd": 0', lines=(1, 2, 3))
-    assert 'instances_train.json' not in ended.err  # whose loader takes it for 0
+    assert ended.status == 0, ended.err
+    for words in ('annotations[0] has no "area"', 'annotations[0] has no "iscrowd"', 'instances_val.json'):
+        assert words in ended.out
+    assert 'coco/bbox_mAP' in ended.out  # the evaluation, which reads both
 
 
 def test_a_byte_order_mark(command, refused, detector_of, own) -> None:

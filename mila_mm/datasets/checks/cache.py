@@ -12,7 +12,7 @@ from typing import Any
 from mila_mm.files import write_whole
 
 # Raised with every change of what is checked, so that results of older code are not taken for today's.
-VERSION = 1
+VERSION = 2
 
 
 def remembered(folder: Path | None, path: Path, question: Any, answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:

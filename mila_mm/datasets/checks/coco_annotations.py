@@ -16,7 +16,15 @@ from mila_mm.datasets.checks.faults import Faults, are_numbers, is_number
 from mila_mm.datasets.checks.findings import Finding, brief, shown
 from mila_mm.datasets.checks.needs import Needs
 
-_BOM = b'\xef\xbb\xbf'
+# What a file begins with that is no JSON in UTF-8, and how that is told.
+_OTHER_KINDS = {
+    b'\xef\xbb\xbf': 'begins with a byte order mark, which pycocotools refuses: save it as UTF-8 without BOM',
+    b'\xff\xfe': 'is text in UTF-16, expected UTF-8: save it again',
+    b'\xfe\xff': 'is text in UTF-16, expected UTF-8: save it again',
+    b'\x1f\x8b': 'is compressed with gzip, whatever its name says: unpack it',
+    b'PK\x03\x04': 'is a zip archive, whatever its name says: unpack it',
+    b'version https://git-lfs': 'is a pointer of Git LFS, not the file: git lfs pull fetches that',
+}
 _SECTIONS = ('images', 'annotations', 'categories')
 
 
@@ -38,21 +46,24 @@ def read_coco(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as fault:
         raise UnreadableError(f'cannot be read: {fault.strerror}') from fault
-    if content.startswith(_BOM):
-        raise UnreadableError('begins with a byte order mark, which pycocotools refuses: save it as UTF-8 without BOM')
+    told = next((said for start, said in _OTHER_KINDS.items() if content.startswith(start)), None)
+    if told or not content.strip():
+        raise UnreadableError(told or f'is empty ({len(content)} bytes)')
     try:
         text = content.decode()
         del content  # of a file as large as COCO's, half a gigabyte
         with _no_collection():
             data = json.loads(text, object_hook=_packed)
     except json.JSONDecodeError as fault:
+        lines = fault.msg == 'Extra data' and text[fault.pos - 1 : fault.pos] == '\n'
+        why = 'JSON lines, one object each? Those must be one object' if lines else 'cut short, or not JSON?'
         raise UnreadableError(
-            f'is not valid JSON: {fault.msg} at line {fault.lineno}, column {fault.colno} (cut short, or not JSON?)'
+            f'is not valid JSON: {fault.msg} at line {fault.lineno}, column {fault.colno} ({why})'
         ) from fault
     except UnicodeDecodeError as fault:
         raise UnreadableError('is not valid JSON: it is not text in UTF-8') from fault
     if not isinstance(data, dict):
-        raise UnreadableError(f"is not in COCO's layout: expected an object at its top, got a {type(data).__name__}")
+        raise UnreadableError(f"is not in COCO's layout: expected an object at its top, got a {_called(data)}")
     if isinstance(data.get('data_list'), list):
         raise OtherLayoutError(
             "is in mmengine's layout (metainfo, data_list), not in COCO's: its dataset is of type BaseDetDataset"
@@ -74,6 +85,11 @@ def _packed(entry: dict[str, Any]) -> dict[str, Any]:
                 array('d', polygon) if isinstance(polygon, list) else polygon for polygon in polygons
             ]
     return entry
+
+
+def _called(data: Any) -> str:
+    is_results = isinstance(data, list) and data and isinstance(data[0], dict) and 'category_id' in data[0]
+    return 'list of annotations or results without images and categories' if is_results else type(data).__name__
 
 
 @contextmanager
@@ -112,6 +128,7 @@ def _check_images(images: Sequence[Any], faults: Faults) -> dict[Any, tuple[int,
     """Return the size (height, width) of each image by its id."""
     sizes: dict[Any, tuple[int, int]] = {}
     kinds: Counter[str] = Counter()
+    names: set[str] = set()
     for index, image in enumerate(images):
         here = f'images[{index}]'
         if not isinstance(image, dict):
@@ -124,6 +141,11 @@ def _check_images(images: Sequence[Any], faults: Faults) -> dict[Any, tuple[int,
         height, width, number = image['height'], image['width'], image['id']
         if not isinstance(image['file_name'], str) or not image['file_name']:
             faults.add('file_name', f'{here}.file_name is {brief(image["file_name"])}, expected the name of a file')
+        elif image['file_name'] in names:
+            said = f'{here}.file_name {brief(image["file_name"])} has been that of another image already'
+            faults.add('file_name twice', said, 'warning')
+        else:
+            names.add(image['file_name'])
         if not (is_number(height) and is_number(width) and height > 0 and width > 0):
             faults.add(
                 'image size',
@@ -138,6 +160,8 @@ def _check_images(images: Sequence[Any], faults: Faults) -> dict[Any, tuple[int,
         if number in sizes:
             faults.add('image twice', f'{here}.id {brief(number)} has been that of another image already')
         sizes[number] = (height, width)
+    if not images:
+        faults.add('images empty', "'images' is empty")
     if len(kinds) > 1:
         faults.add('image ids', f'ids of images are of different types: {_kinds(kinds)}')
     return sizes
@@ -171,6 +195,7 @@ def _check_annotations(
 ) -> None:
     ids: set[Any] = set()
     unknown: Counter[Any] = Counter()
+    unknown_at: dict[Any, int] = {}
     astray: list[int] = []
     no_crowd, no_area = [], []
     for index, annotation in enumerate(annotations):
@@ -182,7 +207,7 @@ def _check_annotations(
             faults.add(f'annotation no {absent[0]}', f'annotations[{index}] has no {absent[0]!r}')
             continue
         _check_id(index, annotation['id'], ids, faults)
-        _check_references(index, annotation, images, categories, unknown, astray, faults)
+        _check_references(index, annotation, images, categories, unknown, unknown_at, astray, faults)
         bbox = annotation['bbox']
         if not are_numbers(bbox) or len(bbox) != 4:
             faults.add('bbox', f'annotations[{index}].bbox is {brief(bbox)}, expected [x, y, width, height]')
@@ -195,11 +220,11 @@ def _check_annotations(
         elif annotation['iscrowd'] not in (0, 1):
             faults.add('iscrowd', f'annotations[{index}].iscrowd is {brief(annotation["iscrowd"])}, expected 0 or 1')
         check_mask(index, annotation, images, needs, faults)
-    if astray:
+    if astray and not any(kind.startswith('image') for kind in faults.first):  # what those lack is told already
         _say_astray(astray, annotations, images, faults)
     if unknown:
-        _say_unknown_categories(unknown, len(annotations), categories, faults)
-    _say_absent(no_area, no_crowd, len(annotations), needs, faults)
+        _say_unknown_categories(unknown, unknown_at, len(annotations), categories, faults)
+    _say_absent(no_area, no_crowd, len(annotations), faults)
 
 
 def _check_id(index: int, number: Any, ids: set[Any], faults: Faults) -> None:
@@ -216,18 +241,19 @@ def _check_references(
     images: dict[Any, tuple[int, int]],
     categories: set[Any],
     unknown: Counter[Any],
+    unknown_at: dict[Any, int],
     astray: list[int],
     faults: Faults,
 ) -> None:
-    try:
-        known_image, known = annotation['image_id'] in images, annotation['category_id'] in categories
-    except TypeError:  # a list or an object as an id
-        faults.add('ids', f'annotations[{index}]: image_id and category_id must be numbers')
-        return
-    if not known_image:
+    for name in ('image_id', 'category_id'):
+        if not isinstance(annotation[name], (int, float, str)) or isinstance(annotation[name], bool):
+            faults.add(name, f'annotations[{index}].{name} is {brief(annotation[name])}, expected a number')
+            return
+    if annotation['image_id'] not in images:
         astray.append(index)
-    if not known:
+    if annotation['category_id'] not in categories:
         unknown[annotation['category_id']] += 1
+        unknown_at.setdefault(annotation['category_id'], index)
 
 
 def _say_astray(
@@ -246,10 +272,13 @@ def _say_astray(
     )
 
 
-def _say_unknown_categories(unknown: Counter[Any], total: int, categories: set[Any], faults: Faults) -> None:
+def _say_unknown_categories(
+    unknown: Counter[Any], unknown_at: dict[Any, int], total: int, categories: set[Any], faults: Faults
+) -> None:
     """Say that annotations are of no category: an error where none is, or where ids seem shifted by one."""
     if not categories:
-        faults.add('no category', "'categories' is empty, every annotation is of one")
+        if not faults.first:
+            faults.add('no category', "'categories' is empty, every annotation is of one")
         return
     numbers, own = sorted(unknown, key=str), sorted(categories)
     whole = [number for number in numbers if isinstance(number, int)]
@@ -261,22 +290,24 @@ def _say_unknown_categories(unknown: Counter[Any], total: int, categories: set[A
     )
     faults.add(
         'no category',
-        f'category_id {shown(numbers)} of {sum(unknown.values())} of {total} annotations is the id of no category '
-        f'(categories have {shown(own)}){why}',
+        f'annotations[{min(unknown_at.values())}].category_id is the id of no category ({sum(unknown.values())} of '
+        f'{total} annotations, ids {shown(numbers)}; categories have {shown(own)}){why}',
         'error' if shifted or sum(unknown.values()) == total else 'warning',
     )
 
 
-def _say_absent(no_area: list[int], no_crowd: list[int], total: int, needs: Needs, faults: Faults) -> None:
+def _say_absent(no_area: list[int], no_crowd: list[int], total: int, faults: Faults) -> None:
+    """Say what is computed; a few files that lack it here and there are likelier to lack it by mistake."""
     if no_area:
         faults.add(
             'no area',
-            f'annotations[{no_area[0]}] has no "area" ({len(no_area)} of {total}): the loader and the evaluation read '
-            'it; for boxes it is width * height',
+            f'annotations[{no_area[0]}] has no "area" ({len(no_area)} of {total}): width * height of the box is taken, '
+            'which moves AP by size where masks are compared',
+            'warning',
         )
-    if no_crowd and needs.evaluation:
+    if no_crowd:
         faults.add(
             'no iscrowd',
-            f'annotations[{no_crowd[0]}] has no "iscrowd" ({len(no_crowd)} of {total}): COCO\'s evaluation reads it; '
-            'add "iscrowd": 0',
+            f'annotations[{no_crowd[0]}] has no "iscrowd" ({len(no_crowd)} of {total}): taken for 0, no crowd',
+            'warning',
         )

@@ -10,6 +10,9 @@ from mila_mm.datasets.checks.faults import Faults, are_numbers
 from mila_mm.datasets.checks.findings import brief
 from mila_mm.datasets.checks.needs import Needs
 
+# Share of the longer side of an image by which points may lie outside of it.
+_OVER = 0.1
+
 
 def check_mask(
     index: int, annotation: dict[str, Any], images: dict[Any, tuple[int, int]], needs: Needs, faults: Faults
@@ -33,7 +36,7 @@ def check_mask(
     if isinstance(segmentation, dict):
         _check_runs(here, segmentation, _size_of(annotation['image_id'], images), needs, faults)
     elif isinstance(segmentation, list):
-        _check_polygons(here, segmentation, needs, faults)
+        _check_polygons(here, segmentation, _size_of(annotation['image_id'], images), needs, faults)
     elif needs.masks:
         faults.add('mask', f'{here} is {brief(segmentation)}, expected a list of polygons or a run-length encoding')
 
@@ -46,14 +49,15 @@ def _level(needs: Needs) -> str:
     return 'error' if needs.masks else 'warning'
 
 
-def _check_polygons(here: str, polygons: list[Any], needs: Needs, faults: Faults) -> None:
+def _check_polygons(here: str, polygons: list[Any], size: tuple[int, int], needs: Needs, faults: Faults) -> None:
     if not isinstance(polygons[0], (list, array)):
         what = 'a flat list of numbers' if are_numbers(polygons) else f'a list of {type(polygons[0]).__name__}'
         faults.add(
             'flat', f'{here} is {what}, expected a list of polygons: [[x0, y0, x1, y1, ...], ...]', _level(needs)
         )
         return
-    usable = 0
+    usable = far = 0
+    limit = (1 + _OVER) * max(size)
     for position, polygon in enumerate(polygons):
         if not are_numbers(polygon):
             faults.add(
@@ -61,11 +65,25 @@ def _check_polygons(here: str, polygons: list[Any], needs: Needs, faults: Faults
             )
             return
         usable += len(polygon) >= 6 and len(polygon) % 2 == 0
-    if not usable and needs.masks:
+        far += bool(limit and len(polygon) and max(polygon) > limit)
+    if needs.masks and needs.evaluation and len(polygons[0]) <= 4:
+        faults.add(
+            'short polygon',
+            f'{here}[0] has {len(polygons[0])} numbers, expected a polygon of three points or more: [x0, y0, x1, y1, '
+            "x2, y2, ...]; COCO's evaluation does not read it",
+        )
+    elif not usable and needs.masks:
         faults.add(
             'short polygons',
             f'{here} has no polygon of three points or more (an even count of at least 6 numbers), got '
             f'{len(polygons[0])} numbers: the loader ignores the whole instance',
+            'warning',
+        )
+    if far and needs.masks:
+        faults.add(
+            'far polygons',
+            f'{here} reaches to {max(max(polygon) for polygon in polygons):g}, its image is {size[1]} x {size[0]} '
+            '(width x height): polygons of an image of another size?',
             'warning',
         )
 
@@ -81,9 +99,10 @@ def _check_runs(here: str, runs: dict[str, Any], size: tuple[int, int], needs: N
         faults.add('runs size', f'{here}.size is {brief(own)}, the image has [height, width] {list(size)}{why}', level)
         return
     if isinstance(counts, list):
-        if not are_numbers(counts) or any(run < 0 for run in counts) or sum(counts) != own[0] * own[1]:
-            total = sum(counts) if are_numbers(counts) else brief(counts)
-            faults.add('runs sum', f'{here}.counts add up to {total}, expected {own[0]} * {own[1]}', level)
+        sound = all(type(run) is int and run >= 0 for run in counts)
+        if not sound or sum(counts) != own[0] * own[1]:
+            said = f'add up to {sum(counts)}, expected {own[0]} * {own[1]}' if sound else f'are {brief(counts)}'
+            faults.add('runs sum', f'{here}.counts {said}, expected whole numbers of zeros, ones, zeros, ...', level)
     elif needs.masks and not _decodes(counts, own):
         faults.add('runs text', f'{here}.counts is no compressed run-length encoding of {list(own)}', level)
     if needs.polygons_only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -114,8 +115,16 @@ def brief(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f'{text[: limit - 3]}...'
 
 
+def _composed(name: str) -> str:
+    return unicodedata.normalize('NFC', str(name))
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return "; nearest: 'x'" for the most similar name, blanks and capitals aside, '' where none is similar."""
+    names = list(names)
+    for known in names:
+        if str(known) != str(name) and _composed(known) == _composed(name):
+            return f'; {known!r} there is in another Unicode form ({known!a} there, {name!a} here)'
     by_form = {str(known).strip().lower(): known for known in names}
     close = difflib.get_close_matches(str(name).strip().lower(), by_form, n=1)
     return f'; nearest: {by_form[close[0]]!r}' if close else ''

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from mila_mm.datasets.checks.findings import Finding, error, note, warning
 
 # Share of the boxes of a split above which their loss is worth a line that a person sees.
 _MUCH = 0.05
+# Pixels by which boxes may reach over their image, and the share above which those that do are likely to be corners.
+_EDGE, _MANY_OVER = 2, 0.2
 
 _REASONS = {
     'ignore': 'marked "ignore"',
@@ -47,7 +50,8 @@ def count_survivors(data: dict[str, Any], keep: Filter) -> dict[str, Any]:
 
     Returns:
         ``images``, ``images_loaded``, ``images_small``, ``images_empty``, ``boxes``, ``boxes_loaded``, ``crowd``,
-        ``dropped`` (reason to number), ``per_class`` (name to boxes) and ``smallest_side`` of the images.
+        ``dropped`` (reason to number), ``over_the_edge`` and ``relative`` (boxes that look
+        like corners and like shares of the image), ``per_class`` (name to boxes) and ``smallest_side`` of the images.
     """
     wanted = set(keep.classes)
     names = {category['id']: category['name'] for category in data['categories'] if category['name'] in wanted}
@@ -58,9 +62,13 @@ def count_survivors(data: dict[str, Any], keep: Filter) -> dict[str, Any]:
     gone = small | empty
     dropped: Counter[str] = Counter()
     per_class: Counter[str] = Counter()
-    crowd = 0
+    crowd = over = relative = 0
     for item in data.get('annotations', []):
         reason = _reason(item, sizes, names)
+        x, y, w, h = item['bbox']
+        width, height = sizes.get(item['image_id'], (math.inf, math.inf))
+        over += x + w > width + _EDGE or y + h > height + _EDGE
+        relative += 0 < w <= 1 and 0 < h <= 1 and x <= 1 and y <= 1
         if reason is None and item['image_id'] in gone:
             reason = 'small'
         if reason is not None:
@@ -78,6 +86,8 @@ def count_survivors(data: dict[str, Any], keep: Filter) -> dict[str, Any]:
         'boxes': len(data.get('annotations', [])),
         'boxes_loaded': sum(per_class.values()),
         'crowd': crowd,
+        'over_the_edge': over,
+        'relative': relative,
         'dropped': dict(dropped),
         'per_class': {name: per_class.get(name, 0) for name in keep.classes},
         'smallest_side': min((min(size) for size in sizes.values()), default=0),
@@ -92,7 +102,7 @@ def _reason(item: dict[str, Any], sizes: dict[Any, tuple[int, int]], names: dict
     x, y, w, h = item['bbox']
     if max(0, min(x + w, width) - max(x, 0)) * max(0, min(y + h, height) - max(y, 0)) == 0:
         return 'outside' if w > 0 and h > 0 else 'thin'
-    if item['area'] <= 0:
+    if item.get('area', w * h) <= 0:
         return 'area'
     if w < 1 or h < 1:
         return 'thin'
@@ -120,10 +130,16 @@ def judge_survivors(where: str, path: str, counts: dict[str, Any], training: boo
     if not counts['boxes']:
         text = f'{path} has no annotation'
         return [error(where, f'{text}: there is nothing to learn') if training else warning(where, text)]
+    if counts['relative'] > wanted / 2:
+        text = f'{counts["relative"]} of {counts["boxes"]} boxes of {path} lie between 0 and 1'
+        return [error(where, f'{text}: relative coordinates? Expected [x, y, width, height] in pixels')]
     if not counts['boxes_loaded']:
         text = f'no box is left of {counts["boxes"]} in {path}: {told or str(counts["crowd"]) + " crowd"}'
         # A small validation set may lack a rare class; the figures are empty then, and not wrong.
         return [warning(where, text) if set(reasons) == {'other'} and not training else error(where, text)]
+    if counts['over_the_edge'] > _MANY_OVER * counts['boxes']:
+        text = f'{counts["over_the_edge"]} of {counts["boxes"]} boxes of {path} reach over the edge of their image'
+        findings.append(warning(where, f'{text}: corners [x1, y1, x2, y2]? Expected [x, y, width, height]'))
     if lost > _MUCH * wanted:
         share = round(100 * lost / wanted)
         findings.append(warning(where, f'{share} % of the boxes of {path} are not used ({lost} of {wanted}): {told}'))

@@ -89,6 +89,8 @@ def check_data(cfg: Config, stages: Sequence[str]) -> None:
             if needed.exists():
                 continue
             where = '' if needed.path.is_absolute() else f' (looked in {Path.cwd()})'
+            if needed.path.is_symlink():
+                raise UserError(f'{needed.key}: {needed.kind} {needed.path} is a link that leads nowhere{where}.')
             raise UserError(f'{needed.key}: {needed.kind} {needed.path} does not exist{where}.\n{_how_to_get(needed)}')
 
 

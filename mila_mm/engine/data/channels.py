@@ -18,7 +18,7 @@ _NECKS = ('FPN', 'PAFPN', 'BiFPN', 'CARAFE', 'ChannelMapper', 'FPG', 'NASFCOS_FP
 def check_channels(model: dict[str, Any]) -> list[Finding]:
     """Check ``in_channels`` of neck and heads against the maps of MILA.
 
-    Other backbones say what they give only once they have run; a misfit there is told at the first step.
+    Other backbones say what they give only once they have run, see ``rehearsal.py``.
 
     Args:
         model: Config of a model.
@@ -32,7 +32,17 @@ def check_channels(model: dict[str, Any]) -> list[Finding]:
     except (ValueError, TypeError, IndexError):
         return []  # building the model says what is wrong with them
     arch = backbone.get('arch', 'tiny')
-    name = f'MILA {arch}' if isinstance(arch, str) else f'MILA {dict(arch)}'
+    return check_given(model, given, f'MILA {arch}' if isinstance(arch, str) else f'MILA {dict(arch)}')
+
+
+def check_given(model: dict[str, Any], given: Sequence[int], name: str) -> list[Finding]:
+    """Check ``in_channels`` of what comes after a backbone.
+
+    Args:
+        model: Config of a model.
+        given: Channels of each map of the backbone.
+        name: What it is called in messages.
+    """
     if isinstance(model.get('neck'), dict):
         return _neck(model['neck'], given, name)
     if isinstance(model.get('neck'), (list, tuple)) and model['neck'] and isinstance(model['neck'][0], dict):

@@ -15,9 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError
-from mila_mm.nn.trunk import Trunk
 
-_ONE_VALUE = (
+ONE_VALUE = (
     'BatchNorm sees one value a channel, of which there is no variance: one image a step and a map of 1 x 1; set '
     "train_dataloader.batch_size=2 or more, or a norm_cfg of dict(type='GN', num_groups=32) there"
 )
@@ -30,7 +29,7 @@ _MISFITS = {
     r'mat1 and mat2 shapes cannot be multiplied \((?P<given>\w+) and (?P<takes>\w+)\)': (
         '{where} takes rows of another width than it is given (rows {given}, weights {takes})'
     ),
-    r'Expected more than 1 value per channel': f'{{where}}: {_ONE_VALUE.replace("{", "{{")}',
+    r'Expected more than 1 value per channel': f'{{where}}: {ONE_VALUE.replace("{", "{{")}',
     r'Target (?P<label>-?\d+) is out of bounds': (
         '{where}: label {label} is of no class of this head: num_classes is too small, or the labels are wrong; '
         + _LOOK
@@ -59,24 +58,24 @@ def naming_parts(runner: Runner) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        message = _misfit(runner, error)
+        message = _misfit(getattr(runner, 'model', None), error)
         if message is None:
             raise
         raise UserError(message) from error
 
 
-def _misfit(runner: Runner, error: Exception) -> str | None:
+def _misfit(model: Any, error: Exception) -> str | None:
+    """Return what an error that came up in a model is about, None where it is none of the known misfits."""
     text = one_line(error)
     for pattern, told in _MISFITS.items():
         match = re.search(pattern, text)
         if match:
-            return told.format(where=_module_of(runner, error), text=text, **match.groupdict())
+            return told.format(where=_module_of(model, error), text=text, **match.groupdict())
     return None
 
 
-def _module_of(runner: Runner, error: Exception) -> str:
+def _module_of(model: Any, error: Exception) -> str:
     """Return the name of the innermost named part of the model in which an error came up."""
-    model = getattr(runner, 'model', None)
     names = {id(module): name for name, module in model.named_modules()} if isinstance(model, nn.Module) else {}
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         name = names.get(id(frame.f_locals.get('self')))
@@ -96,6 +95,9 @@ class BatchNormWatch:
     """
 
     def __init__(self, model: nn.Module, last_batch: int) -> None:
+        # Here and not above: with it comes timm, a second's work that no message about a config should wait for.
+        from mila_mm.nn.trunk import Trunk
+
         self._last_batch = last_batch
         ours = {id(inner) for trunk in model.modules() if isinstance(trunk, Trunk) for inner in trunk.modules()}
         self._handles = [
@@ -111,10 +113,10 @@ class BatchNormWatch:
         values = given.numel() // max(given.shape[1], 1)
         here = f'model.{name.removeprefix("module.")}'
         if values == 1:
-            raise UserError(f'{here}: {_ONE_VALUE}')
+            raise UserError(f'{here}: {ONE_VALUE}')
         if self._last_batch == 1 and values == given.shape[0]:
             raise UserError(
-                f'{here}: {_ONE_VALUE}\n'
+                f'{here}: {ONE_VALUE}\n'
                 'It is the last batch of an epoch that has one image: train_dataloader.drop_last=True leaves it out.'
             )
 

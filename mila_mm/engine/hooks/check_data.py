@@ -11,10 +11,11 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from mila_mm.datasets.checks.findings import NOTE, Report, error
+from mila_mm.datasets.checks.findings import NOTE, Finding, Report, error
 from mila_mm.engine.data.built import Effort
 from mila_mm.engine.data.check import check_before_building, judge_built
 from mila_mm.engine.data.first_step import BatchNormWatch
+from mila_mm.engine.data.rehearsal import rehearse
 
 HINT = 'mila check-data CONFIG tells everything at once; --no-check starts anyway'
 # Images and label maps of a split that are opened at the start of a run, and seconds after which no more are.
@@ -77,13 +78,14 @@ class CheckDataHook(Hook):
             self._report.add(found)
             if stage == 'train' and _length(loader) == 0:
                 self._report.add([error(key, f'has no batch: {len(dataset)} images, of which drop_last leaves none')])
+        if 'train' in self._stages and not _one_program(runner):
+            self._report.add(_rehearse(runner))
         self._report.refuse(HINT)
 
     def before_train(self, runner: Runner) -> None:
         """Tell what was found, after all that a start logs, and watch the first step."""
         self._tell(runner)
-        one_program = any(runner.cfg.get(key) for key in ('compile', 'compile_backbone', 'graph_backbone'))
-        if is_main_process() and not one_program:
+        if is_main_process() and not _one_program(runner):
             self._watch = BatchNormWatch(runner.model, _last_batch(runner))
 
     def before_test(self, runner: Runner) -> None:
@@ -98,9 +100,23 @@ class CheckDataHook(Hook):
 
     def _tell(self, runner: Runner) -> None:
         for finding in self._report.of('warning'):
-            runner.logger.warning('data: %s', finding)
+            # one message each: of warnings whose format is the same mmengine's logger lets the first one through
+            runner.logger.warning(f'data: {finding}')
         for finding in self._report.of(NOTE):
             runner.logger.info('data: %s', finding)
+
+
+def _one_program(runner: Runner) -> bool:
+    """Tell whether the model runs as a compiled whole, which no hook of a layer may look into."""
+    return any(runner.cfg.get(key) for key in ('compile', 'compile_backbone', 'graph_backbone'))
+
+
+def _rehearse(runner: Runner) -> list[Finding]:
+    model = getattr(runner.model, 'module', runner.model)
+    images = (runner.cfg.get('train_dataloader') or {}).get('batch_size')
+    size = (runner.cfg.model.get('data_preprocessor') or {}).get('size')
+    known = isinstance(size, (list, tuple)) and len(size) == 2
+    return rehearse(model, runner.cfg.model, images if isinstance(images, int) else 2, tuple(size) if known else None)
 
 
 def _length(loader: Any) -> int:
