@@ -98,7 +98,7 @@ def judge_maps(
     complete = summary.seen == summary.total or summary.seen >= _ENOUGH
     if not found:
         return [error(where, f'{looked}, every pixel is ignored ({shown(sorted(summary.raw))}): nothing to learn')]
-    if {0, 255} == set(summary.raw) and len(classes) > 1 and 255 in ignored and not reduced:
+    if {0, 255} == set(summary.raw) == set(summary.labels) and len(classes) > 1 and 255 in ignored:
         text = (
             f'{looked}, the values are 0 and 255, and 255 is ignored: no foreground is ever seen. Write 255 as 1 '
             '(mask[mask == 255] = 1) and save the maps again'
@@ -155,9 +155,9 @@ def fault_of_labels(
     hint = ''
     if told == [len(classes)] and not reduced:
         hint = '; are the classes counted from 1? Then reduce_zero_label=True, or all labels are shifted by one'
-    besides = ', '.join(map(str, sorted(ignored)))
+    besides = f'{", ".join(map(str, sorted(ignored)))} is ignored' if ignored else 'none is ignored'
     return error(
         f'label map {path}',
         f'has value {shown(told)}, which no class has: the {len(classes)} classes are values {first} to {last}, '
-        f'{besides} is ignored{hint}',
+        f'{besides}{hint}',
     )

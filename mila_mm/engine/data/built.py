@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import time
@@ -10,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+import cv2
 import numpy as np
 
 from mila_mm.datasets.checks.findings import Finding, brief, error, note, warning
 from mila_mm.datasets.checks.voc_xml import check_object_names
-from mila_mm.engine.data.maps import check_label_maps
+from mila_mm.engine.data.maps import check_label_maps, check_panoptic_maps
 from mila_mm.engine.data.samples import datasets_in, load_sample, many
 from mila_mm.engine.data.splits import is_coco, reads_voc
 from mila_mm.errors import UserError
@@ -49,8 +52,19 @@ class Looked:
     findings: list[Finding] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
 
+    def has_errors(self) -> bool:
+        """Tell whether something is wrong, not only doubtful."""
+        return any(finding.level == 'error' for finding in self.findings)
 
-def check_built(dataset: Any, key: str, stage: str, effort: Effort, ignored: Sequence[int] = (255,)) -> Looked:
+
+def check_built(
+    dataset: Any,
+    key: str,
+    stage: str,
+    effort: Effort,
+    ignored: Sequence[int] = (255,),
+    stuff: Sequence[str] = (),
+) -> Looked:
     """Check a data set that is built: images, boxes, labels, label maps, as its own loader gives them.
 
     Args:
@@ -59,6 +73,7 @@ def check_built(dataset: Any, key: str, stage: str, effort: Effort, ignored: Seq
         stage: 'train', 'val' or 'test'.
         effort: How much is looked at.
         ignored: Labels that the loss ignores.
+        stuff: Names of what a detector's semantic branch tells apart, () where it has none.
     """
     looked = Looked()
     leaves = [inner for inner in datasets_in(dataset) if hasattr(inner, 'get_data_info') and not _wraps(inner)]
@@ -67,7 +82,7 @@ def check_built(dataset: Any, key: str, stage: str, effort: Effort, ignored: Seq
             looked.findings.append(error(key, 'finds no image that it can use'))
             continue
         deadline = time.monotonic() + effort.seconds / len(leaves)
-        _one(leaf, key, stage, effort, deadline, ignored, looked)
+        _one(leaf, key, stage, effort, deadline, ignored, stuff, looked)
     return looked
 
 
@@ -76,7 +91,14 @@ def _wraps(dataset: Any) -> bool:
 
 
 def _one(
-    leaf: Any, key: str, stage: str, effort: Effort, deadline: float, ignored: Sequence[int], looked: Looked
+    leaf: Any,
+    key: str,
+    stage: str,
+    effort: Effort,
+    deadline: float,
+    ignored: Sequence[int],
+    stuff: Sequence[str],
+    looked: Looked,
 ) -> None:
     total = len(leaf)
     classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
@@ -89,15 +111,21 @@ def _one(
             looked.findings += check_object_names(key, [Path(info['xml_path']) for info in infos], classes)
         _check_instances(leaf, key, stage, classes, deadline, looked)
     _check_paths(key, chosen, infos, looked)
-    if any(finding.level == 'error' for finding in looked.findings):
+    if looked.has_errors():
         return
     load_image, load_map = _loaders(leaf)
-    if load_map is not None and classes and 'seg_map_path' in infos[0] and 'instances' not in infos[0]:
+    has_maps = load_map is not None and infos[0].get('seg_map_path')
+    # A detector's semantic branch has classes of its own, which only the model knows.
+    own = stuff if 'instances' in infos[0] else classes
+    if has_maps and own:
         looked.findings += check_label_maps(
-            leaf, key, load_image, load_map, chosen, classes, tuple(ignored), deadline, looked.counts
+            leaf, key, load_image, load_map, chosen, own, tuple(ignored), deadline, looked.counts
         )
-    elif load_image is not None:
-        _check_sizes(leaf, key, load_image, chosen, deadline, looked)
+    if load_image is None or (has_maps and 'instances' not in infos[0]):
+        return
+    _check_sizes(leaf, key, load_image, chosen, deadline, looked)
+    if infos[0].get('segments_info') and infos[0].get('seg_map_path') and not looked.has_errors():
+        looked.findings += check_panoptic_maps(leaf, load_image, chosen, deadline)
 
 
 def spread(total: int, wanted: int) -> list[int]:
@@ -125,13 +153,14 @@ def _check_instances(
     first: dict[str, tuple[str, str]] = {}
     count: Counter[str] = Counter()
     per_class: Counter[int] = Counter()
-    seen = 0
+    seen = without_box = 0
     for index in range(len(leaf)):
         if seen and not index % 64 and time.monotonic() > deadline:
             break
         seen += 1
         info = leaf.get_data_info(index)
         for position, instance in enumerate(info.get('instances') or []):
+            without_box += 'bbox' not in instance  # phrases have masks alone
             for kind, what in _faults_of_instance(instance, classes):
                 count[kind] += 1
                 where = f'sample {index} ({info.get("img_path")}), instances[{position}]'
@@ -145,7 +174,7 @@ def _check_instances(
     looked.counts['boxes_loaded'] = looked.counts.get('boxes_loaded', 0) + sum(per_class.values())
     if classes:
         looked.counts['per_class'] = {name: per_class.get(index, 0) for index, name in enumerate(classes)}
-    if seen == len(leaf) and not per_class and not first:
+    if seen == len(leaf) and not per_class and not first and not without_box:
         text = f'no box is left in {len(leaf)} images'
         looked.findings.append(error(key, f'{text}: nothing to learn') if stage == 'train' else warning(key, text))
 
@@ -161,6 +190,8 @@ def _faults_of_instance(instance: dict[str, Any], classes: Sequence[str] | None)
             yield 'bbox', f'bbox is {brief(bbox)}, expected [x1, y1, x2, y2]'
         elif numbers.shape == (4,) and (numbers[2] <= numbers[0] or numbers[3] <= numbers[1]):
             yield 'empty', f'bbox {brief(bbox)} has no area (expected [x1, y1, x2, y2], not width and height)'
+    if instance.get('ignore_flag'):
+        return  # CrowdHuman's loader gives what is ignored the label -1
     if (
         classes
         and isinstance(label, (int, np.integer))
@@ -182,21 +213,33 @@ def _check_paths(key: str, chosen: Sequence[int], infos: Sequence[dict[str, Any]
         ]
         absent = [path for path in local if not Path(path).is_file()]
         if absent:
-            hint = _twice(Path(absent[0]))
+            hint = _why_absent(Path(absent[0]))
             looked.findings.append(
                 error(key, f'{kind} {absent[0]} does not exist ({len(absent)} of {len(local)} looked for){hint}')
             )
 
 
-def _twice(path: Path) -> str:
-    """Say so where a folder stands twice in a path: in data_prefix and again in file_name."""
+def _why_absent(path: Path) -> str:
+    """Say what is there instead of a file, as far as it explains its absence."""
     parts = path.parent.parts
-    if len(parts) > 1 and parts[-1] == parts[-2]:
-        return f'; {parts[-1]} stands in data_prefix and again in the file names'
-    if path.parent.is_dir():
-        near = [other.name for other in path.parent.glob(f'{path.stem}.*')][:1]
-        return f'; there is {near[0]}' if near else ''
-    return f'; the folder {path.parent} does not exist'
+    plain = Path(unquote(str(path)).replace('\\', '/'))
+    said = ''
+    if path.is_symlink():
+        said = '; it is a link that leads nowhere'
+    elif path.is_dir():
+        said = '; it is a folder'
+    elif len(parts) > 1 and parts[-1] == parts[-2]:
+        said = f'; {parts[-1]} stands in data_prefix and again in the file names'
+    elif plain != path and plain.is_file():
+        said = f'; there is {plain}: file names are paths with /, and not escaped'
+    elif '\\' in path.name:
+        said = '; its name has backslashes, which part no folders here: write file names with /'
+    elif path.parent.is_dir():
+        near = [other.name for other in path.parent.glob(f'{glob.escape(path.stem)}.*')][:1]
+        said = f'; there is {near[0]}' if near else ''
+    else:
+        said = f'; the folder {path.parent} does not exist'
+    return said
 
 
 def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline: float, looked: Looked) -> None:
@@ -221,7 +264,10 @@ def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline
     looked.findings += many(key, broken)
     if wrong:
         path, got, told = wrong[0]
-        turned = '; turned by its EXIF orientation' if tuple(got) == tuple(told)[::-1] else ''
+        turned = ''
+        if tuple(got) == tuple(told)[::-1]:
+            by_exif = _is_turned(path, got)
+            turned = '; turned by its EXIF orientation' if by_exif else '; width and height are swapped there'
         text = (
             f'image {path} is {got[1]} x {got[0]} (width x height) as loaded, its annotations are for '
             f'{told[1]} x {told[0]}{turned} ({len(wrong)} of {seen} images looked at)'
@@ -231,10 +277,7 @@ def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline
         looked.findings.append(note(key, f'sizes of {seen} of {len(leaf)} images were looked at'))
 
 
-def try_pipeline(dataset: Any, key: str) -> Finding | None:
-    """Take one sample through the whole pipeline; what fails there would fail in the first batch or after an epoch."""
-    try:
-        dataset[0]
-    except UserError as fault:
-        return error(key, str(fault))
-    return None
+def _is_turned(path: Any, got: Sequence[int]) -> bool:
+    """Tell whether an image is loaded turned, as its EXIF orientation bids."""
+    stored = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    return stored is not None and stored.shape[:2] != tuple(got)

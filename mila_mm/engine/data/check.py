@@ -13,9 +13,11 @@ from mmengine.config import Config
 from mila_mm.datasets.checks.findings import Finding, Report, error
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.checks import needed_paths
-from mila_mm.engine.data.built import Effort, check_built, try_pipeline
+from mila_mm.engine.data.built import Effort, check_built
 from mila_mm.engine.data.files import check_files, is_labelled
-from mila_mm.engine.data.heads import check_heads, reads_text
+from mila_mm.engine.data.heads import check_heads, reads_text, stuff_of
+from mila_mm.engine.data.ignored import ignored_by
+from mila_mm.engine.data.packed import try_pipeline
 from mila_mm.engine.data.samples import name_failing_samples
 from mila_mm.engine.data.splits import splits_of
 from mila_mm.engine.data.static import check_static, is_video
@@ -104,10 +106,10 @@ def judge_built(
     name_failing_samples(dataset)
     state = capture_random_state()
     try:
-        looked = check_built(dataset, key, stage, effort, _ignored(cfg))
+        looked = check_built(dataset, key, stage, effort, ignored_by(cfg, stage), stuff_of(cfg.model))
         findings = [*looked.findings, *_heads_of_built(cfg, dataset, key, stage, scope)]
         if not any(finding.level == 'error' for finding in findings):
-            failed = try_pipeline(dataset, key)
+            failed = try_pipeline(dataset, key, cfg, stage, scope)
             findings += [failed] if failed is not None else []
     except UserError as fault:
         looked, findings = None, [error(key, str(fault))]
@@ -130,10 +132,3 @@ def _heads_of_built(cfg: Config, dataset: Any, key: str, stage: str, scope: str)
         return []
     split = replace(splits[0], config={**splits[0].config, 'metainfo': {'classes': tuple(classes)}})
     return check_heads(cfg.model, split, scope)
-
-
-def _ignored(cfg: Config) -> list[int]:
-    """Return the labels that a segmentor's heads ignore."""
-    heads = cfg.model.get('decode_head')
-    heads = heads if isinstance(heads, (list, tuple)) else [heads]
-    return sorted({head.get('ignore_index', 255) for head in heads if isinstance(head, dict)} or {255})

@@ -47,7 +47,9 @@ def check_heads(model: dict[str, Any], split: Split, scope: str) -> list[Finding
             continue
         for name, number in expected.items():
             got = part.get(name, default_of(kind, name))
-            if isinstance(got, int) and got != number and not (got == 0 and name == 'num_stuff_classes'):
+            if isinstance(got, (str, float)) and not isinstance(got, bool):
+                findings.append(error(f'{key}.{name}', f'is {got!r}, expected a whole number: {number}'))
+            elif isinstance(got, int) and got != number and not (got == 0 and name == 'num_stuff_classes'):
                 wrong.append((f'{key}.{name}', got, number))
         findings += _class_weights(key, part, len(classes))
         if scope == 'mmseg':
@@ -55,6 +57,15 @@ def check_heads(model: dict[str, Any], split: Split, scope: str) -> list[Finding
     if wrong:
         findings.insert(0, _wrong_numbers(wrong, split))
     return findings
+
+
+def stuff_of(model: dict[str, Any]) -> tuple[str, ...]:
+    """Return names for what the semantic branch of a cascade tells apart in maps of its own, () where it has none."""
+    head = (model.get('roi_head') or {}).get('semantic_head') if isinstance(model.get('roi_head'), dict) else None
+    if not isinstance(head, dict):
+        return ()
+    number = head.get('num_classes', default_of(resolve_model(head.get('type'), 'mmdet'), 'num_classes'))
+    return tuple(f'label {label}' for label in range(number)) if isinstance(number, int) else ()
 
 
 def reads_text(model: dict[str, Any]) -> bool:

@@ -10,7 +10,8 @@ from mmengine.config import Config
 
 from mila_mm.datasets.checks.classes import check_names
 from mila_mm.datasets.checks.findings import Finding, error, shown, warning
-from mila_mm.engine.data.splits import Split, kind_name
+from mila_mm.engine.data.heads import default_of
+from mila_mm.engine.data.splits import Split, is_coco, kind_name
 
 # What mmdet 2 and mmseg 0 called the arguments of a data set.
 _OLD_DATASET_KEYS = {
@@ -40,6 +41,8 @@ _OLD_TRANSFORM_KEYS = {
     ('Resize', 'multiscale_mode'): "type='RandomChoiceResize' with scales",
     ('RandomFlip', 'flip_ratio'): 'prob',
 }
+# Transforms of several images, which only a wrapper around a data set can give them.
+_MIXING = ('Mosaic', 'MixUp', 'CopyPaste', 'RandomMosaic')
 # Transforms that import a package of their own, some only when the first image comes.
 _PACKAGES = {
     'Albu': ('albumentations', 'albumentations'),
@@ -47,9 +50,11 @@ _PACKAGES = {
     'InstaBoost': ('instaboostfast', 'instaboostfast'),
     'LoadBiomedicalImageFromFile': ('nibabel', 'nibabel'),
     'LoadBiomedicalAnnotation': ('nibabel', 'nibabel'),
+    'LoadPanopticAnnotations': ('panopticapi', 'git+https://github.com/cocodataset/panopticapi.git'),
     'LoadSingleRSImageFromFile': ('osgeo', 'gdal'),
     'LoadMultipleRSImageFromFile': ('osgeo', 'gdal'),
 }
+_PREFIX_NAMES = ('img', 'img_path', 'seg', 'seg_map_path')
 _PARTS_OF_A_STAGE = {
     'train': ('train_dataloader', 'train_cfg', 'optim_wrapper'),
     'val': ('val_dataloader', 'val_cfg', 'val_evaluator'),
@@ -147,23 +152,26 @@ def _prefix(split: Split) -> list[Finding]:
 
 
 def _prefix_names(split: Split, prefix: dict[str, Any]) -> list[Finding]:
-    known = {'img', 'img_path', 'seg', 'seg_map_path'}
-    from mila_mm.engine.data.splits import is_coco
-
-    if is_coco(split.kind) and prefix and 'img' not in prefix:
-        given = next((name for name in prefix if name in known), next(iter(prefix)))
-        return (
-            [
-                error(
-                    f'{split.key}.data_prefix',
-                    f"has {shown(list(prefix))} and no 'img', which it reads: dict(img=...); "
-                    f'{given!r} is read by other data sets',
-                )
-            ]
-            if 'seg' not in prefix
-            else []
+    """Name keys of ``data_prefix`` that are of the other library's data sets, where the own one is missing."""
+    if is_coco(split.kind) and 'seg' not in prefix:
+        own = 'img'
+    elif _is_segmentation(split):
+        own = 'img_path'
+    else:
+        return []
+    default = default_of(split.kind, 'data_prefix')
+    if own in (prefix or (default if isinstance(default, dict) else {})):
+        return []
+    if not prefix:
+        return [error(f'{split.key}.data_prefix', f'is missing: the folder of the images, dict({own}=...)')]
+    given = next((name for name in prefix if name in _PREFIX_NAMES), next(iter(prefix)))
+    return [
+        error(
+            f'{split.key}.data_prefix',
+            f'has {shown(list(prefix))} and no {own!r}, which it reads: dict({own}=...); {given!r} is read by other '
+            'data sets',
         )
-    return []
+    ]
 
 
 def _is_segmentation(split: Split) -> bool:
@@ -188,12 +196,15 @@ def _transforms(split: Split) -> list[Finding]:
                 findings.append(
                     error(f'{split.key}.pipeline', f'{kind}: {old} is of mmdet 2 or mmseg 0; it is {new} now')
                 )
+        if name in _MIXING:
+            told = f'{name} mixes images of the data set: it stands in the pipeline of a MultiImageMixDataset around it'
+            findings.append(error(f'{split.key}.pipeline', told))
         package = _PACKAGES.get(name)
         if package and importlib.util.find_spec(package[0]) is None:
             findings.append(
                 error(
                     f'{split.key}.pipeline',
-                    f'{name} needs {package[1]}, which is not installed: pip install {package[1]}',
+                    f'{name} needs {package[0]}, which is not installed: pip install {package[1]}',
                 )
             )
     return findings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mmengine import fileio
 
 from mila_mm.datasets.checks.findings import Finding, error, note, shown, warning
 from mila_mm.datasets.checks.label_maps import MapSummary, fault_of_labels, fault_of_map, judge_maps
+from mila_mm.datasets.checks.panoptic import fault_of_panoptic
 from mila_mm.engine.data.samples import NamedTransform, load_sample, many
 from mila_mm.errors import UserError
 
@@ -85,7 +87,7 @@ def _look(
 ) -> Finding | None:
     path = str(info['seg_map_path'])
     image = load_sample(load_image, info, index) if load_image is not None else None
-    loaded = NamedTransform(load_map)({**info, 'sample_idx': index, 'seg_fields': []})
+    loaded = NamedTransform(load_map)({**info, **(image or {}), 'sample_idx': index, 'seg_fields': []})
     labels = loaded.get('gt_seg_map') if isinstance(loaded, dict) else None
     if labels is None:
         return None
@@ -99,6 +101,39 @@ def _look(
         return None
     summary.add(raw.astype(np.int64), labels.astype(np.int64))
     return fault_of_labels(path, labels.astype(np.int64), raw, classes, ignored, reduced)
+
+
+def check_panoptic_maps(leaf: Any, load_image: Any, chosen: Sequence[int], deadline: float) -> list[Finding]:
+    """Check the maps of a panoptic data set against its annotations; the first fault of each kind is told.
+
+    Args:
+        leaf: The data set; its samples have ``segments_info``.
+        load_image: Transform that loads images.
+        chosen: Positions to look at.
+        deadline: When to stop, on the monotonic clock.
+    """
+    first: dict[tuple[str, str], Finding] = {}
+    count: Counter[tuple[str, str]] = Counter()
+    for number, index in enumerate(chosen):
+        if number and time.monotonic() > deadline:
+            break
+        info = leaf.get_data_info(index)
+        image = load_sample(load_image, info, index)
+        if image is None or not info.get('seg_map_path'):
+            continue
+        path = str(info['seg_map_path'])
+        content = fileio.get(path, backend_args=getattr(load_image, 'backend_args', None))
+        raw = mmcv.imfrombytes(content, flag='unchanged')
+        if raw is None:
+            return [error(f'panoptic map {path}', f'cannot be decoded: {len(content)} bytes')]
+        segments = [segment['id'] for segment in info['segments_info']]
+        fault = fault_of_panoptic(path, raw, segments, str(info['img_path']), image['ori_shape'])
+        if fault is not None:
+            kind = fault.level, fault.message.split(maxsplit=1)[0]
+            count[kind] += 1
+            first.setdefault(kind, fault)
+    more = {kind: f' (and {count[kind] - 1} more like it)' if count[kind] > 1 else '' for kind in first}
+    return [Finding(found.level, found.where, f'{found.message}{more[kind]}') for kind, found in first.items()]
 
 
 def _partners(leaf: Any, key: str) -> list[Finding]:

@@ -8,13 +8,14 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mila_mm.datasets.checks.findings import Finding, error
+from mila_mm.datasets.checks.findings import Finding, error, shown
 from mila_mm.engine.config.checks import check_work_dir
 from mila_mm.engine.data.splits import Split, kind_name
 from mila_mm.errors import UserError
 
 # CocoMetric and those that evaluate the same files the same way.
 COCO_METRICS = ('CocoMetric', 'CocoFastMetric', 'FasterCocoMetric', 'CocoOccludedSeparatedMetric')
+IOU_METRICS = ('mIoU', 'mDice', 'mFscore')
 _PREFIXES = ('outfile_prefix', 'out_file_path')
 _FOLDERS = ('output_dir',)
 
@@ -44,6 +45,7 @@ def check_metrics(cfg: Config, stages: Sequence[str], splits: Sequence[Split]) -
         own = [split for split in splits if split.stage == stage]
         for key, metric in metrics_of(cfg, stage):
             findings += _same_file(key, metric, own)
+            findings += _figures(key, metric)
             findings += _masks(key, metric, cfg.model)
             findings += _format_only(key, metric)
     return findings
@@ -53,7 +55,9 @@ def _same_file(key: str, metric: dict[str, Any], own: Sequence[Split]) -> list[F
     name = metric.get('ann_file')
     if not isinstance(name, str) or not name or '://' in name or len(own) != 1 or own[0].local_ann_file is None:
         return []
-    if kind_name(metric) not in (*COCO_METRICS, 'LVISMetric', 'CocoPanopticMetric'):
+    # CocoMetric may judge the instances in what a panoptic data set loads, by another file of the same images
+    kinds = ('CocoPanopticMetric',) if _is_panoptic(own[0]) else (*COCO_METRICS, 'LVISMetric')
+    if kind_name(metric) not in kinds:
         return []
     read, compared = own[0].local_ann_file, Path(name)
     if read.suffix != compared.suffix or _real(read) == _real(compared):
@@ -64,6 +68,19 @@ def _same_file(key: str, metric: dict[str, Any], own: Sequence[Split]) -> list[F
             f'the metric compares with {compared}, but {own[0].key} reads {read}: they must be one file',
         )
     ]
+
+
+def _is_panoptic(split: Split) -> bool:
+    return any('Panoptic' in kind.__name__ for kind in getattr(split.kind, '__mro__', ()))
+
+
+def _figures(key: str, metric: dict[str, Any]) -> list[Finding]:
+    """Refuse figures that mmseg's metric does not know, which it says after a whole validation."""
+    names = metric.get('iou_metrics', ())
+    unknown = [name for name in ([names] if isinstance(names, str) else names) if name not in IOU_METRICS]
+    if kind_name(metric) != 'IoUMetric' or not unknown:
+        return []
+    return [error(f'{key}.iou_metrics', f'has {shown(unknown)}, expected some of {shown(list(IOU_METRICS))}')]
 
 
 def _real(path: Path) -> Path:

@@ -10,8 +10,10 @@ from mila_mm.datasets.checks.classes import check_same_names
 from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.engine.data.channels import check_channels
 from mila_mm.engine.data.heads import check_heads, default_of, reads_text
+from mila_mm.engine.data.ignored import check_ignored
 from mila_mm.engine.data.keys import check_keys, check_stages, check_test_mode
 from mila_mm.engine.data.metrics import check_metrics, check_outputs
+from mila_mm.engine.data.monitored import check_monitored
 from mila_mm.engine.data.splits import Split, splits_of
 
 
@@ -34,6 +36,10 @@ def check_static(cfg: Config, stages: Sequence[str], scope: str) -> list[Finding
     findings += check_channels(cfg.model)
     findings += check_metrics(cfg, stages, splits)
     findings += check_outputs(cfg, stages)
+    if 'val' in stages:
+        findings += check_monitored(cfg)
+    if scope == 'mmseg':
+        findings += check_ignored(cfg)
     return findings
 
 
