@@ -4,11 +4,9 @@ Only the standard library: the handlers are in place before torch is imported.
 """
 
 import contextlib
-import json
 import os
 import select
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from mila_mm.files import write_whole
+from mila_mm.marker import EXIT_IN_VAIN, IN_VAIN, MARKER, MARKER_VARIABLE, StopCount, leave_marker
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-MARKER = 'stopped.json'
 
 # SIGUSR1 is what Slurm is usually told to send ahead of the time limit (sbatch --signal).
 SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name))
@@ -28,7 +25,7 @@ _POLL = 5.0  # seconds until a worker notices that its parent is gone
 
 # Seconds from a signal to the end of the process, whatever it is doing. Slurm kills 30 after SIGTERM unless told
 # otherwise, and SIGUSR1 comes ahead of SIGTERM. Where there is nothing to save, a few are enough for an orderly end.
-GRACE_VARIABLE, MARKER_VARIABLE = 'MILA_MM_STOP_GRACE', 'MILA_MM_STOP_MARKER'
+GRACE_VARIABLE = 'MILA_MM_STOP_GRACE'
 _GRACE = {'SIGTERM': 25.0, 'SIGUSR1': 110.0}
 _NOTHING_TO_SAVE = 5.0
 
@@ -44,30 +41,6 @@ def grace_of(signum: int) -> float:
 def exit_code_of(signum: int) -> int:
     """Return the exit status after a signal: 130 after SIGINT, else 75, which asks for the job to be queued again."""
     return EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_REQUEUE
-
-
-def leave_marker(path: Path, signum: int, checkpoint: str | None) -> None:
-    """Say in a file that a run was stopped and waits to be continued, for scripts that would queue it again.
-
-    An exit status does not say so for certain: that of a job is the worst of all its processes', of which a scheduler
-    may have killed one.
-
-    Args:
-        path: The file, ``stopped.json`` in the work folder; whoever starts the run again removes it.
-        checkpoint: What was saved for the stop, None where nothing was.
-    """
-    content = dict(
-        signal=signal.Signals(signum).name,
-        checkpoint=checkpoint,
-        time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-        host=socket.gethostname(),
-        job=os.environ.get('SLURM_JOB_ID'),
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(content) + '\n')
-    except OSError as error:
-        _write(f'{path} cannot be written: {error.strerror}')
 
 
 class SignalWatch:
@@ -135,11 +108,15 @@ class Stopped(BaseException):
     Args:
         checkpoint: What was saved for the stop, None where nothing was.
         begun: Whether the training had begun, where nothing was saved. Defaults to False.
+
+    Attributes:
+        exit_code: Exit status: 75, 130 after SIGINT, or 69 where it is better not started again as it is.
     """
 
     def __init__(self, signum: int, checkpoint: str | None = None, begun: bool = False) -> None:
         self.signum = signum
         self.checkpoint = checkpoint
+        self.exit_code = exit_code_of(signum)
         name = signal.Signals(signum).name
         if begun:
             super().__init__(
@@ -149,11 +126,6 @@ class Stopped(BaseException):
             super().__init__(f'stopped by {name} before the training began')
         else:
             super().__init__(f'stopped by {name}: --resume continues from {checkpoint}')
-
-    @property
-    def exit_code(self) -> int:
-        """Return the exit status, 75 or 130."""
-        return exit_code_of(self.signum)
 
 
 class StopRequest:
@@ -167,16 +139,67 @@ class StopRequest:
         saved: Whether the stop has been saved; the process is about to end, and further signals change nothing.
         ended: Whether the training is over and the process is about to end.
         marker: File to leave behind for whoever queues the job again; None while it is not known where.
+        count: Stops in a row that saved nothing new; None while the work folder is not known.
+        has_saved: Tells whether this start has saved a later iteration than it began with.
+        status: Exit status, once the stop has been saved.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.armed = self.begun = self.saved = self.ended = False
         self.marker = Path(os.environ[MARKER_VARIABLE]) if os.environ.get(MARKER_VARIABLE) else None
+        self.count: StopCount | None = None
+        self.has_saved: Callable[[], bool] = lambda: False
+        self.status: int | None = None
         self._pid = os.getpid()
         self._answered = threading.Lock()
         self._heard: list[int] = []
         self._deadline: float | None = None
+
+    def settle(self, work_dir: Path, first: bool) -> None:
+        """Take note of the work folder, once it is known.
+
+        Args:
+            first: Whether this is the process of rank 0, which removes what asked for this start.
+        """
+        self.count = StopCount(work_dir)
+        if self.marker is None:
+            self.marker = work_dir / MARKER
+        if first:
+            with contextlib.suppress(OSError):  # then there is none
+                self.marker.unlink(missing_ok=True)
+
+    def close(self, signum: int, checkpoint: str | None, leaves_marker: bool = True) -> int:
+        """Ask for another start, unless too many in a row have saved nothing new.
+
+        Args:
+            checkpoint: What was saved for the stop.
+            leaves_marker: Whether this process writes the marker; others save for it. Defaults to True.
+
+        Returns:
+            The exit status, the same in all processes of a job.
+        """
+        if signum == signal.SIGINT and checkpoint is None:
+            return exit_code_of(signum)
+        try:
+            if signum != signal.SIGINT and self.count is not None and not self.has_saved():
+                if not self.count.one_more():
+                    self._write_in_vain(leaves_marker)
+                    return EXIT_IN_VAIN
+            elif self.count is not None:
+                self.count.forget()
+            if leaves_marker and self.marker is not None:
+                leave_marker(self.marker, signum, checkpoint)
+        except OSError as error:
+            _write(f'{error.filename} cannot be written: {error.strerror}')
+        return exit_code_of(signum)
+
+    def _write_in_vain(self, says: bool) -> None:
+        if self.marker is not None:
+            with contextlib.suppress(OSError):
+                self.marker.unlink(missing_ok=True)
+        if says:
+            _write(IN_VAIN)
 
     def receive(self, signum: int, frame: FrameType | None = None) -> None:
         """Handle a signal, in the main thread.
@@ -224,7 +247,7 @@ class StopRequest:
         """End the process: its time is over, and the main thread has not come to an end."""
         signum = next((each for each in self._heard if each != signal.SIGINT), signal.SIGINT)
         if self.saved:
-            os._exit(exit_code_of(self.signum or signum))
+            os._exit(self.status if self.status is not None else exit_code_of(self.signum or signum))
         self._end(
             signum,
             'which did not come to a step in time: --resume continues from the last checkpoint'
@@ -234,9 +257,7 @@ class StopRequest:
 
     def _end(self, signum: int, what: str) -> None:
         _write(f'stopped by {signal.Signals(signum).name} {what}')
-        if self.marker is not None and signum != signal.SIGINT:
-            leave_marker(self.marker, signum, None)
-        os._exit(exit_code_of(signum))
+        os._exit(self.close(signum, None))
 
     def _answer(self, signum: int) -> None:
         if self._answered.acquire(blocking=False):  # once, by whichever thread comes first
@@ -268,8 +289,8 @@ def stop_signals(until_exit: bool = False) -> Iterator[StopRequest]:
     try:
         yield request
     except Stopped as stopped:
-        if not request.saved and request.marker is not None:
-            leave_marker(request.marker, stopped.signum, None)
+        if not request.saved:
+            stopped.exit_code = request.close(stopped.signum, None)
         raise
     except BaseException:
         keep = False  # it failed: a launcher that then ends it by a signal does not ask for another start

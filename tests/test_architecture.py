@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'mila_mm'
-GROUND = ('arch', 'errors', 'files', 'registry', 'stopping', 'version', 'zoo')
+GROUND = ('arch', 'errors', 'files', 'marker', 'registry', 'stopping', 'version', 'zoo')
 
 
 def module_name(path: Path) -> str:

@@ -20,19 +20,27 @@ pick_python() {
     fi
 }
 
+# check_number NAME VALUE LEAST MOST
+check_number() {
+    if ! [[ "$2" =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3 || $2 > $4)); then
+        echo "error: $1: expected a whole number from $3 to $4, got '$2'" >&2
+        exit 2
+    fi
+}
+
 launch() {
     local script=$1 gpus=$2
     shift 2
-    if ! [[ "$gpus" =~ ^[1-9][0-9]*$ ]]; then
-        echo "error: GPUS: expected a positive number of processes, got '$gpus'" >&2
-        exit 2
-    fi
+    check_number GPUS "$gpus" 1 1000000
     local nnodes=${NNODES:-1} rendezvous
+    check_number NNODES "$nnodes" 1 1000000
     if [[ "$nnodes" != 1 && (-z "${MASTER_ADDR:-}" || -z "${NODE_RANK:-}") ]]; then
         echo "error: NNODES=$nnodes: expected MASTER_ADDR (the address of machine 0) and NODE_RANK (0 to" \
             "$((nnodes - 1))) as well, got MASTER_ADDR='${MASTER_ADDR:-}' NODE_RANK='${NODE_RANK:-}'" >&2
         exit 2
     fi
+    check_number NODE_RANK "${NODE_RANK:-0}" 0 $((nnodes - 1))
+    [[ -z "${PORT:-}" ]] || check_number PORT "$PORT" 1 65535
     if [[ "$nnodes" == 1 && -z "${PORT:-}" ]]; then
         # Port 0: torchrun takes a free one, so two jobs on one machine do not meet.
         rendezvous=(--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0 --local-addr=127.0.0.1)

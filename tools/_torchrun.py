@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from mila_mm.marker import EXIT_IN_VAIN, IN_VAIN, MARKER, StopCount
 from mila_mm.stopping import EXIT_REQUEUE, SIGNALS, SignalWatch, exit_code_of, grace_of
 
 # Seconds that the processes have to end after their time is over, before they are killed.
@@ -44,15 +46,32 @@ def signal_children(signum: int) -> int:
     return len(found)
 
 
+def work_dir_in(argv: Sequence[str]) -> Path | None:
+    """Return what a command line names by ``--work-dir``, None where it does not."""
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
+        name, joined, value = word.partition('=')
+        if name in ('--work-dir', '--work_dir') and (joined or following):
+            return Path(value if joined else following).absolute()
+    return None
+
+
 class Launcher:
     """What this machine's part of a job was asked to do.
+
+    Args:
+        argv: What the training is called with; names the work folder, or not. Defaults to none.
 
     Attributes:
         asked: The signals that have come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, argv: Sequence[str] = ()) -> None:
         self.asked: list[int] = []
+        folder = work_dir_in(argv)
+        self._count = None if folder is None else StopCount(folder)
+        if folder is not None:
+            with suppress(OSError):  # of an earlier start, where there is one
+                (folder / MARKER).unlink()
         self._deadline: float | None = None
 
     def hear(self, signum: int) -> float | None:
@@ -74,7 +93,14 @@ class Launcher:
         """End what has not ended by itself, which may be stopped or wait for another machine."""
         signal_children(signal.SIGKILL)
         self.say(f'stopped by {self.name()}, and a process did not end in time: --resume continues from the last save')
-        os._exit(exit_code_of(self.asked[0]))
+        status = exit_code_of(self.asked[0])
+        # The processes leave the marker and count, unless none of them could do anything any more.
+        if status == EXIT_REQUEUE and self._count is not None and not self._count.path.with_name(MARKER).exists():
+            with suppress(OSError):
+                if not self._count.one_more():
+                    self.say(IN_VAIN)
+                    status = EXIT_IN_VAIN
+        os._exit(status)
 
     def name(self) -> str:
         """Return the name of the first signal."""
@@ -96,6 +122,8 @@ class Launcher:
             codes: Exit status, or minus the signal, by rank.
             first: Rank of the one that ended first.
         """
+        if self.asked and EXIT_IN_VAIN in codes.values():
+            return EXIT_IN_VAIN
         # Whoever came too late to the end of a stop was killed for that. Where another failure came first, torchrun has
         # ended the others by SIGTERM, which some of them take for an order to stop.
         if EXIT_REQUEUE in (codes.values() if self.asked else [codes[first]]):
@@ -122,7 +150,7 @@ def main(argv: list[str]) -> int:
         75 where the job was stopped; else the exit status of the process that ended first with one other than 0; 128 +
         the signal where one was killed.
     """
-    launcher = Launcher()
+    launcher = Launcher(argv)
     forwards = Path('/proc/self/stat').exists()
     if forwards:
         for signum in SIGNALS:

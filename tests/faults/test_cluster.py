@@ -26,6 +26,24 @@ def test_preempted_it_answers_and_ends_with_75_everywhere(clusters, tmp_path, la
     clusters.Cluster(folder, clusters.prepare(folder, 8), launcher).preempt('run', phase)
 
 
+@pytest.mark.parametrize(
+    ('option', 'status', 'words'),
+    [
+        # on all ranks; on rank 0, which checks the data for all, while the other waits for it; in a step
+        ('train_cfg.max_iter=3', 2, "'max_iter'"),
+        pytest.param('model.decode_head.num_classes=2', 2, 'num_classes', marks=pytest.mark.slow),
+        pytest.param('optim_wrapper.optimizer.lr=1e30', 65, 'the training diverged', marks=pytest.mark.slow),
+    ],
+)
+def test_a_failure_has_its_own_status_under_srun(clusters, tmp_path, option, status, words) -> None:
+    """Not the 137 of the task that is killed for it, and one of the tasks says why."""
+    folder = tmp_path / 'job'
+    job = clusters.Cluster(folder, clusters.prepare(folder, 8), 'srun')
+    said = job.finish('run', '--cfg-options', option, expected=status)[0].err.read_text()
+    assert said.count('error (rank') == 1 and words in said, said
+    assert not (folder / 'told').exists(), 'nobody asks for another start'
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('phase', ['step', 'saving'])
 def test_under_nccl_on_one_gpu(clusters, tmp_path, phase) -> None:

@@ -1,6 +1,7 @@
 """What can be seen to be wrong before anything is built: files, folders, launchers, precision."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,7 @@ from mmengine.config import Config
 from mila_mm.engine.data.splits import leaf_datasets
 from mila_mm.errors import UserError, printable
 
-_LAUNCHER_VARIABLES = {
-    'pytorch': ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
-    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
-    'mpi': ('OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', 'MASTER_ADDR'),
-}
+_ROOM = 1 << 20  # bytes: less than any log and checkpoint of a run take
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def check_pretrained(model: Any, key: str = 'model') -> None:
 
 
 def check_work_dir(work_dir: str | os.PathLike[str], flag: str = '--work-dir') -> None:
-    """Check that files can be written to a folder, or that it can be made; leave nothing behind.
+    """Check that files can be written to a folder, or that it can be made, and its disk has room; leave nothing behind.
 
     Args:
         work_dir: Folder, which may not exist yet.
@@ -192,24 +189,12 @@ def check_work_dir(work_dir: str | os.PathLike[str], flag: str = '--work-dir') -
     try:
         # os.access() says yes to root on a read-only file system
         probe.mkdir()
-        probe.rmdir()
+        try:
+            with (probe / 'room').open('wb') as file:
+                file.write(bytes(_ROOM))
+                file.flush()
+                os.fsync(file.fileno())  # a full disk, or a quota, may say so as late as this
+        finally:
+            shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
         raise UserError(f'{flag} {work_dir}: cannot write to {existing}: {error.strerror}') from error
-
-
-def check_launcher(launcher: str) -> None:
-    """Check that the process was started by the launcher that the flag names.
-
-    Args:
-        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
-
-    Raises:
-        UserError: If the launcher's environment variables are not set.
-    """
-    missing = [name for name in _LAUNCHER_VARIABLES.get(launcher, ()) if name not in os.environ]
-    if missing:
-        script = {'pytorch': 'tools/dist_train.sh or tools/dist_test.sh', 'slurm': 'tools/slurm_train.sh'}
-        raise UserError(
-            f'--launcher {launcher}: {", ".join(missing)} not set in the environment\n'
-            f'Start the job through {script.get(launcher, "mpirun, with MASTER_ADDR exported")}.'
-        )

@@ -1,8 +1,5 @@
 """What training and testing do to a config alike before a runner is built from it."""
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import timedelta
@@ -14,7 +11,8 @@ from mmengine.config import Config
 from mmengine.dist import is_distributed
 from torch import distributed
 
-from mila_mm.engine.config.checks import check_launcher, check_pretrained, check_work_dir
+from mila_mm.engine.config.checks import check_pretrained, check_work_dir
+from mila_mm.engine.config.environment import name_ranks
 from mila_mm.engine.hooks.checkpoint import register_atomic_backend
 from mila_mm.errors import UserError
 from mila_mm.weights.loaders import fetch_beforehand
@@ -29,6 +27,19 @@ def set_work_dir(cfg: Config, work_dir: str | None) -> None:
         cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename).stem)
+
+
+def check_folders(cfg: Config) -> None:
+    """Check that the folders that a run writes to can be written, and have room.
+
+    Raises:
+        UserError: If not.
+    """
+    check_work_dir(cfg.work_dir)
+    checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint')
+    out_dir = checkpoint.get('out_dir') if isinstance(checkpoint, dict) else None
+    if isinstance(out_dir, str) and '://' not in out_dir:
+        check_work_dir(out_dir, 'default_hooks.checkpoint.out_dir')
 
 
 def prepare(cfg: Config, scope: str) -> None:
@@ -166,16 +177,6 @@ def _own_name(kind: Any) -> str | None:
     return name if scope in ('', 'mmengine') else None
 
 
-_RANK_VARIABLES = {
-    'slurm': {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'},
-    'mpi': {
-        'RANK': 'OMPI_COMM_WORLD_RANK',
-        'WORLD_SIZE': 'OMPI_COMM_WORLD_SIZE',
-        'LOCAL_RANK': 'OMPI_COMM_WORLD_LOCAL_RANK',
-    },
-}
-
-
 def prepare_launch(cfg: Config, launcher: str) -> None:
     """Set the launcher of a config and, on a CPU, join the processes over gloo.
 
@@ -188,26 +189,11 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
     Raises:
         UserError: If the launcher's environment variables are not set, or the timeout is no time.
     """
-    check_launcher(launcher)
+    name_ranks(launcher)
     cfg.launcher = launcher
     if launcher == 'none' or torch.cuda.is_available() or is_distributed():
         return
-    for name, source in _RANK_VARIABLES.get(launcher, {}).items():
-        if source in os.environ:
-            os.environ[name] = os.environ[source]
-    # All tasks of a Slurm job agree on the port that tools/slurm_train.sh exports
-    os.environ.setdefault('MASTER_PORT', '29500')
-    os.environ.setdefault('MASTER_ADDR', _first_host())
     seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
     if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
         raise UserError(f'env_cfg.dist_cfg.timeout: expected a number of seconds above 0, got {seconds!r}')
     distributed.init_process_group('gloo', timeout=None if seconds is None else timedelta(seconds=seconds))
-
-
-def _first_host() -> str:
-    """Host of rank 0: the first one of a Slurm job, else this machine."""
-    nodes = os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_NODELIST')
-    if nodes is None or shutil.which('scontrol') is None:
-        return '127.0.0.1'
-    command = ['scontrol', 'show', 'hostnames', nodes]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mila_mm.datasets.checks.findings import NOTE, Finding, Report, error
+from mila_mm.engine.config.environment import rank_of
 from mila_mm.engine.data.built import Effort
 from mila_mm.engine.data.check import check_before_building, judge_built
 from mila_mm.engine.data.first_step import BatchNormWatch
@@ -20,7 +20,6 @@ from mila_mm.engine.data.rehearsal import rehearse
 HINT = 'mila check-data CONFIG tells everything at once; --no-check starts anyway'
 # Images and label maps of a split that are opened at the start of a run, and seconds after which no more are.
 _SAMPLES, _SECONDS = 32, 10.0
-_RANKS = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
 
 
 def checked_start(cfg: Config, stages: Sequence[str], scope: str, launcher: str) -> CheckDataHook | None:
@@ -39,8 +38,7 @@ def checked_start(cfg: Config, stages: Sequence[str], scope: str, launcher: str)
     """
     if scope not in ('mmdet', 'mmseg'):
         return None
-    ranks = [os.environ[name] for name in _RANKS if name in os.environ]
-    if launcher != 'none' and ranks and ranks[0] != '0':
+    if rank_of(launcher):
         return CheckDataHook(stages, scope, Report())
     report = check_before_building(cfg, stages, scope)
     report.refuse(HINT)

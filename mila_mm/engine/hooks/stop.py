@@ -1,6 +1,7 @@
 """Stopping a training on a signal, on all ranks after the same iteration."""
 
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from mila_mm.engine.hooks.checkpoint import CheckpointHook
 from mila_mm.engine.runner.agree import Agreement
 from mila_mm.registry import HOOKS
-from mila_mm.stopping import MARKER, Stopped, StopRequest, leave_marker
+from mila_mm.stopping import Stopped, StopRequest
 
 
 @HOOKS.register_module()
@@ -37,16 +38,17 @@ class StopHook(Hook):
         self._pending: tuple[Any, Tensor] | None = None
         self._agreed = 0
         self._common_steps = 0
+        self._begin = 0
 
     def before_train(self, runner: Runner) -> None:
         """Take over from the signal handlers' own way to end, which is at once."""
         if get_world_size() > 1:
             seconds = ((runner.cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
             self._ranks = Agreement(None if seconds is None else timedelta(seconds=seconds))
-        if self.request.marker is None:
-            self.request.marker = Path(runner.work_dir).absolute() / MARKER
-        if is_main_process():
-            self.request.marker.unlink(missing_ok=True)  # this is the run that it asked for
+        if self.request.count is None:
+            self.request.settle(Path(runner.work_dir).absolute(), is_main_process())
+        self._begin = runner.iter
+        self.request.has_saved = partial(_has_saved, runner, runner.iter)
         self.request.armed = self.request.begun = True
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -108,10 +110,19 @@ class StopHook(Hook):
         self.request.saved = True
         self.request.armed = False
         self._ranks = None
+        if meta['iter'] > self._begin:
+            self.request.has_saved = lambda: True
+        self.request.status = self.request.close(self._agreed, path, leaves_marker=is_main_process())
         if is_main_process():
-            leave_marker(self.request.marker, self._agreed, path)
             runner.logger.info(f'stopped after iteration {meta["iter"]}, saved to {path}')
-        raise Stopped(self._agreed, path)
+        stopped = Stopped(self._agreed, path)
+        stopped.exit_code = self.request.status
+        raise stopped
+
+
+def _has_saved(runner: Runner, begin: int) -> bool:
+    saved = (hook.saved_iter for hook in runner.hooks if isinstance(hook, CheckpointHook))
+    return any(iteration is not None and iteration > begin for iteration in saved)
 
 
 def _checkpoint_hook(runner: Runner) -> CheckpointHook:
