@@ -15,7 +15,17 @@ from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.runner import Runner
 
 from mila_mm.engine.resumed_state import check_resumed
-from mila_mm.engine.runner.own_checkpoints import is_of_run, new_run_id, own_best, own_steps, run_id_of
+from mila_mm.engine.runner.own_checkpoints import (
+    best_name,
+    is_earlier,
+    is_of_run,
+    is_remote_of_run,
+    new_run_id,
+    origin_of,
+    own_best,
+    own_steps,
+    run_id_of,
+)
 from mila_mm.engine.runner.sharded_checkpoint import ShardedSaving, remove
 from mila_mm.engine.runner.sharded_model import FullyShardedModel
 from mila_mm.errors import UserError
@@ -112,6 +122,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     saved_iter: int | None = None
     _validated_iter: int | None = None
     _run_id: str | None = None
+    _origins: tuple[str, ...] = ()
     _best: Mapping[str, Any] = MappingProxyType({})
     _surplus: int | None = None
     _position: dict[str, int] | None = None
@@ -136,39 +147,56 @@ class CheckpointHook(MMEngineCheckpointHook):
             del info[key]  # by which mmengine's hook would remove files
         super().before_train(runner)
         inherited, self._run_id = self._run_id, self._run_id or new_run_id()
-        if is_main_process() and self._is_local():
+        if not is_main_process():
+            return
+        if self._is_local():
             for folder in {str(self.out_dir), runner.work_dir}:
                 remove_unfinished(folder)
-            if inherited:
-                self._take_over(runner, inherited)
+            if self.max_keep_ckpts > 0:
+                self._take_over_regular(runner, inherited)
+        if self.save_best is not None:
+            self._take_over_best(runner)
 
-    def _take_over(self, runner: Runner, run_id: str) -> None:
+    def _take_over_regular(self, runner: Runner, run_id: str | None) -> None:
         """Find what earlier starts of this run have written, and remove what a kill left too many of."""
-        folder = Path(self.out_dir)
-        if self.max_keep_ckpts > 0:
-            steps = own_steps(folder, self.filename_tmpl, run_id, runner.epoch if self.by_epoch else runner.iter)
-            self.keep_ckpt_ids.extend(steps)  # which keeps as many as it may
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-            for step in steps[: -self.max_keep_ckpts]:
+        folder, at = Path(self.out_dir), runner.epoch if self.by_epoch else runner.iter
+        found = {origin: own_steps(folder, self.filename_tmpl, origin, at) for origin in self._origins}
+        steps = sorted({step for each in found.values() for step in each})
+        self.keep_ckpt_ids.extend(steps)  # which keeps as many as it may
+        runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        for step in steps[: -self.max_keep_ckpts]:
+            # of those without an id an earlier version may have been told to keep more
+            if step in found.get(run_id or '', ()):
                 self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step)))
-        if self.save_best is None:
-            return
+
+    def _take_over_best(self, runner: Runner) -> None:
+        """Find the best checkpoint that an earlier start of this run has written, to be removed after a better one."""
         for key_indicator in self.key_indicators:
             key = 'best_ckpt' if len(self.key_indicators) == 1 else f'best_ckpt_{key_indicator}'
-            best = own_best(self._best.get(key), [folder, Path(runner.work_dir)], run_id)
+            best = self._find_best(self._best.get(key), runner.work_dir)
             if best is not None:
-                runner.message_hub.update_info(key, str(best))
+                runner.message_hub.update_info(key, best)
                 if len(self.key_indicators) == 1:
-                    self.best_ckpt_path = str(best)
+                    self.best_ckpt_path = best
                 else:
-                    self.best_ckpt_path_dict[key_indicator] = str(best)
+                    self.best_ckpt_path_dict[key_indicator] = best
+
+    def _find_best(self, named: Any, work_dir: str) -> str | None:
+        if self._is_local():
+            found = (own_best(named, [Path(self.out_dir), Path(work_dir)], origin) for origin in self._origins)
+            return next((str(path) for path in found if path is not None), None)
+        name = best_name(named)
+        address = self.file_backend.join_path(self.out_dir, name) if name else ''
+        ours = name and any(is_remote_of_run(self.file_backend, address, origin) for origin in self._origins)
+        return address if ours else None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Remember which iteration was validated, by which run, and what it calls its best checkpoint."""
         if getattr(runner, '_resume', False):
             check_resumed(checkpoint, f'--resume: {runner._load_from}')
             self._validated_iter = checkpoint.get('validated_iter')
-            self._run_id = run_id_of(checkpoint)
+            self._run_id, before = run_id_of(checkpoint), checkpoint['meta'].get('origin')
+            self._origins = tuple(filter(None, (origin_of(checkpoint), before if is_earlier(before) else None)))
             self._best = checkpoint['named_best']
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -176,6 +204,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         # FlexibleRunner works the position out anew, and wrongly outside of after_train_iter and after_train_epoch
         checkpoint['meta'].update(self._meta)
         checkpoint['meta']['run_id'] = self._run_id
+        # a run that mmengine or an earlier version has begun
+        checkpoint['meta']['origin'] = next((origin for origin in self._origins if origin != self._run_id), None)
         checkpoint['validated_iter'] = self._validated_iter
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:

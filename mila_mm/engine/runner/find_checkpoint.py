@@ -23,6 +23,8 @@ from mila_mm.engine.resumed_state import count
 from mila_mm.engine.runner.agree import from_rank_0
 from mila_mm.engine.runner.finite import broken_weights
 from mila_mm.engine.runner.identity import RunRecord, read_record
+from mila_mm.engine.runner.sharded_checkpoint import broken_in, check_fit, sizes_of_model
+from mila_mm.engine.runner.sharded_model import FullyShardedModel
 from mila_mm.errors import UserError, printable, printable_path
 from mila_mm.files import read_small
 from mila_mm.weights.errors import CheckpointError
@@ -148,16 +150,36 @@ def newest_readable(
     for *_, path in sorted(known, reverse=True):
         try:
             _check_whole(path)
-            if model is not None and path.is_file():
-                load_checkpoint_into(model, read_checkpoint(path), f'checkpoint {path}', strict)
-                broken = broken_weights(model)
-                if broken:
-                    raise CheckpointError(f'{path}: {len(broken)} weights are not finite ({listed(broken, 2)})')
+            if model is not None:
+                _check_weights(path, model, strict)
         except (UserError, OSError) as error:
             skipped.append(Skipped(path, _reason(error, path)))
         else:
             return path, skipped
     return None, skipped
+
+
+def _check_weights(path: Path, model: nn.Module, strict: bool) -> None:
+    """Compare a checkpoint with the model that it must fit, and look whether its weights are finite.
+
+    A model that lies in pieces is not filled: that takes all ranks.
+    """
+    broken: list[str] = []
+    if is_sharded(path):
+        reader = ShardReader(path)
+        if strict:
+            check_fit(path, sizes_of_model(reader), getattr(model, 'module', model))
+        broken = broken_in(reader)
+    elif path.is_file() and isinstance(model, FullyShardedModel):
+        state = read_checkpoint(path).get('state_dict') or {}
+        if strict:
+            check_fit(path, {name: value.shape for name, value in state.items()}, model.module)
+        broken = [name for name, value in state.items() if value.isnan().any()]
+    elif path.is_file():
+        load_checkpoint_into(model, read_checkpoint(path), f'checkpoint {path}', strict)
+        broken = broken_weights(model)
+    if broken:
+        raise CheckpointError(f'{path}: {len(broken)} weights are not finite ({listed(broken, 2)})')
 
 
 def settle_resume(runner: Any) -> None:
@@ -188,10 +210,9 @@ def _choose(runner: Any) -> str | None:
             f'--resume: last_checkpoint names {last}, which is not where this config saves '
             '(default_hooks.checkpoint.out_dir): it is left alone'
         )
-    # FlexibleRunner builds its model later, and a sharded one can only be filled by all ranks together
-    model = getattr(runner, 'model', None)
+    model = getattr(runner, 'model', None)  # FlexibleRunner builds it later
     comparable = isinstance(model, nn.Module) and (
-        not is_model_wrapper(model) or isinstance(model, DistributedDataParallel)
+        not is_model_wrapper(model) or isinstance(model, (DistributedDataParallel, FullyShardedModel))
     )
     found = candidates(Config(dict(runner.cfg, work_dir=runner.work_dir)))
     strict = runner.cfg.get('load_strict', True)

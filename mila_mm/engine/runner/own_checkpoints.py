@@ -1,10 +1,13 @@
 """Which checkpoints in a folder a run has written itself, and may therefore remove.
 
 A checkpoint carries a list of those before it and of the best one. Whoever resumes a file of somebody else's would
-remove by such a list what it names, so the list is not taken: what a run may remove carries the run's own id.
+remove by such a list what it names, so the list is not taken: what a run may remove carries the run's own id. Those of
+mmengine and of earlier versions have none; they are of one run where mmengine has given them one name, which holds the
+second that the run was started in, and one seed.
 """
 
 import re
+import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.file.sharded import is_sharded, read_state
 
 _RUN_ID = re.compile(r'[0-9a-f]{32}')
+_STARTED = re.compile(r'_\d{8}_\d{6} \d+$', re.ASCII)  # the end of mmengine's names, and a seed
+_MAX_NAME = 300
 
 
 def new_run_id() -> str:
@@ -28,10 +33,28 @@ def run_id_of(checkpoint: Any) -> str | None:
     return run_id if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id) else None
 
 
-def is_of_run(path: Path, run_id: str | None) -> bool:
-    """Tell whether a checkpoint, a file or a folder of shards, says that a run has written it."""
+def origin_of(checkpoint: Any) -> str | None:
+    """Return what tells which run wrote a checkpoint: its id, else mmengine's name and seed, None without either."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    if not isinstance(meta, dict) or meta.get('run_id') is not None:
+        return run_id_of(checkpoint)
+    origin = f'{meta.get("experiment_name")} {meta.get("seed")}'
+    return origin if is_earlier(origin) else None
+
+
+def is_earlier(value: Any) -> bool:
+    """Tell whether a value out of a file can be what :func:`origin_of` returns for a checkpoint without an id."""
+    return isinstance(value, str) and len(value) <= _MAX_NAME and value.isprintable() and bool(_STARTED.search(value))
+
+
+def is_of_run(path: Path, origin: str | None) -> bool:
+    """Tell whether a checkpoint, a file or a folder of shards, says that a run has written it.
+
+    Args:
+        origin: Of the run, as :func:`origin_of` returns it.
+    """
     try:
-        return run_id is not None and run_id_of(read_small(path)) == run_id
+        return origin is not None and origin_of(read_small(path)) == origin
     except (CheckpointError, OSError):
         return False
 
@@ -50,13 +73,13 @@ def read_small(path: Path) -> Any:
     return read_file(path / 'rank0.pth' if path.is_dir() else path, mmap=True)
 
 
-def own_steps(folder: Path, template: str, run_id: str, upto: int) -> list[int]:
+def own_steps(folder: Path, template: str, origin: str, upto: int) -> list[int]:
     """List the regular checkpoints that a run has written.
 
     Args:
         folder: Where it writes.
         template: Their names, with ``{}`` for the step.
-        run_id: The run.
+        origin: The run.
         upto: The step that the run continues from; what lies after it is not listed.
 
     Returns:
@@ -65,21 +88,44 @@ def own_steps(folder: Path, template: str, run_id: str, upto: int) -> list[int]:
     name = re.compile(re.escape(template).replace(r'\{\}', r'(0|[1-9]\d{0,11})'))
     matches = (name.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     steps = sorted(int(match[1]) for match in matches if match)
-    return [step for step in steps if step <= upto and is_of_run(folder / template.format(step), run_id)]
+    return [step for step in steps if step <= upto and is_of_run(folder / template.format(step), origin)]
 
 
-def own_best(named: Any, folders: list[Path], run_id: str) -> Path | None:
+def own_best(named: Any, folders: list[Path], origin: str) -> Path | None:
     """Find the best checkpoint so far by the name that a resumed checkpoint gives it.
 
     Args:
         named: What the checkpoint says; of a path only the last part counts, also where the folder was moved.
         folders: Where the run writes.
-        run_id: The run.
+        origin: The run.
 
     Returns:
         The file in one of the folders, None if the run has written none of that name there.
     """
-    name = Path(named).name if isinstance(named, str) and '\0' not in named else ''
-    if not name.startswith('best_'):
+    name = best_name(named)
+    if name is None:
         return None
-    return next((path for path in (folder / name for folder in folders) if is_of_run(path, run_id)), None)
+    return next((path for path in (folder / name for folder in folders) if is_of_run(path, origin)), None)
+
+
+def best_name(named: Any) -> str | None:
+    """Return the last part of a path that a checkpoint gives, None where it is no name of a best checkpoint."""
+    name = Path(named).name if isinstance(named, str) and named.isprintable() else ''
+    return name if name.startswith('best_') and name.endswith('.pth') and len(name) <= _MAX_NAME else None
+
+
+def is_remote_of_run(backend: Any, address: str, origin: str) -> bool:
+    """Tell whether a checkpoint in an object store says that a run has written it; it is fetched for that.
+
+    Args:
+        backend: A file backend of mmengine.
+    """
+    try:
+        if not backend.exists(address):
+            return False
+        with tempfile.NamedTemporaryFile(suffix='.pth') as copy:
+            copy.write(backend.get(address))
+            copy.flush()
+            return is_of_run(Path(copy.name), origin)
+    except (CheckpointError, OSError, NotImplementedError):
+        return False

@@ -6,11 +6,12 @@ has brought its pieces to the disk.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import barrier, is_main_process
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
@@ -24,6 +25,7 @@ from mila_mm.weights.file.sharded import MODEL, OPTIMIZER, ShardReader, ShardWri
 from mila_mm.weights.report import listed
 
 _SHOWN = 10
+_AT_A_TIME = 1 << 28  # bytes
 
 
 @dataclass
@@ -180,7 +182,8 @@ def load_pieces(
     reader = ShardReader(folder)
     theirs = reader.sizes()
     ours = {f'{MODEL}{name}': value for name, value in model.state_dict().items()}
-    _check_fit(folder, {name for name in theirs if name.startswith(MODEL)}, theirs, ours, strict)
+    if strict:
+        check_fit(folder, sizes_of_model(reader), model)
     wanted = {name: value for name, value in ours.items() if theirs.get(name) == value.shape}
     parameters = [] if optimizer is None else [each for group in optimizer.param_groups for each in group['params']]
     for name, size in theirs.items():
@@ -201,19 +204,46 @@ def _like(reader: ShardReader, name: str, size: Any, parameters: list[Tensor]) -
     return zeros(size, dtype=empty.dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
 
 
-def _check_fit(folder: Path, held: set[str], theirs: dict[str, Any], ours: dict[str, Tensor], strict: bool) -> None:
+def sizes_of_model(reader: ShardReader) -> dict[str, torch.Size]:
+    """Return the shapes of a model's tensors in a folder, by the model's names."""
+    return {name.removeprefix(MODEL): size for name, size in reader.sizes().items() if name.startswith(MODEL)}
+
+
+def check_fit(path: Path, theirs: Mapping[str, torch.Size], model: nn.Module) -> None:
+    """Check that a checkpoint holds the tensors of a model, without reading them.
+
+    Args:
+        path: Of the checkpoint, for the message.
+        theirs: The shapes in it, by name.
+        model: Without wrapper; it may lie in pieces.
+
+    Raises:
+        UserError: If a name is missing or unexpected, or a shape differs.
+    """
+    ours = {name: value.shape for name, value in model.state_dict().items()}
     kinds = (
-        ('missing', [name for name in ours if name not in held]),
-        ('unexpected', [name for name in held if name not in ours]),
-        ('of another shape', [name for name in held if name in ours and theirs[name] != ours[name].shape]),
+        ('missing', [name for name in ours if name not in theirs]),
+        ('unexpected', [name for name in theirs if name not in ours]),
+        ('of another shape', [name for name in theirs if name in ours and theirs[name] != ours[name]]),
     )
-    parts = [
-        f'{len(names)} {what} ({listed((name.removeprefix(MODEL) for name in names), _SHOWN)})'
-        for what, names in kinds
-        if names
-    ]
-    if parts and strict:
+    parts = [f'{len(names)} {what} ({listed(names, _SHOWN)})' for what, names in kinds if names]
+    if parts:
         raise UserError(
-            f"checkpoint {printable_path(folder)} does not fit the config's model: {'; '.join(parts)}\n"
+            f"checkpoint {printable_path(path)} does not fit the config's model: {'; '.join(parts)}\n"
             'If the difference is meant, --cfg-options load_strict=False takes what fits.'
         )
+
+
+def broken_in(reader: ShardReader) -> list[str]:
+    """Name the parameters of a model in a folder that are not finite; one process reads them, some at a time."""
+    broken: list[str] = []
+    names = [name for name in reader.index if name.startswith(MODEL)]
+    while names:
+        part: dict[str, Tensor] = {}
+        while names and sum(value.nbytes for value in part.values()) < _AT_A_TIME:
+            name = names.pop(0)
+            part[name] = reader.empty(name)
+        load_into(reader.path, part, alone=True)
+        # buffers may hold infinity, and cannot be told from parameters here
+        broken += [name.removeprefix(MODEL) for name, value in part.items() if value.isnan().any()]
+    return broken
