@@ -28,6 +28,7 @@ _POLL = 5.0  # seconds until a worker notices that its parent is gone
 GRACE_VARIABLE = 'MILA_MM_STOP_GRACE'
 _GRACE = {'SIGTERM': 25.0, 'SIGUSR1': 110.0}
 _NOTHING_TO_SAVE = 5.0
+_BRIEF = 60.0  # seconds that a start takes which does not hang
 
 
 def grace_of(signum: int) -> float:
@@ -151,19 +152,17 @@ class StopRequest:
         self.count: StopCount | None = None
         self.has_saved: Callable[[], bool] = lambda: False
         self.status: int | None = None
+        self._brief = 0.0
         self._pid = os.getpid()
         self._answered = threading.Lock()
         self._heard: list[int] = []
         self._deadline: float | None = None
 
     def settle(self, work_dir: Path, first: bool) -> None:
-        """Take note of the work folder, once it is known.
-
-        Args:
-            first: Whether this is the process of rank 0, which removes what asked for this start.
-        """
+        """Take note of the work folder; the first process, of rank 0, removes what asked for this start."""
         self.count = StopCount(work_dir)
         if self.marker is None:
+            self._brief = time.monotonic() + _BRIEF
             self.marker = work_dir / MARKER
         if first:
             with contextlib.suppress(OSError):  # then there is none
@@ -181,6 +180,8 @@ class StopRequest:
         """
         if signum == signal.SIGINT and checkpoint is None:
             return exit_code_of(signum)
+        if self.count is not None and time.monotonic() < self._brief and not self.count.path.parent.exists():
+            return exit_code_of(signum)  # it has just been started, and leaves nothing
         try:
             if signum != signal.SIGINT and self.count is not None and not self.has_saved():
                 if not self.count.one_more():
@@ -257,6 +258,7 @@ class StopRequest:
 
     def _end(self, signum: int, what: str) -> None:
         _write(f'stopped by {signal.Signals(signum).name} {what}')
+        self._brief = 0.0
         os._exit(self.close(signum, None))
 
     def _answer(self, signum: int) -> None:

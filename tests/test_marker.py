@@ -24,6 +24,8 @@ def stop(folder, saved=False, signum=signal.SIGTERM, checkpoint=None) -> tuple[i
 
 def test_a_run_that_gets_nowhere_asks_five_times(tmp_path) -> None:
     folder = tmp_path / 'not there yet'
+    assert stop(folder) == (75, False) and not folder.exists(), 'it has just been started'
+    folder.mkdir()
     assert [stop(folder) for _ in range(6)] == [(75, True)] * 4 + [(EXIT_IN_VAIN, False), (75, True)]
 
 
