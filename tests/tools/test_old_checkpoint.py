@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mila_mm.engine.optimizers import groups
 from mila_mm.weights import read_checkpoint
 
 OLD = Path(__file__).resolve().parents[1] / 'data' / 'resume' / 'before_the_moves.pth'
@@ -73,3 +74,29 @@ def test_a_checkpoint_from_before_the_moves_resumes(command, workspace, write_co
     assert steps == {6.0}, 'three steps of the old run and three of this one'
     assert new['optimizer']['param_groups'][0]['lr'] == pytest.approx(1.0981e-4, rel=1e-4), 'as without a stop'
     assert all(torch.isfinite(value).all() for value in new['state_dict'].values())
+
+
+def test_a_run_with_a_group_for_each_parameter_resumes_to_the_same_weights(
+    command, workspace, detector, monkeypatch
+) -> None:
+    """As mmengine's constructor makes them; since then groups of equal settings are merged."""
+    more = 'optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.05), '
+    more += 'paramwise_cfg=dict(norm_decay_mult=0.0), clip_grad=dict(max_norm=10.0))\n'
+    more += 'train_cfg = dict(max_epochs=2)\n'
+    detector.write_text(detector.read_text() + more)
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, '_equal', lambda a, b: False)
+        ended = command('train.py', detector, '--work-dir', 'old')
+        assert ended.status == 0, ended
+    old, whole = (read_checkpoint(workspace / 'old' / f'epoch_{n}.pth') for n in (1, 2))
+    assert len(old['optimizer']['param_groups']) > 100
+    ended = command('train.py', detector, '--work-dir', 'new', '--resume', 'old/epoch_1.pth')
+    assert ended.status == 0, ended
+    new = read_checkpoint(workspace / 'new' / 'epoch_2.pth')
+    assert len(new['optimizer']['param_groups']) == 2
+    moved = 0
+    for name, value in whole['state_dict'].items():
+        limit = 1e-6 * value.abs().max().item()
+        torch.testing.assert_close(new['state_dict'][name], value, rtol=1e-6, atol=limit, msg=lambda m, n=name: n + m)
+        moved += not torch.equal(value, old['state_dict'][name])
+    assert moved > 100
