@@ -20,6 +20,7 @@ from mila_mm.errors import LostPeerError, UserError
 from mila_mm.stopping import EXIT_INTERRUPTED, Stopped
 
 EXIT_USER_ERROR = 2
+EXIT_NO_READER = 141  # 128 + SIGPIPE, as shells say it
 
 # Seconds that the other ranks leave to rank 0 for saying what is wrong on all of them and for ending, on which the
 # launcher ends them.
@@ -146,6 +147,7 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
 
     Returns:
         The exit status: 0; 2 after a mistake of the user's; 65 after a training that diverged; 130 after Ctrl-C;
+        141 where nobody reads the output any more;
         75 after another signal that asked a training to stop, which then continues from what it saved. All ranks of a
         job that was stopped end with the same, and rank 0 tells so.
     """
@@ -155,6 +157,9 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
     job.begin(owns_process=argv is None)
     try:
         main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _without_reader()
     except UserError as error:
         if os.environ.get('MILA_MM_TRACEBACK'):
             raise
@@ -209,6 +214,13 @@ def _join_late(argv: Sequence[str]) -> None:
         with suppress(UserError, ValueError, KeyError):  # then each says its own
             name_ranks(job.launcher)
             job.join()
+
+
+def _without_reader() -> int:
+    """End as ``ls | head`` does, whose reader has gone: without a word."""
+    # what is still in the buffer would raise once more while the interpreter ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_NO_READER
 
 
 def user_message(error: UserError) -> str:

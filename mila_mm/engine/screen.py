@@ -5,6 +5,7 @@ first line of training, 700 lines for the smallest model. Inside of :func:`quiet
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -74,7 +75,10 @@ def _silence_prints() -> Callable[[], None]:
     def speak(*words: Any) -> None:
         text = ' '.join(map(str, words))
         if not text.startswith((*_CHATTER, *_NOISE)):
-            sys.stdout.write(f'{text}\n')
+            try:
+                sys.stdout.write(f'{text}\n')
+            except BrokenPipeError:
+                _lose_reader()
 
     for module in modules:
         module.print = speak  # type: ignore[attr-defined]
@@ -135,7 +139,25 @@ def watch(logger: MMLogger) -> None:
         if type(handler) is logging.StreamHandler and screen_of(logger) is None:
             screen = Screen()
             handler.addFilter(screen)
+            handler.handleError = _outlive_reader(handler)  # type: ignore[method-assign]
             handler.setFormatter(_WithRate(handler.formatter or logging.Formatter(), screen))
+
+
+def _lose_reader() -> None:
+    """Write to nowhere from here on: a run goes on where ``| head`` has seen enough, and the log file has it all."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _outlive_reader(handler: logging.Handler) -> Callable[[logging.LogRecord], None]:
+    report = handler.handleError
+
+    def handle(record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            _lose_reader()
+        else:
+            report(record)
+
+    return handle
 
 
 def screen_of(logger: logging.Logger) -> Screen | None:

@@ -1,5 +1,6 @@
 """The one command: its subcommands, what they import, and what a wrong word says."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,15 @@ def test_only_the_chosen_subcommand_is_imported() -> None:
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, '-m', 'mila_mm', '--version'], capture_output=True, text=True, check=True)
     assert done.stdout.startswith('mila_mm ')
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command_line = [sys.executable, '-m', 'mila_mm', '--help']
+    done = subprocess.run(command_line, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, '')
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """What a run shows on the screen, and what in its log file alone."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,31 @@ def test_outside_of_quiet_nothing_changes(tmp_path: Path) -> None:
     with screen.quiet():
         screen.watch(logger)
         assert screen.screen_of(logger) is not None
+
+
+GONE = """
+import logging, sys
+from mmengine.logging import MMLogger
+from mila_mm.engine import screen
+
+with screen.quiet():
+    logger = MMLogger('gone', log_file='a.log')
+    screen.watch(logger)
+    screen.screen_of(logger).started = True
+    from pycocotools import coco
+    for step in range(3):
+        logger.info(f'step {step}')
+        coco.print(f'AP {step}')
+        sys.stdout.flush() if step else None
+print('on', file=sys.stderr)
+"""
+
+
+def test_a_run_outlives_its_reader(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command_line = [sys.executable, '-c', GONE]
+    done = subprocess.run(command_line, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, 'on\n')
+    assert 'step 2' in (tmp_path / 'a.log').read_text()
