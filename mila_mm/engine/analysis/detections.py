@@ -172,27 +172,27 @@ def _sort_errors(image: Image, kept: np.ndarray, summary: Summary, num_classes: 
     boxes, labels = found.boxes[kept][order], found.labels[kept][order]
     real = ~truth.ignored
     overlap = _overlaps(boxes, truth.boxes, truth.ignored, coco_mask)
-    free = real.copy()
+    free, rest = _matched(overlap, labels, truth)
+    for row in set(range(len(labels))) - set(rest):
+        summary.confusion[labels[row], labels[row]] += 1
+    # Objects that nothing found, and of these the ones that a detection of a known error was meant for
+    named, covered = ~free, ~free
     errors: list[tuple[str, float]] = []
-    for row, label in enumerate(labels.tolist()):
-        same = overlap[row] * (truth.labels == label)
-        hit = _best(same * free)
-        if hit is not None and same[hit] >= FOREGROUND:
-            free[hit] = False
-            summary.confusion[label, label] += 1
-            continue
+    for row in rest:
         if overlap.shape[1] and (overlap[row] * truth.ignored).max() >= FOREGROUND:
             continue  # in a crowd, where COCO counts nothing
-        kind, other = _kind(overlap[row] * real, same * real, free, truth.labels)
+        kind, other = _kind(overlap[row] * real, truth.labels == labels[row])
         errors.append((kind, _area(boxes[row])))
-        if kind == 'class' and other is not None and free[other]:
-            summary.confusion[truth.labels[other], label] += 1
-            free[other] = False
+        if kind in ('class', 'location'):
+            covered[other] = True
+        if kind == 'class' and not named[other]:
+            named[other] = True
+            summary.confusion[truth.labels[other], labels[row]] += 1
         else:
-            summary.confusion[nothing, label] += 1
-    for index in np.flatnonzero(free):
+            summary.confusion[nothing, labels[row]] += 1
+    for index in np.flatnonzero(real & ~named):
         summary.confusion[truth.labels[index], nothing] += 1
-        errors.append(('missed', _area(truth.boxes[index])))
+    errors += [('missed', _area(truth.boxes[index])) for index in np.flatnonzero(real & ~covered)]
     for kind, area in errors:
         summary.kinds[kind] += 1
         size = next(name for name, (least, most) in SIZES.items() if least <= area < most)
@@ -209,22 +209,35 @@ def _overlaps(found: np.ndarray, truth: np.ndarray, crowd: np.ndarray, coco_mask
     return np.asarray(coco_mask.iou(both[0], both[1], crowd.astype(np.uint8).tolist()))
 
 
-def _best(values: np.ndarray) -> int | None:
-    return int(values.argmax()) if values.size and values.max() > 0 else None
+def _matched(overlap: np.ndarray, labels: np.ndarray, truth: Objects) -> tuple[np.ndarray, list[int]]:
+    """Match the detections, the surest first, and return which objects are left, (N,) bool, and which detections."""
+    free, rest = ~truth.ignored, []
+    for row, label in enumerate(labels):
+        same = overlap[row] * (truth.labels == label) * free
+        if same.size and same.max() >= FOREGROUND:
+            free[same.argmax()] = False
+        else:
+            rest.append(row)
+    return free, rest
 
 
-def _kind(any_class: np.ndarray, same: np.ndarray, free: np.ndarray, labels: np.ndarray) -> tuple[str, int | None]:
-    """Return the kind of a detection that is no hit, and the object it is nearest to."""
-    best_same, best = _best(same), _best(any_class)
-    if best_same is not None and same[best_same] >= FOREGROUND and not free[best_same]:
-        return 'duplicate', best_same
-    if best is not None and any_class[best] >= FOREGROUND:
-        return 'class', best
-    if best_same is not None and same[best_same] >= BACKGROUND:
-        return 'location', best_same
-    if best is not None and any_class[best] >= BACKGROUND:
-        return 'class and location', best
-    return 'background', None
+def _kind(overlap: np.ndarray, same: np.ndarray) -> tuple[str, int]:
+    """Return the kind of a detection that is no hit, in TIDE's order, and the object it is nearest to.
+
+    Args:
+        overlap: (N,) with each object.
+        same: (N,) bool, objects of its class.
+    """
+    if not overlap.size or overlap.max() < BACKGROUND:
+        return 'background', -1
+    own, other = overlap * same, overlap * ~same
+    if BACKGROUND <= own.max() < FOREGROUND:
+        return 'location', int(own.argmax())
+    if other.max() >= FOREGROUND:
+        return 'class', int(other.argmax())
+    if own.max() >= FOREGROUND:
+        return 'duplicate', int(own.argmax())
+    return 'class and location', int(other.argmax())
 
 
 def _area(box: np.ndarray) -> float:

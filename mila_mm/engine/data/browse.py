@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, VISUALIZERS
+from mmengine.structures import PixelData
 
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.load import scope_of
 from mila_mm.engine.runner.runner import Runner
 from mila_mm.errors import UserError
+
+# Longer side in pixels up to which small images are enlarged, and the side of a box that has room for its name.
+_SIDE, _ROOM = 1000, 60
 
 
 def browse(cfg: Config, stage: str, number: int, out: Path | None, show: bool) -> list[Path]:
@@ -52,9 +56,11 @@ def browse(cfg: Config, stage: str, number: int, out: Path | None, show: bool) -
     dataset = loader.dataset
     visualizer.dataset_meta = dataset.metainfo
     written: list[Path] = []
-    for index, (image, sample) in enumerate(_samples(loader, preprocessor, stage == 'train')):
+    for index, seen in enumerate(_samples(loader, preprocessor, stage == 'train')):
         if index == number:
             break
+        image, sample = _enlarge(*seen)
+        _name_large_boxes(sample, dataset.metainfo.get('classes'))
         path = None if out is None else out / f'{index:03}_{Path(str(sample.get("img_path", "image"))).stem}.png'
         visualizer.add_datasample(
             f'{stage} {index}',
@@ -85,6 +91,37 @@ def as_rgb(image: torch.Tensor, preprocessor: Any) -> np.ndarray:
     pixels = image.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     turned = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))
     return np.ascontiguousarray(pixels if turned else pixels[..., ::-1])
+
+
+def _enlarge(image: np.ndarray, sample: Any) -> tuple[np.ndarray, Any]:
+    """Repeat the pixels of a small image, with its boxes and masks, so that lines and names do not cover them."""
+    height, width = image.shape[:2]
+    factor = max(1, round(_SIDE / max(height, width)))
+    if factor == 1:
+        return image, sample
+    instances = sample.get('gt_instances')
+    if instances is not None and 'bboxes' in instances:
+        instances.bboxes = instances.bboxes * factor
+    if instances is not None and hasattr(instances.get('masks'), 'resize'):
+        instances.masks = instances.masks.resize((height * factor, width * factor))
+    for name in ('gt_sem_seg', 'gt_panoptic_seg'):
+        maps = sample.get(name)
+        if maps is not None:
+            larger = {
+                key: value.repeat_interleave(factor, -2).repeat_interleave(factor, -1) for key, value in maps.items()
+            }
+            setattr(sample, name, PixelData(**larger))
+    return image.repeat(factor, 0).repeat(factor, 1), sample
+
+
+def _name_large_boxes(sample: Any, classes: Any) -> None:
+    """Write names at boxes that have room for one; the others are told by their colour."""
+    instances = sample.get('gt_instances')
+    if instances is None or 'bboxes' not in instances or 'labels' not in instances or not classes:
+        return
+    sides = (instances.bboxes[:, 2:] - instances.bboxes[:, :2]).amin(1)
+    pairs = zip(instances.labels.tolist(), sides.tolist(), strict=True)
+    instances.label_names = [str(classes[label]) if side >= _ROOM else '' for label, side in pairs]
 
 
 def _drawable(sample: Any) -> Any:
