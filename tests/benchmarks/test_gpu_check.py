@@ -33,9 +33,16 @@ def check(
     """Run it with steps that are Python programs; returns the status, and how each step ended."""
     module = load('gpu_check')
 
-    def check(programs: dict[str, str], *argv: str, needs: dict[str, tuple[str, ...]] | None = None) -> Any:
+    def check(
+        programs: dict[str, str],
+        *argv: str,
+        needs: dict[str, tuple[str, ...]] | None = None,
+        untimed: tuple[str, ...] = (),
+    ) -> Any:
         made = [
-            module.Step(name, ('-c', text), 5 if name == 'hangs' else 60, (needs or {}).get(name, ()))
+            module.Step(
+                name, ('-c', text), 5 if name == 'hangs' else 60, (needs or {}).get(name, ()), timed=name not in untimed
+            )
             for name, text in programs.items()
         ]
         monkeypatch.setattr(module, 'steps', lambda out, everything: made)
@@ -93,6 +100,20 @@ def test_resume_does_again_what_has_not_passed(check, tmp_path) -> None:
     assert log.read_text().split() == ['first', 'second', 'second']
     assert check(programs)[0] == 0
     assert log.read_text().split()[3:] == ['first', 'second'], 'without --resume it begins anew'
+
+
+def test_what_measures_no_time_runs_beside_its_like_and_nothing_else(check, tmp_path) -> None:
+    meet = (
+        'import pathlib, time\nhere = pathlib.Path(FOLDER)\n(here / NAME).touch()\n'
+        'while not (here / OTHER).exists(): time.sleep(0.05)\n'
+    ).replace('FOLDER', repr(str(tmp_path)))
+    programs = {
+        'left': meet.replace('NAME', '"a"').replace('OTHER', '"b"'),
+        'alone': '',
+        'right': meet.replace('NAME', '"b"').replace('OTHER', '"a"'),
+    }
+    status, rows = check(programs, untimed=('left', 'right'))
+    assert status == 0 and list(rows)[2] == 'alone', rows
 
 
 def test_what_cannot_run_is_no_pass(check) -> None:
