@@ -83,8 +83,10 @@ def test_the_zoo_shows_every_model_of_the_metafile_with_its_figures(tools) -> No
         ('[a](docs/swap.md#what-it-refuses)', '[a](../swap.md#what-it-refuses)'),
         ('![a](docs/images/demo.png)', '![a](../images/demo.png)'),
         ('[a](configs/swapped)', '[a](swapped_configs.md)'),
+        ('[`a`](benchmarks/results)', '`a`'),
         ('[a](https://arxiv.org)', '[a](https://arxiv.org)'),
         ('[a](#speed)', '[a](#speed)'),
+        ('[docs/swap.md](docs/swap.md)', '[](../swap.md)'),
         ('```\n[a](LICENSE)\n```', '```\n[a](LICENSE)\n```'),
     ],
 )

@@ -77,8 +77,9 @@ def relocated(text: str, home: PurePosixPath, place: PurePosixPath) -> str:
         place: The folder, from the root, that they shall be relative to.
 
     Returns:
-        The page with links to files that have a page of the site leading there, and links to others to the files.
-        Code blocks stay as they are.
+        The page with links to files that have a page of the site leading there, links to others to the files, and
+        links to folders, which the site does not have, as plain text; links whose text is the name of a page show
+        the page's title. Code blocks stay as they are.
     """
 
     def moved(match: re.Match[str]) -> str:
@@ -86,9 +87,11 @@ def relocated(text: str, home: PurePosixPath, place: PurePosixPath) -> str:
         target = FOLDERS.get(target, target)
         if target in TAKEN_IN:
             target = f'{GENERATED}/{TAKEN_IN[target]}'
-        elif home == place:
-            return match[0]
-        return f'{match[1]}({os.path.relpath(target, place)}{match[3] or ""})'
+        elif (ROOT / target).is_dir():
+            return match[1][1:-1]
+        # A link that shows a page's file name on GitHub shows its title on the site.
+        label = '[]' if match[1].endswith('.md]') and target.endswith('.md') else match[1]
+        return f'{label}({os.path.relpath(target, place)}{match[3] or ""})'
 
     pieces = re.split(r'(^```.*?^```)', text, flags=re.MULTILINE | re.DOTALL)
     return ''.join(piece if piece.startswith('```') else _LINK.sub(moved, piece) for piece in pieces)
