@@ -118,7 +118,9 @@ def with_argv(argv: list[str], start: Callable[[], object]) -> argparse.Namespac
 
 def launched(name: str, words: list[str]) -> argparse.Namespace | str:
     """Read what a launching script hands on to train.py or test.py."""
-    skipped = {'tools/dist_train.sh': (1,), 'tools/dist_test.sh': (2,), 'tools/slurm_train.sh': (0, 1, 3)}[name]
+    if not (ROOT / name).is_file():
+        return 'no such file'
+    skipped = {'tools/dist_test.sh': (2,), 'tools/slurm_train.sh': (0, 1, 3)}.get(name, (1,))  # CONFIG PROCESSES ...
     kept = [word for place, word in enumerate(words) if place not in skipped]
     return read('tools/test.py' if 'test' in name else 'tools/train.py', kept)
 
