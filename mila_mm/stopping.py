@@ -1,4 +1,4 @@
-"""Ending a training on a signal: asked for by SIGTERM, SIGINT or SIGUSR1, done where nothing is lost.
+"""Ending a training on a signal: asked for by SIGTERM, SIGINT, SIGUSR1 or SIGHUP, done where nothing is lost.
 
 Only the standard library: the handlers are in place before torch is imported.
 """
@@ -19,15 +19,18 @@ from mila_mm.marker import EXIT_IN_VAIN, IN_VAIN, MARKER, MARKER_VARIABLE, StopC
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-# SIGUSR1 is what Slurm is usually told to send ahead of the time limit (sbatch --signal).
-SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name))
+# SIGUSR1 is what Slurm is usually told to send ahead of the time limit (sbatch --signal); LSF and Grid Engine send
+# SIGUSR2 and SIGXCPU; SIGHUP comes when the terminal of a run is gone.
+_NAMES = ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGHUP')
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _POLL = 5.0  # seconds until a worker notices that its parent is gone
 
 # Seconds from a signal to the end of the process, whatever it is doing. Slurm kills 30 after SIGTERM unless told
-# otherwise, and SIGUSR1 comes ahead of SIGTERM. Where there is nothing to save, a few are enough for an orderly end.
+# otherwise. Where there is nothing to save, a few are enough for an orderly end.
 GRACE_VARIABLE = 'MILA_MM_STOP_GRACE'
-_GRACE = {'SIGTERM': 25.0, 'SIGUSR1': 110.0}
+_GRACE = {'SIGTERM': 25.0, 'SIGXCPU': 25.0, 'SIGUSR1': 110.0, 'SIGUSR2': 110.0, 'SIGHUP': 110.0}
 _NOTHING_TO_SAVE = 5.0
+_HANGUP = getattr(signal, 'SIGHUP', None)
 _BRIEF = 60.0  # seconds that a start takes which does not hang
 
 
@@ -169,14 +172,11 @@ class StopRequest:
                 self.marker.unlink(missing_ok=True)
 
     def close(self, signum: int, checkpoint: str | None, leaves_marker: bool = True) -> int:
-        """Ask for another start, unless too many in a row have saved nothing new.
+        """Ask for another start, unless too many in a row have saved nothing new; return the exit status.
 
         Args:
             checkpoint: What was saved for the stop.
             leaves_marker: Whether this process writes the marker; others save for it. Defaults to True.
-
-        Returns:
-            The exit status, the same in all processes of a job.
         """
         if signum == signal.SIGINT and checkpoint is None:
             return exit_code_of(signum)
@@ -269,7 +269,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals(until_exit: bool = False) -> Iterator[StopRequest]:
-    """Receive SIGTERM, SIGINT and SIGUSR1 as requests to stop.
+    """Receive SIGTERM, SIGINT, SIGUSR1 and their like as requests to stop.
 
     They are answered on stderr at once, and the process ends in :func:`grace_of` seconds whatever it does. Outside the
     main thread, where Python sets no handlers, the request stays empty.
@@ -285,7 +285,9 @@ def stop_signals(until_exit: bool = False) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {signum: signal.signal(signum, request.receive) for signum in SIGNALS}
+    # nohup ignores SIGHUP for a program
+    heard = [each for each in SIGNALS if each != _HANGUP or signal.getsignal(each) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, request.receive) for signum in heard}
     watch = SignalWatch(request.hear, request.expire)
     keep = until_exit
     try:

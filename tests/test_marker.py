@@ -10,7 +10,7 @@ from textwrap import dedent
 import pytest
 
 from mila_mm.marker import COUNT, EXIT_IN_VAIN, MARKER, StopCount, most_stops
-from mila_mm.stopping import StopRequest
+from mila_mm.stopping import StopRequest, stop_signals
 
 
 def stop(folder, saved=False, signum=signal.SIGTERM, checkpoint=None) -> tuple[int, bool]:
@@ -96,3 +96,47 @@ def test_a_hang_is_ended_without_asking_for_another_start(tmp_path) -> None:
         said = process.communicate(timeout=60)[1]
     assert process.returncode == EXIT_IN_VAIN and 'does not ask for another start' in said
     assert not (tmp_path / MARKER).exists()
+
+
+WAITING = """
+    import sys, time
+    from mila_mm import cli
+    from mila_mm.stopping import stop_signals
+
+    def main(argv):
+        with stop_signals(until_exit=True) as request:
+            print('waiting', flush=True)
+            time.sleep(20)
+
+    sys.exit(cli.execute(main))
+"""
+
+
+@pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR2', 'SIGXCPU'])
+def test_other_signals_that_schedulers_and_terminals_send(name) -> None:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, '-c', dedent(WAITING)], text=True, **pipes) as process:
+        process.stdout.readline()
+        process.send_signal(signal.Signals[name])
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and f'stopped by {name} before the training began' in said
+
+
+def test_a_terminal_that_has_gone_changes_no_status() -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, '-c', dedent(WAITING)], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert os.read(ours, 100)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 75
+
+
+def test_nohup_is_left_as_it_is() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGUSR2) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -28,6 +28,16 @@ check_number() {
     fi
 }
 
+# wait_for PID: wait for the end of a child through signals, and set $status
+wait_for() {
+    status=0
+    wait "$1" || status=$?
+    while kill -0 "$1" 2> /dev/null; do # a signal has ended the waiting alone
+        status=0
+        wait "$1" || status=$?
+    done
+}
+
 launch() {
     local script=$1 gpus=$2
     shift 2

@@ -154,7 +154,8 @@ def main(argv: list[str]) -> int:
     forwards = Path('/proc/self/stat').exists()
     if forwards:
         for signum in SIGNALS:
-            signal.signal(signum, lambda *_: None)  # the watch hears it
+            if signal.getsignal(signum) != signal.SIG_IGN or signum != signal.SIGHUP:  # nohup ignores that
+                signal.signal(signum, lambda *_: None)  # the watch hears it
         SignalWatch(launcher.hear, launcher.expire)
     # Importing it takes seconds, in which a signal may come as well.
     from torch.distributed import run
@@ -163,7 +164,7 @@ def main(argv: list[str]) -> int:
     # It reports that it ends processes, and which; they have said why.
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     if forwards and _SIGNALS_OPTION in run.get_args_parser().format_help():
-        argv = [f'{_SIGNALS_OPTION}=SIGHUP,SIGQUIT', *argv]
+        argv = [f'{_SIGNALS_OPTION}=SIGQUIT', *argv]
     try:
         run.main(argv)
     except ChildFailedError as error:

@@ -45,12 +45,7 @@ job=$!
 trap 'hear TERM' TERM
 trap 'hear USR1' USR1
 trap 'hear INT' INT
-status=0
-wait "$job" || status=$?
-while kill -0 "$job" 2> /dev/null; do # a signal has ended the waiting alone
-    status=0
-    wait "$job" || status=$?
-done
+wait_for "$job"
 # 128 + SIGUSR1: it came before the processes could hear it
 if [[ -n "$asked" && ("$status" == 75 || "$status" == 138) ]]; then
     [[ "$status" == 75 ]] || echo "stopped by SIG$asked before the training began" >&2

@@ -50,10 +50,13 @@ MARKER=$WORK_DIR/stopped.json
 [[ "$MARKER" == /* ]] || MARKER=$PWD/$MARKER
 rm -f "$MARKER"
 export MILA_MM_STOP_MARKER=$MARKER
-# Slurm may signal this shell as well: it waits for the training to save and end.
-trap : TERM USR1
-status=0
-"${COMMAND[@]}" || status=$?
+"${COMMAND[@]}" &
+job=$!
+# Slurm may signal this shell instead of the training (--signal=B:USR1@120), or as well; srun passes it on. The training has
+# its own SIGTERM by then, or takes a second one for nothing.
+trap 'kill -USR1 "$job" 2> /dev/null || true' USR1
+trap '(sleep 2 && kill -TERM "$job" 2> /dev/null) &' TERM
+wait_for "$job"
 if [[ "$status" == 75 || -e "$MARKER" ]]; then # stopped by a signal, to be continued
     scontrol requeue "$SLURM_JOB_ID"
     status=75

@@ -163,15 +163,12 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
     except UserError as error:
         if os.environ.get('MILA_MM_TRACEBACK'):
             raise
-        sys.stdout.flush()
         return _end_after(error, argv)
     except Stopped as stopped:
-        sys.stdout.flush()
         saved = stopped.checkpoint is not None
         # Where nothing was saved the others may wait for this rank, and it is for the launcher to end them.
         if not saved or not job.rank():
-            sys.stderr.write(f'{stopped}\n')
-            sys.stderr.flush()
+            _say(f'{stopped}\n')
         if not saved:
             return job.fail(stopped.exit_code, waits=False)
         job.leave(stopped.exit_code)
@@ -181,6 +178,16 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         return EXIT_INTERRUPTED
     job.leave(0)
     return 0
+
+
+def _say(text: str) -> None:
+    """Write to the screen, which may be gone: that changes no status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.write(text if stream is sys.stderr else '')
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python's end tries again, and fails
 
 
 def _end_after(error: UserError, argv: Sequence[str] | None) -> int:
@@ -197,8 +204,7 @@ def _end_after(error: UserError, argv: Sequence[str] | None) -> int:
         time.sleep(_FIRST_WORD)
     if job.peers is None or lost or job.peers.is_first(_FIRST_WORD):
         who = 'error' if rank is None else f'error (rank {rank})'
-        sys.stderr.write(f'{who}: {user_message(error)}\n')
-        sys.stderr.flush()
+        _say(f'{who}: {user_message(error)}\n')
     return error.exit_code if lost else job.fail(error.exit_code)
 
 

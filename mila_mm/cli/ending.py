@@ -128,8 +128,9 @@ class Job:
             return
         if self._failed and self.peers is not None:
             self.peers.end(self.status)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # the terminal has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         with suppress(RuntimeError):  # the others have gone without this one, or do not come
             if self._rank:
                 self._store.set(f'{_KEY}/{self._rank}', '1')

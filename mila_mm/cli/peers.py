@@ -118,8 +118,9 @@ class Peers:
         """
         if not self._ending.acquire(blocking=not in_thread):
             return
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # the terminal has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         with suppress(RuntimeError):  # somebody does not come
             if self.rank:
                 self._store.set(f'ready/{self.rank}', '1')

@@ -23,7 +23,7 @@ from torch import nn
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.checks import check_work_dir
 from mila_mm.engine.config.load import load_config, one_line, scope_of
-from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into
+from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.errors import UserError
 from mila_mm.export.compare import TOLERANCES, Comparison, compare
 from mila_mm.export.deployed import Deployed, example_inputs

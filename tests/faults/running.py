@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ('step', 'eval', 'write')
-LIMIT = 240  # seconds that a run may take
+LIMIT = 900  # seconds that a run may take, on a machine with much else to do
 
 
 def load_train() -> ModuleType:

@@ -79,3 +79,46 @@ def test_a_signal_to_the_batch_script_leaves_the_requeue_to_it(tmp_path) -> None
     job.send_signal(signal.SIGTERM)
     assert job.wait(60) == 75
     assert (tmp_path / 'told').read_text() == 'requeue 77\n'
+
+
+def test_a_signal_to_the_batch_script_alone_is_passed_on(tmp_path) -> None:
+    """As --signal=B:USR1@120 sends it."""
+    started = tmp_path / 'started'
+    heard = (
+        f'import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); open("{started}", "w"); '
+    )
+    for name, body in (
+        ('srun', f"exec {sys.executable} -c '{heard}time.sleep(60)'"),
+        ('scontrol', f'echo "$@" >> {tmp_path}/told'),
+    ):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PYTHON': sys.executable, **BATCH}
+    job = subprocess.Popen(['bash', SCRIPT, 'gpu', 'job', 'c.py', 'run', '--resume'], env=env)
+    while not started.exists():
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(40) == 75
+    assert (tmp_path / 'told').read_text() == 'requeue 77\n'
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        *(
+            (name, value)
+            for name in ('GPUS', 'GPUS_PER_NODE', 'CPUS_PER_TASK')
+            for value in ('0', 'x', '-1', 'a[$(id)]')
+        ),
+        *(('MASTER_PORT', value) for value in ('0', '65536', 'x')),
+        ('SLURM_JOB_ID', '--help'),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(tmp_path, name, value) -> None:
+    (tmp_path / 'srun').write_text('#!/bin/sh\nexit 0\n')
+    (tmp_path / 'srun').chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PYTHON': sys.executable, **BATCH, name: value}
+    command = ['bash', SCRIPT, 'gpu', 'job', 'c.py', 'run']
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f'error: {name}: expected ') and done.stderr.count('\n') == 1

@@ -207,6 +207,13 @@ def fault_of_annotations(path: Path) -> str | None:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_GONE = (
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.EACCES,
+)  # a disk that was lost, or may be read only
 _DEAD_WORKER = re.compile(r'DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: (?P<signal>\w+)|exited)')
 _LOST_PEER = re.compile(
     r'Connection (closed|reset) by peer|[Ss]ocket [Tt]imeout|Timed out waiting \d+ms|Broken pipe'
@@ -224,11 +231,12 @@ def plain_failures() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in (*_FULL, *_GONE):
             raise
         where = f'{error.filename}: ' if error.filename else ''
+        what = 'make room' if error.errno in _FULL else 'put that right'
         raise UserError(
-            f'{where}{error.strerror}\nWhat was saved before is whole: make room, then continue with --resume.'
+            f'{where}{error.strerror}\nWhat was saved before is whole: {what}, then continue with --resume.'
         ) from error
     except RuntimeError as error:
         message = _dead_worker(str(error))
@@ -276,9 +284,9 @@ def _watch(handler: logging.FileHandler) -> None:
     usual, said = handler.handleError, []
 
     def handle(record: logging.LogRecord) -> None:
-        """Say once that the disk is full; leave every other error to logging."""
+        """Say once that the disk is full or gone; leave every other error to logging."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError) or error.errno not in _FULL:
+        if not isinstance(error, OSError) or error.errno not in (*_FULL, *_GONE):
             usual(record)
         elif not said:
             said.append(True)

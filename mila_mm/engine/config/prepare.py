@@ -5,6 +5,7 @@ from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from mmengine.config import Config
@@ -38,6 +39,10 @@ def check_folders(cfg: Config) -> None:
     check_work_dir(cfg.work_dir)
     checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint')
     out_dir = checkpoint.get('out_dir') if isinstance(checkpoint, dict) else None
+    if isinstance(out_dir, str) and out_dir.startswith('file://'):
+        out_dir = checkpoint['out_dir'] = (
+            unquote(out_dir.removeprefix('file://')) or '.'
+        )  # mmengine has no such storage
     if isinstance(out_dir, str) and '://' not in out_dir:
         check_work_dir(out_dir, 'default_hooks.checkpoint.out_dir')
 

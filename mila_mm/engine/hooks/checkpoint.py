@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there: written beside the old ones, then renamed."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mila_mm.engine.resumed_state import check_resumed
@@ -59,21 +61,6 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 def _fill(file: Any, content: bytes) -> None:
     file.write(content)
-
-
-def checkpoint_folders(work_dir: str | Path, out_dir: str | Path | None) -> list[Path]:
-    """List where the checkpoints of a run may lie.
-
-    Args:
-        out_dir: What the config of the checkpoint hook names.
-
-    Returns:
-        The run's folder, and the one of its name in a local ``out_dir``.
-    """
-    work_dir = Path(os.path.abspath(work_dir))
-    if not out_dir or '://' in str(out_dir):
-        return [work_dir]
-    return [work_dir, Path(out_dir) / work_dir.name]
 
 
 def remove_unfinished(folder: str | Path) -> None:
@@ -146,6 +133,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         for key in [key for key in info if key.startswith(('keep_ckpt_ids', 'best_ckpt'))]:
             del info[key]  # by which mmengine's hook would remove files
         super().before_train(runner)
+        if self._is_local():
+            self.out_dir = os.path.abspath(self.out_dir)  # what last_checkpoint names is found from elsewhere as well
         inherited, self._run_id = self._run_id, self._run_id or new_run_id()
         if not is_main_process():
             return
@@ -305,10 +294,13 @@ class CheckpointHook(MMEngineCheckpointHook):
                     self._remove(str(path))
 
     def _remove(self, path: str) -> None:
-        if self.file_backend.isfile(path):
-            self.file_backend.remove(path)
-        elif self.file_backend.isdir(path):  # a sharded checkpoint
-            self.file_backend.rmtree(path)
+        try:
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):  # a sharded checkpoint
+                self.file_backend.rmtree(path)
+        except OSError as error:  # no reason to end a run: it costs room, until somebody removes it
+            print_log(f'{path} cannot be removed: {error.strerror}', logger='current', level=logging.WARNING)
 
     def _is_local(self) -> bool:
         return isinstance(self.file_backend, LocalBackend)

@@ -12,9 +12,10 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mila_mm.engine.hooks.checkpoint import CheckpointHook, checkpoint_folders, write_atomically
-from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into
+from mila_mm.engine.hooks.checkpoint import CheckpointHook, write_atomically
+from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.engine.runner.identity import RunRecord, Settings, changes, read_record, remarks, write_record
+from mila_mm.engine.runner.own_checkpoints import checkpoint_folders
 from mila_mm.engine.runner.replay import Fresh, saved_schedulers, schedulers
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS

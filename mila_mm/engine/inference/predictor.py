@@ -21,7 +21,8 @@ from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.config.prepare import configure_weights
 from mila_mm.engine.inference.drawing import SupervisionDrawing, VisualizerDrawing, has_supervision
 from mila_mm.engine.inference.sources import read_picture
-from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file, load_checkpoint_into
+from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
+from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.errors import UserError
 from mila_mm.weights import PUBLISHED, read_checkpoint
 

@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mila_mm.engine.config.load import one_line
-from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE, checkpoint_folders
+from mila_mm.engine.hooks.checkpoint import STOPPED_TEMPLATE
 from mila_mm.engine.resumed_state import count
 from mila_mm.engine.runner.agree import from_rank_0
-from mila_mm.engine.runner.finite import broken_weights
+from mila_mm.engine.runner.fit import check_weights
 from mila_mm.engine.runner.identity import RunRecord, read_record
-from mila_mm.engine.runner.sharded_checkpoint import broken_in, check_fit, sizes_of_model
+from mila_mm.engine.runner.own_checkpoints import checkpoint_folders, is_of_run
 from mila_mm.engine.runner.sharded_model import FullyShardedModel
 from mila_mm.errors import UserError, printable, printable_path
 from mila_mm.files import read_small
@@ -31,8 +31,6 @@ from mila_mm.weights.errors import CheckpointError
 from mila_mm.weights.file import container
 from mila_mm.weights.file.reader import read_file
 from mila_mm.weights.file.sharded import STATE, ShardReader, is_sharded
-from mila_mm.weights.load import load_model, read_checkpoint
-from mila_mm.weights.report import LoadReport, MismatchError, listed
 
 _TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth', STOPPED_TEMPLATE)
 
@@ -151,35 +149,12 @@ def newest_readable(
         try:
             _check_whole(path)
             if model is not None:
-                _check_weights(path, model, strict)
+                check_weights(path, model, strict)
         except (UserError, OSError) as error:
             skipped.append(Skipped(path, _reason(error, path)))
         else:
             return path, skipped
     return None, skipped
-
-
-def _check_weights(path: Path, model: nn.Module, strict: bool) -> None:
-    """Compare a checkpoint with the model that it must fit, and look whether its weights are finite.
-
-    A model that lies in pieces is not filled: that takes all ranks.
-    """
-    broken: list[str] = []
-    if is_sharded(path):
-        reader = ShardReader(path)
-        if strict:
-            check_fit(path, sizes_of_model(reader), getattr(model, 'module', model))
-        broken = broken_in(reader)
-    elif path.is_file() and isinstance(model, FullyShardedModel):
-        state = read_checkpoint(path).get('state_dict') or {}
-        if strict:
-            check_fit(path, {name: value.shape for name, value in state.items()}, model.module)
-        broken = [name for name, value in state.items() if value.isnan().any()]
-    elif path.is_file():
-        load_checkpoint_into(model, read_checkpoint(path), f'checkpoint {path}', strict)
-        broken = broken_weights(model)
-    if broken:
-        raise CheckpointError(f'{path}: {len(broken)} weights are not finite ({listed(broken, 2)})')
 
 
 def settle_resume(runner: Any) -> None:
@@ -214,11 +189,11 @@ def _choose(runner: Any) -> str | None:
     comparable = isinstance(model, nn.Module) and (
         not is_model_wrapper(model) or isinstance(model, (DistributedDataParallel, FullyShardedModel))
     )
-    found = candidates(Config(dict(runner.cfg, work_dir=runner.work_dir)))
+    cfg, record = Config(dict(runner.cfg, work_dir=runner.work_dir)), read_record(runner.work_dir)
+    found, strange = _of_this_place(candidates(cfg), cfg, record)
     strict = runner.cfg.get('load_strict', True)
-    chosen, skipped = newest_readable(
-        found, model if comparable else None, strict, record=read_record(runner.work_dir), last=last
-    )
+    chosen, skipped = newest_readable(found, model if comparable else None, strict, record=record, last=last)
+    skipped += strange
     for each in skipped:
         runner.logger.warning(f'--resume skips {each}')
     unusable = [each for each in skipped if not each.foreign]
@@ -230,6 +205,18 @@ def _choose(runner: Any) -> str | None:
             f'continued by name: --resume {skipped[0].path}'
         )
     return None if chosen is None else str(chosen)
+
+
+def _of_this_place(found: Sequence[Path], cfg: Config, record: RunRecord | None) -> tuple[list[Path], list[Skipped]]:
+    """Take out what ``last_checkpoint`` names elsewhere, unless the folder's own run has written it."""
+    folders = {folder.resolve() for folder in checkpoint_folders(cfg.work_dir, _checkpoint_options(cfg).get('out_dir'))}
+    here = [
+        path
+        for path in found
+        if path.parent.resolve() in folders or (record is not None and is_of_run(path, record.id))
+    ]
+    reason = 'named by last_checkpoint, but in no folder of this run'
+    return here, [Skipped(path, reason, foreign=True) for path in found if path not in here]
 
 
 def _nothing_readable(work_dir: str, skipped: Sequence[Skipped]) -> str:
@@ -294,7 +281,6 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 _SHOWN_KEYS = 10
-_SHOWN_OF_A_KIND = 3
 
 
 def check_checkpoint_file(path: str, flag: str) -> None:
@@ -314,27 +300,3 @@ def check_checkpoint_file(path: str, flag: str) -> None:
         raise UserError(f'{flag}: {path} is a folder, expected a checkpoint file (.pth)')
     if not file.exists():
         raise UserError(f'{flag}: {path} does not exist (looked in {Path.cwd()})')
-
-
-def load_checkpoint_into(model: nn.Module, checkpoint: Mapping[str, Any], source: str, strict: bool) -> LoadReport:
-    """Put a checkpoint into a model.
-
-    Args:
-        checkpoint: What :func:`mila_mm.weights.load.read_checkpoint` returned.
-        source: Where it comes from, for messages.
-        strict: Whether every key and shape must match.
-
-    Raises:
-        UserError: If ``strict`` and a key is missing or unexpected, or a shape differs.
-    """
-    try:
-        return load_model(model, checkpoint, strict=strict, label=source)
-    except MismatchError as error:
-        advice = str(error).rpartition('\n')[2]
-        raise UserError(f"{source} does not fit the config's model: {_summary(error.report)}\n{advice}") from error
-
-
-def _summary(report: LoadReport) -> str:
-    kinds = (('missing', report.missing), ('unexpected', report.unexpected), ('of another shape', report.mismatched))
-    parts = [f'{len(keys)} {what} ({listed(keys, _SHOWN_OF_A_KIND)})' for what, keys in kinds if keys]
-    return one_line(ValueError('; '.join(parts)), limit=3000)

@@ -126,7 +126,10 @@ def acquire(path: Path, holder: Holder) -> None:
     Raises:
         UserError: If one that lives has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path.parent} cannot be made: {error.strerror}') from error
     while not _create(path, holder):
         file = _file(path)
         if file is None:  # given back just now
@@ -147,7 +150,8 @@ def acquire(path: Path, holder: Holder) -> None:
 def release(path: Path, holder: Holder) -> None:
     """Give a folder back, unless another has taken it meanwhile."""
     if Holder.read(path) == holder:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk is gone, and with it whoever could be kept out
+            path.unlink(missing_ok=True)
 
 
 def _create(path: Path, holder: Holder) -> bool:
@@ -169,7 +173,8 @@ def _create(path: Path, holder: Holder) -> bool:
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}') from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _gives_a_sign(path: Path) -> bool:
@@ -193,7 +198,13 @@ def _remove_dead(path: Path, found: Holder | None, file: int | None) -> None:
     """
     with _one_at_a_time(path.parent):
         if file is not None and _file(path) == file and Holder.read(path) == found:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f'{path} is in the way and cannot be removed ({error.strerror}): expected a file that says who '
+                    'uses the folder\nRemove it, if no other run writes there.'
+                ) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ mmengine and of earlier versions have none; they are of one run where mmengine h
 second that the run was started in, and one seed.
 """
 
+import os
 import re
 import tempfile
 import uuid
@@ -19,6 +20,21 @@ from mila_mm.weights.file.sharded import is_sharded, read_state
 _RUN_ID = re.compile(r'[0-9a-f]{32}')
 _STARTED = re.compile(r'_\d{8}_\d{6} \d+$', re.ASCII)  # the end of mmengine's names, and a seed
 _MAX_NAME = 300
+
+
+def checkpoint_folders(work_dir: str | Path, out_dir: str | Path | None) -> list[Path]:
+    """List where the checkpoints of a run may lie.
+
+    Args:
+        out_dir: What the config of the checkpoint hook names.
+
+    Returns:
+        The run's folder, and the one of its name in a local ``out_dir``.
+    """
+    work_dir = Path(os.path.abspath(work_dir))
+    if not out_dir or '://' in str(out_dir):
+        return [work_dir]
+    return list(dict.fromkeys((work_dir, Path(os.path.abspath(out_dir)) / work_dir.name)))
 
 
 def new_run_id() -> str:

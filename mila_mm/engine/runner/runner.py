@@ -1,6 +1,7 @@
 """mmengine's runner, strict where it is lenient, and clean when a run fails before it starts."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from mila_mm.engine.config.build_errors import building, fault_of_annotations, r
 from mila_mm.engine.data.samples import name_failing_samples
 from mila_mm.engine.optimizers.groups import merge_groups, regroup, use_fused
 from mila_mm.engine.resumed_state import check_groups, check_optimizer, check_resumed, check_schedulers
-from mila_mm.engine.runner.find_checkpoint import load_checkpoint_into, settle_resume
+from mila_mm.engine.runner.find_checkpoint import settle_resume
+from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.model_options import apply_model_options
+from mila_mm.engine.runner.own_checkpoints import checkpoint_folders
 from mila_mm.engine.runner.sharded_model import FullyShardedModel, number_by_name
 from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
 from mila_mm.engine.screen import watch
@@ -70,8 +73,16 @@ class Runner(ShardingRunner):
         return self._clean_unless_started(self._train_alone)
 
     def _train_alone(self) -> nn.Module:
-        with leased(self.work_dir):
+        with ExitStack() as stack:
+            # two work folders of one name share a folder in out_dir
+            for folder in checkpoint_folders(self.work_dir, self._out_dir()):
+                self._made_folders += _missing_folders(folder)
+                stack.enter_context(leased(folder))
             return super().train()
+
+    def _out_dir(self) -> str | None:
+        hook = (self.cfg.get('default_hooks') or {}).get('checkpoint')
+        return hook.get('out_dir') if isinstance(hook, dict) else None
 
     def test(self) -> dict[str, float]:
         """Test."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.load import load_config, one_line, scope_of
-from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file, load_checkpoint_into
+from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
+from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.errors import UserError
 from mila_mm.weights.load import load_backbone, read_checkpoint
 from mila_mm.weights.names import backbone_prefix

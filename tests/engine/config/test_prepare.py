@@ -1,5 +1,7 @@
 """What happens to a config before its runner is built."""
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -122,3 +124,35 @@ def test_limits_of_downloads_in_a_config(home) -> None:
         configure_weights(Config(dict(mila_weights=dict(speed=3))))
     with pytest.raises(UserError, match='deadline: expected a number'):
         configure_weights(Config(dict(mila_weights=dict(deadline='soon'))))
+
+
+def test_folders_are_checked_before_anything_is_fetched(home, tmp_path) -> None:
+    (tmp_path / 'file').touch()
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "default_scope = 'mmdet'\n"
+        "model = dict(type='X', backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='mila://tiny-in1k')))\n"
+        'train_dataloader = dict(batch_size=1)\n'
+        'train_cfg = dict(max_iters=1)\n'
+        "optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))\n"
+    )
+    with pytest.raises(UserError, match=r'--work-dir .* is a file, not a folder'):
+        training.train(str(config), work_dir=str(tmp_path / 'file/run'))
+    out_dir = f'default_hooks.checkpoint.out_dir={tmp_path}/file'
+    with pytest.raises(UserError, match=r'default_hooks\.checkpoint\.out_dir .* is a file'):
+        training.train(str(config), work_dir=str(tmp_path / 'run'), cfg_options=[out_dir])
+    assert not home.exists() or not fetched(home)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_an_address_of_a_local_folder_is_one(tmp_path) -> None:
+    cfg = Config(dict(work_dir=str(tmp_path), default_hooks=dict(checkpoint=dict(out_dir=f'file://{tmp_path}/a%20b'))))
+    prepare.check_folders(cfg)
+    assert cfg.default_hooks.checkpoint.out_dir == f'{tmp_path}/a b'
+
+
+def test_a_disk_without_room_is_said_before_it_is_needed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
+    with pytest.raises(UserError, match='No space left on device'):
+        prepare.check_folders(Config(dict(work_dir=str(tmp_path / 'run'))))
+    assert list(tmp_path.iterdir()) == []

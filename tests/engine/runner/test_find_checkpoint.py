@@ -1,6 +1,7 @@
 """Which checkpoint a run continues from."""
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -118,6 +119,28 @@ def test_an_address_counts_where_the_config_saves(tmp_path, named, taken) -> Non
     )
     settle_resume(runner)
     assert runner._load_from == (named if taken else None)
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_what_lies_elsewhere_is_taken_where_this_run_wrote_it(tmp_path, own) -> None:
+    """A stranger's last_checkpoint leads to no other run; out_dir may have been taken out of the config."""
+    for name in ('run', 'elsewhere'):
+        (tmp_path / name).mkdir()
+    run = dict(run_id='a' * 32, run=dict(starts=[[0, 'x']]))
+    there = write(tmp_path / 'elsewhere/iter_9.pth', 9)
+    content = torch.load(there)
+    content['meta'].update(run, run_id=('a' if own else 'b') * 32)
+    torch.save(content, there)
+    write(tmp_path / 'run/iter_4.pth', 4)
+    (tmp_path / 'run/last_checkpoint').write_text(str(there))
+    if own:
+        record = dict(id='a' * 32, starts=[[0, 'x']], finished=None)
+        (tmp_path / 'run/run.json').write_text(json.dumps(record))
+    runner = SimpleNamespace(
+        _resume=True, _load_from=None, work_dir=str(tmp_path / 'run'), cfg=Config(dict()), logger=logging.getLogger('x')
+    )
+    settle_resume(runner)
+    assert Path(runner._load_from) == (there if own else tmp_path / 'run/iter_4.pth')
 
 
 def test_nothing(tmp_path) -> None:

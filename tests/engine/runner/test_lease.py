@@ -140,3 +140,10 @@ def test_names_are_printed_escaped(tmp_path) -> None:
     with pytest.raises(UserError) as caught, leased(tmp_path):
         pass
     assert '\x1b' not in str(caught.value) and str(caught.value).count('\n') == 1
+
+
+def test_a_folder_in_its_place_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lease, 'STALE', 0.0)
+    (tmp_path / LEASE).mkdir()
+    with pytest.raises(UserError, match='is in the way and cannot be removed'), lease.leased(tmp_path):
+        pass
