@@ -142,3 +142,62 @@ def test_yolo_to_coco(folder, blocks) -> None:
     assert [item['name'] for item in content['categories']] == list(CLASSES)
     assert len(content['annotations']) == 2
     assert Path('data/mine/train/0.jpg').is_file()
+
+
+def test_voc_to_coco(folder) -> None:
+    sv = pytest.importorskip('supervision')
+    from mila_mm.datasets.checks.coco_annotations import check_entries, read_coco
+    from mila_mm.datasets.checks.needs import Needs
+
+    for name in ('images', 'annotations'):
+        Path('voc', name).mkdir(parents=True)
+    cv2.imwrite('voc/images/0.jpg', np.full((64, 48, 3), 90, np.uint8))
+    objects = ''.join(
+        f'<object><name>{name}</name><bndbox><xmin>5</xmin><ymin>6</ymin><xmax>20</xmax><ymax>30</ymax></bndbox></object>'
+        for name in ('square', 'circle')
+    )
+    size = '<size><width>48</width><height>64</height><depth>3</depth></size>'
+    Path('voc/annotations/0.xml').write_text(f'<annotation><filename>0.jpg</filename>{size}{objects}</annotation>')
+    data = sv.DetectionDataset.from_pascal_voc('voc/images', 'voc/annotations')
+    data.as_coco('data/mine/train', 'data/mine/train.json')
+    content = read_coco(Path('data/mine/train.json'))
+    assert not [found for found in check_entries(content, '', Needs()) if found.level == 'error']
+    assert sorted(item['name'] for item in content['categories']) == ['circle', 'square']
+    # VOC counts pixels from 1 and both ends in
+    assert [item['bbox'] for item in content['annotations']] == [[4, 5, 16, 25]] * 2
+
+
+def test_an_export_of_label_studio(folder) -> None:
+    """As label-studio writes COCO: "images" beside result.json, in file_name too, ids from 0, no "iscrowd" at times."""
+    from mmengine.config import Config
+
+    from mila_mm.engine.data.check import check_everything
+
+    Path('export/images').mkdir(parents=True)
+    cv2.imwrite('export/images/0.jpg', np.full((64, 48, 3), 90, np.uint8))
+    box = dict(id=0, image_id=0, category_id=0, segmentation=[], bbox=[5, 6, 15, 24], ignore=0, iscrowd=0, area=360)
+    content = dict(
+        images=[dict(width=48, height=64, id=0, file_name='images/0.jpg')],
+        categories=[dict(id=0, name='circle')],
+        annotations=[box],
+        info=dict(contributor='Label Studio'),
+    )
+    Path('export/result.json').write_text(json.dumps(content))
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='PackDetInputs'),
+    ]
+    dataset = dict(
+        type='CocoDataset',
+        metainfo=dict(classes=('circle',)),
+        data_root='export/',
+        ann_file='result.json',
+        data_prefix=dict(img=''),
+        pipeline=pipeline,
+    )
+    head = dict(type='RetinaHead', in_channels=4, num_classes=1)
+    cfg = Config(dict(model=dict(type='RetinaNet', bbox_head=head), train_dataloader=dict(dataset=dataset)))
+    report = check_everything(cfg, ['train'], 'mmdet')
+    assert not [str(found) for found in report.findings if found.level != 'note']
+    assert report.counts['train_dataloader.dataset']['boxes_loaded'] == 1

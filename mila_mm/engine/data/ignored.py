@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mila_mm.datasets.checks.findings import Finding, error, warning
+from mila_mm.datasets.checks.findings import Finding, error, note
 from mila_mm.engine.data.metrics import metrics_of
 from mila_mm.engine.data.splits import kind_name
 
@@ -44,8 +44,8 @@ def check_ignored(cfg: Config) -> list[Finding]:
     padded = preprocessor.get('seg_pad_val', _USUAL)
     if padded == first:
         return []
-    return [
-        warning(
+    return [  # no harm is done where nothing is padded, and a label of no class is told in the step
+        note(
             'model.data_preprocessor.seg_pad_val',
             f'is {padded}, but {first_key} ignores {first}: what is padded would be learnt as label {padded}; '
             f'--cfg-options model.data_preprocessor.seg_pad_val={first}',
@@ -58,6 +58,6 @@ def _heads(model: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name in ('decode_head', 'auxiliary_head'):
         heads = model.get(name)
         for index, head in enumerate(heads if isinstance(heads, (list, tuple)) else [heads]):
-            if isinstance(head, dict):
+            if isinstance(head, dict) and 'Depth' not in kind_name(head):
                 key = f'model.{name}.{index}' if isinstance(heads, (list, tuple)) else f'model.{name}'
                 yield key, head.get('ignore_index', _USUAL)
