@@ -182,6 +182,33 @@ def test_a_kernel_that_cannot_be_made_hands_over_to_plain_operators(
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize(
+    'error',
+    [
+        RuntimeError('0 active drivers ([]). There should only be one.'),
+        AssertionError('libcuda.so cannot found!\nPlease make sure GPU is set up'),
+        FileNotFoundError(2, 'No such file or directory', '/sbin/ldconfig'),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_driver_that_triton_does_not_get_to_is_such_a_failure(
+    error: Exception, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> int:
+        raise error
+
+    monkeypatch.setattr(notes, 'get_current_device', fail)
+    args, rest = arguments(torch.zeros(10, 64))
+    with pytest.raises(capability.KernelFailed, match="does not get to this GPU's driver") as caught:
+        kept.start(kernels.column_parts_kernel, (2, 3), *args, **rest)
+    assert caught.value.__cause__ is error
+    monkeypatch.setattr(capability, '_given_up', {})
+    monkeypatch.delenv('MILA_MM_KERNEL_ERRORS')
+    with pytest.warns(UserWarning, match=type(error).__name__):
+        capability.give_up(torch.device('cuda', 0), caught.value)
+    assert '\n' not in capability._given_up[torch.device('cuda', 0)]
+
+
 @pytest.mark.parametrize('words', ['out of memory', 'an illegal memory access was encountered'])
 def test_what_is_no_fault_of_a_kernel_stays_what_it_is(
     words: str, notes: Notes, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,8 @@ _NOT_OF_THE_BINARY = (
     *('out of memory', 'illegal memory access', 'misaligned address', 'unspecified launch failure'),
     *('illegal instruction', 'device-side assert', 'ECC error'),
 )
+# CUDA's library that is not found is an assertion of Triton's.
+_FAILURES = (TritonError, OSError, ImportError, SubprocessError, RuntimeError, AssertionError)
 _KNOWN = tuple(int(part) for part in triton.__version__.split('.')[:2]) in CHECKED_TRITON
 _INT32_MAX = 2**31 - 1
 # Kernel -> what is specialised on -> compiled kernel, its function and its packed metadata, and constants in the order
@@ -84,10 +86,24 @@ def _by_jit(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants
     """
     try:
         return kernel[grid](*args, **constants)
-    except (TritonError, OSError, ImportError, SubprocessError, RuntimeError) as error:
+    except _FAILURES as error:
         if not isinstance(kernel, JITFunction) or any(words in str(error) for words in _NOT_OF_THE_BINARY):
             raise
         raise KernelFailed(f'{kernel.fn.__name__} cannot run here') from error
+
+
+def _current_device() -> int:
+    """The index of the current device as Triton knows it.
+
+    Raises:
+        KernelFailed: Triton finds no driver, not CUDA's library, or cannot build what it asks the driver through.
+    """
+    try:
+        return driver.active.get_current_device()
+    except _FAILURES as error:
+        if any(words in str(error) for words in _NOT_OF_THE_BINARY):
+            raise
+        raise KernelFailed("Triton does not get to this GPU's driver") from error
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **constants: object) -> None:
@@ -115,8 +131,8 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **con
         _by_jit(kernel, grid, args, constants)
         return
     key, values = described
+    device = _current_device()
     active = driver.active
-    device = active.get_current_device()
     key = (device, *key, *constants.items())
     found = kept.get(key)
     if found is None:
