@@ -7,6 +7,7 @@ import datetime
 import importlib.util
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -173,6 +174,19 @@ def peak_bytes(function: Callable[[], object]) -> int:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_bytes() -> int:
+    """Memory of this process now, on Linux."""
+    pages = int(Path('/proc/self/statm').read_text(encoding='utf-8').split()[1])
+    return pages * resource.getpagesize()
+
+
+def grown_bytes(before: int) -> int:
+    """Peak memory so far of CUDA's allocator; without a GPU, what this process grew by over ``before``."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def copy_bandwidth(gigabytes: float = 1.0) -> float:

@@ -15,7 +15,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,7 @@ def build(row: Row, backend: str) -> nn.Module:
 
 def computed(row: Row) -> dict[str, int]:
     """Bytes of a step in fp32 for one image: at its peak, and between forward and backward."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    with FakeTensorMode():
-        model = build(row, ATTENTION[row['attention']])
-        image = torch.randn(1, 3, *row['image'])
-        tracker = MemTracker()
-        tracker.track_external(model, image)
-        with tracker:
-            maps = model(image)
-            after = total(tracker.get_tracker_snapshot('current'))
-            torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
-        peak = tracker.get_tracker_snapshot('peak')
+    peak, after = tracked_step(lambda: build(row, ATTENTION[row['attention']]), *row['image'])
     growing = sum(
         value
         for kinds in peak.values()
@@ -62,6 +51,32 @@ def computed(row: Row) -> dict[str, int]:
         if str(kind).rpartition('.')[2] in ('ACT', 'TEMP', 'OTH')
     )
     return {'peak_bytes': total(peak), 'peak_bytes_of_the_batch': growing, 'after_forward_bytes': after}
+
+
+def tracked_step(make: Callable[[], nn.Module], height: int, width: int) -> tuple[dict[Any, dict[str, int]], int]:
+    """Run forward and backward of one image in fp32 on tensors without memory.
+
+    Args:
+        make: Makes a backbone, which returns a sequence of maps.
+
+    Returns:
+        PyTorch's snapshot of what lives at the peak, and the bytes between forward and backward.
+    """
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    real, mode = make(), FakeTensorMode()  # made of numbers: some constructors read what they compute
+    with FakeCopyMode(mode):
+        model = deepcopy(real)
+    with mode:
+        image = torch.randn(1, 3, height, width)
+        tracker = MemTracker()
+        tracker.track_external(model, image)
+        with tracker:
+            maps = model(image)
+            after = total(tracker.get_tracker_snapshot('current'))
+            torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
+        return tracker.get_tracker_snapshot('peak'), after
 
 
 def total(snapshot: dict[Any, dict[str, int]]) -> int:
