@@ -86,6 +86,7 @@ def read(name: str, words: list[str]) -> argparse.Namespace | str:
     if name in ('mila', 'mila_mm') or name.endswith('.sh'):
         return launched(name, words) if name.endswith('.sh') else subcommand(words)
     if name.startswith('benchmarks.'):
+        name += '.__main__' if (ROOT / name.replace('.', '/')).is_dir() else ''
         return with_argv([name, *words], lambda: importlib.import_module(name).main())
     path = ROOT / name
     text = path.read_text(encoding='utf-8') if path.is_file() else ''
