@@ -12,6 +12,9 @@ a depthwise convolution, n for a LayerNorm and the block's names for the rest::
 Kept for the backward is what these lines name; the MLP's hidden map is computed again. Weights are cast once for all
 blocks (:mod:`mila_mm.nn.step_weights`); their gradients leave each block by themselves, so that distributed training
 sends them while the backward goes on.
+
+Where Triton kernels serve all of it, a block is one op each way (:mod:`mila_mm.ops.block`), which launches them from a
+plan kept for the shape; elsewhere the parts above are an op each.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from mila_mm.ops.block.gradients import in_order
+from mila_mm.ops.block.op import EPS, ROPE_BASE, serves
 from mila_mm.ops.common import IMPLEMENTATIONS, as_written
 from mila_mm.ops.linear.op import add_branch
 
@@ -37,7 +42,6 @@ PARAMETERS = (
 """What a node takes behind its first two arguments, and the order of its gradients."""
 
 _STENCILS = (*range(4), 8, 9, 12, 13, *range(16, 20))  # of PARAMETERS: convolutions and norms, read as they are
-_EPS, _ROPE_BASE = 1e-6, 1e4  # the defaults of mila_attention
 
 
 class Products(NamedTuple):
@@ -95,7 +99,7 @@ def mix(
     u = ops.dwc_silu_forward(u0, *params[8:10], *size)
     qk = F.linear(u, weights.qk_weight, weights.qk_bias)
     lepe = params[12:14]
-    a, state, key_mean = ops.attention_forward(qk, u, *lepe, gate, *size, setting.num_heads, _EPS, _ROPE_BASE)
+    a, state, key_mean = ops.attention_forward(qk, u, *lepe, gate, *size, setting.num_heads, EPS, ROPE_BASE)
     x2 = add_branch(F.linear(a, weights.out_weight, weights.out_bias), x1, scale)
     return x2, (x, x1, mean, rstd, y1, joint, u, qk, a, state, key_mean)
 
@@ -137,7 +141,7 @@ def _mix_backward(
 
     grad_a, *grads_out = ops.linear_backward(_scaled(grad, scale, setting.dtype), a, out_weight, master)
     grad_qk, grad_u, *grads_lepe, grad_gate = ops.attention_backward(
-        grad_a, qk, u, *params[6:8], gate, state, key_mean, *size, setting.num_heads, _EPS, _ROPE_BASE
+        grad_a, qk, u, *params[6:8], gate, state, key_mean, *size, setting.num_heads, EPS, ROPE_BASE
     )
     grad_u.view(-1, channels).addmm_(grad_qk.view(-1, 2 * channels), qk_weight)
     _, *grads_qk = ops.linear_backward(grad_qk, u, None, master)
@@ -182,11 +186,20 @@ class Call(NamedTuple):
         weights: See :class:`Products`.
         scales: What stochastic depth multiplies each branch by, (B,), or None.
         setting: Everything else.
+        taps: Lepe's weight as the kernels read it (:func:`mila_mm.ops.triton.tensors.depthwise_taps`); None where they
+            do not run.
     """
 
     weights: Products
     scales: tuple[Tensor | None, Tensor | None]
     setting: Setting
+    taps: Tensor | None = None
+
+    def served(self, x: Tensor, master: torch.dtype, keep: bool) -> bool:
+        """Whether kernels of ours run the whole block on x, with parameters of dtype ``master``."""
+        scaled = self.scales[0] is not None, self.scales[1] is not None
+        hidden = self.weights.fc1_weight.shape[0]
+        return self.taps is not None and serves(x, hidden, master, scaled, keep, self.setting)
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -209,30 +222,43 @@ class BlockNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call, *params: Tensor) -> Tensor:
         """Compute the block's result (B, N, C)."""
-        weights, (scale1, scale2), setting = call
-        x2, kept1 = mix(x, weights, params, scale1, setting)
-        out, kept2 = feed_forward(x2, weights, params, scale2, setting)
+        weights, scales, setting, taps = call
+        stencils = [params[i] for i in _STENCILS]
         ctx.setting = setting
         # Of the parameters behind the products and of the first three biases nobody asks for values.
         ctx.master = params[4].dtype
-        ctx.save_for_backward(
-            *kept1, *kept2, *weights[:6:2], *weights[6:], scale1, scale2, *(params[i] for i in _STENCILS)
-        )
+        ctx.served = call.served(x, ctx.master, True)
+        if ctx.served:
+            x = x.contiguous()
+            out, *kept = _ops().block_forward(x, weights, stencils, taps, *scales, True, *setting)
+            kept = x, *kept, taps
+        else:
+            x2, kept1 = mix(x, weights, params, scales[0], setting)
+            out, kept2 = feed_forward(x2, weights, params, scales[1], setting)
+            kept = *kept1, *kept2
+        ctx.save_for_backward(*weights[:6:2], *weights[6:], *scales, *stencils, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x and of all parameters."""
         saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
-        weights, (scale1, scale2), params, given = saved[16:23], saved[23:25], saved[25:], grad
+        weights, scales, params, kept, given = saved[:7], saved[7:9], saved[9:21], saved[21:], grad
         with torch.no_grad(), as_written(grad):
-            grad, *last = _feed_forward_backward(
-                grad.contiguous(), saved[11:16], weights[3:], params[8:], scale2, ctx.setting
-            )
-            grad, *first = _mix_backward(grad, saved[:11], weights[:3], params[:8], scale1, ctx.setting, ctx.master)
-            grads = grad, *_in_order(first, last, ctx.master)
+            grad = grad.contiguous()
+            if ctx.served:
+                *kept, taps = kept
+                grad, flat = _ops().block_backward(grad, kept, weights[:6], params, taps, *scales, *ctx.setting)
+                grads = grad, *in_order(flat, grad.shape[-1], weights[3].shape[0])
+            else:
+                grad, *last = _feed_forward_backward(grad, kept[11:], weights[3:], params[8:], scales[1], ctx.setting)
+                grad, *first = _mix_backward(
+                    grad, kept[:11], weights[:3], params[:8], scales[0], ctx.setting, ctx.master
+                )
+                grads = grad, *_in_order(first, last, ctx.master)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(_FirstOrderOnly.apply(each, given, saved[0], *params) for each in grads)
+            sources = given, kept[0], *params
+            grads = tuple(_FirstOrderOnly.apply(each, *sources) for each in grads)
         return grads[0], None, *grads[1:]
 
 
@@ -241,5 +267,8 @@ def run(x: Tensor, call: Call, params: tuple[Tensor, ...]) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return BlockNode.apply(x, call, *params)
     with torch.no_grad():
+        if call.served(x, params[4].dtype, False):
+            stencils = [params[i] for i in _STENCILS]
+            return _ops().block_forward(x, call.weights, stencils, call.taps, *call.scales, False, *call.setting)[0]
         x = mix(x, call.weights, params, call.scales[0], call.setting)[0]
         return feed_forward(x, call.weights, params, call.scales[1], call.setting)[0]

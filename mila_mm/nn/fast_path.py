@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from timm.layers import DropPath
@@ -16,7 +16,7 @@ from torch.nn.modules import module as module_globals
 from mila_mm.nn import block_node
 from mila_mm.nn.layers import Block, ConvLayer, DepthwiseConv, Downsample, LinearAttention, Mlp, Stage, Stem
 from mila_mm.nn.plain import why_not_plain
-from mila_mm.nn.step_weights import Castable, Casted
+from mila_mm.nn.step_weights import Castable, Casted, Taps
 from mila_mm.ops import layer_norm, why_not_triton_stencil
 from mila_mm.ops.common import as_written, autocast_dtype, transformed
 from mila_mm.ops.rope import to_device
@@ -133,19 +133,28 @@ def stages_of(trunk: Walked) -> Iterable[Stage]:
     return cast('Iterable[Stage]', trunk.layers)
 
 
+class Prepared(NamedTuple):
+    """What a block takes in a pass: parameters in the order of its node, and the rest as in `block_node.Call`."""
+
+    params: tuple[Tensor, ...]
+    products: block_node.Products
+    scales: tuple[Tensor | None, Tensor | None]
+    taps: Tensor | None
+
+
 class Pass:
     """What a pass of a trunk runs on: the blocks that are a node each, with their weights, and cast convolutions.
 
     Args:
         dtype: That products and convolutions are computed in.
-        blocks: For each block that is a node, by its id, its parameters, its weights and its branches' scales.
+        blocks: For each block that is a node, by its id, what it takes.
         convolutions: For stem and downsamplings, by their id, weights and biases of their convolutions in their order.
     """
 
     def __init__(
         self,
         dtype: torch.dtype,
-        blocks: dict[int, tuple[tuple[Tensor, ...], block_node.Products, tuple[Tensor | None, Tensor | None]]],
+        blocks: dict[int, Prepared],
         convolutions: dict[int, list[tuple[Tensor, Tensor | None]]],
     ) -> None:
         self._dtype = dtype
@@ -183,9 +192,9 @@ class Pass:
 
     def _node(self, block: nn.Module, x: Tensor, height: int, width: int) -> Tensor:
         assert isinstance(block, Block) and isinstance(block.attn, LinearAttention)
-        params, products, scales = self._blocks[id(block)]
+        params, products, scales, taps = self._blocks[id(block)]
         setting = block_node.Setting(height, width, block.attn.num_heads, block.norm1.eps, block.norm2.eps, self._dtype)
-        return block_node.run(x, block_node.Call(products, scales, setting), params)
+        return block_node.run(x, block_node.Call(products, scales, setting, taps), params)
 
 
 class FastPath:
@@ -194,6 +203,7 @@ class FastPath:
     def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
         self._castable: Castable | None = None
+        self._taps = Taps()
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> FastPath:
@@ -226,9 +236,10 @@ class FastPath:
         values = iter(self._cast(chosen, convolutions, dtype))
         products = [block_node.Products(*(next(values) for _ in block_node.Products._fields)) for _ in chosen]
         scales = _scales([block for block, _ in chosen], image, dtype)
+        taps = self._taps.lay_out(chosen) if image.is_cuda else [None] * len(chosen)
         blocks = {
-            id(block): (params, each, scale)
-            for (block, params), each, scale in zip(chosen, products, scales, strict=True)
+            id(block): Prepared(params, *rest)
+            for (block, params), *rest in zip(chosen, products, scales, taps, strict=True)
         }
         return Pass(dtype, blocks, {key: _casted(params, values) for key, params in convolutions.items()})
 

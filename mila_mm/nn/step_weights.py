@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_LEPE = 12  # of a block's parameters, its attention's depthwise weight
 
 
 class Castable:
@@ -60,6 +62,33 @@ class Castable:
             next(joint).as_strided(shape, part[0].stride()) if copied else part[0]
             for part, shape, copied in zip(self.parts, self.shapes, self._copied, strict=True)
         ]
+
+
+class Taps:
+    """The depthwise weights in the attentions of a pass as the kernels read them, laid out at once."""
+
+    def __init__(self) -> None:
+        self._addresses: list[int] = []
+        self._sources: list[tuple[list[int], list[Tensor]]] = []
+
+    def lay_out(self, blocks: Sequence[tuple[nn.Module, tuple[Tensor, ...]]]) -> list[Tensor | None]:
+        """For each block, with its parameters in the order of its node, (heads, 9, C / heads) in fp32."""
+        weights = [params[_LEPE] for _, params in blocks]
+        addresses = [weight.data_ptr() for weight in weights]
+        if addresses != self._addresses:
+            groups: dict[int, tuple[list[int], list[Tensor]]] = {}
+            for place, ((block, _), weight) in enumerate(zip(blocks, weights, strict=True)):
+                heads = cast('Any', block).attn.num_heads
+                places, sources = groups.setdefault(weight.shape[0] // heads, ([], []))
+                places.append(place)
+                sources.append(weight.detach().view(heads, -1, 9).transpose(1, 2))
+            self._sources, self._addresses = list(groups.values()), addresses
+        result: list[Tensor | None] = [None] * len(weights)
+        for places, sources in self._sources:
+            joint = torch.cat(sources).to(torch.float32)
+            for place, taps in zip(places, joint.split([source.shape[0] for source in sources]), strict=True):
+                result[place] = taps
+        return result
 
 
 class Casted(torch.autograd.Function):

@@ -28,11 +28,13 @@ def gate_backward_kernel(
     grad_y_ptr, qk_ptr, v_ptr, taps_ptr, bias_ptr, gate_ptr, cos_ptr, sin_ptr, state_ptr, mean_ptr,
     grad_out_ptr, grad_gate_ptr,
     grad_y_batch_stride, grad_y_token_stride, qk_batch_stride, qk_token_stride, v_batch_stride, v_token_stride,
-    gate_batch_stride, gate_token_stride, table_stride, height, width, heads, eps,
+    gate_batch_stride, gate_token_stride, grad_gate_token_stride, table_stride, height, width, heads, eps,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_LEPE: tl.constexpr,
     ALIGNED: tl.constexpr, STRADDLES: tl.constexpr, ACCURATE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """do = dy * silu(u) and du = dy * o * silu'(u), with o computed again. Grid: as the output kernel's.
+
+    Images of du lie without a gap between them, whatever the distance of its tokens: it may be half of a wider matrix.
 
     A kernel of its own rather than the head of the query kernel: together they need more registers than there are.
     """
@@ -52,11 +54,12 @@ def gate_backward_kernel(
     grad_y = widen(tl.load(grad_y_ptr + local * grad_y_token_stride + channel, mask=mask, other=0.0))
     open_part = sigmoid(gate, ACCURATE)
     channels = heads * WIDTH
-    result = (batch * height * width + first) * channels + head * WIDTH
+    place = batch * height * width + first
     grad_out = grad_y * gate * open_part
-    tl.store(grad_out_ptr + result + local * channels + channel, grad_out.to(grad_out_ptr.dtype.element_ty), mask=mask)
+    target = grad_out_ptr + place * channels + head * WIDTH + local * channels + channel
+    tl.store(target, grad_out.to(grad_out_ptr.dtype.element_ty), mask=mask)
     grad_gate = grad_y * out * open_part * (1.0 + gate * (1.0 - open_part))
-    target = grad_gate_ptr + result + local * channels + channel
+    target = grad_gate_ptr + place * grad_gate_token_stride + head * WIDTH + local * grad_gate_token_stride + channel
     tl.store(target, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
 
 

@@ -6,8 +6,42 @@ from torch import Tensor
 from mila_mm.ops.feed_forward import kernels as mlp_kernels
 from mila_mm.ops.rows.launch import reduce_parts
 from mila_mm.ops.triton import configs
-from mila_mm.ops.triton.kept import start
+from mila_mm.ops.triton.kept import Launch
 from mila_mm.ops.triton.tensors import aligned, fp32_like, on_device, readable
+
+
+def mlp_launch(
+    batch: int,
+    tokens: int,
+    channels: int,
+    hidden: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    shortcut: bool,
+    scaled: bool,
+) -> Launch:
+    """For x and a shortcut of ``strides`` (B, N, B, N); takes x, the four parameters, shortcut, scale and y."""
+    setting = configs.mlp_launch(channels)
+    return Launch(
+        mlp_kernels, 'mlp_kernel', (-(-tokens // setting.rows), 1, batch), (*strides, tokens, hidden),
+        CHANNELS=channels, PADDED=max(16, configs.padded_width(channels)), BLOCK=setting.rows,
+        CHUNK=setting.columns, STAGES=setting.stages, ALIGNED=aligned(channels),
+        HAS_SHORTCUT=shortcut, HAS_SCALE=scaled,
+        LOW=dtype == torch.float16 or (dtype == torch.bfloat16 and not configs.interpreted()),
+        **setting.options(),
+    )  # fmt: skip
+
+
+def gelu_backward_launch(rows: int, hidden: int) -> tuple[Launch, int]:
+    """Takes h, its activation's gradient and parts, of which there are so many."""
+    setting = configs.GELU_BACKWARD
+    run = configs.column_rows_per_split(rows, hidden)
+    splits = -(-rows // run)
+    launch = Launch(
+        mlp_kernels, 'gelu_backward_kernel', (-(-hidden // setting.columns), splits), (hidden, rows, run),
+        BLOCK=setting.rows, CHANNELS=setting.columns, **setting.options(),
+    )  # fmt: skip
+    return launch, splits
 
 
 def mlp_forward(
@@ -35,18 +69,14 @@ def mlp_forward(
         return y
     x = readable(x, 64)
     other = x if shortcut is None else readable(shortcut, 64)
-    setting = configs.mlp_launch(channels)
+    strides = *x.stride()[:2], *other.stride()[:2]
+    launch = mlp_launch(
+        batch, tokens, channels, fc1_weight.shape[0], strides, x.dtype, shortcut is not None, scale is not None
+    )
     with on_device(x):
-        start(
-            mlp_kernels.mlp_kernel, (-(-tokens // setting.rows), 1, batch),
+        launch(
             x, fc1_weight.contiguous(), fc1_bias.contiguous(), fc2_weight.contiguous(), fc2_bias.contiguous(), other,
             fc2_bias if scale is None else scale.contiguous(), y,
-            x.stride(0), x.stride(1), other.stride(0), other.stride(1), tokens, fc1_weight.shape[0],
-            CHANNELS=channels, PADDED=max(16, configs.padded_width(channels)), BLOCK=setting.rows,
-            CHUNK=setting.columns, STAGES=setting.stages, ALIGNED=aligned(channels),
-            HAS_SHORTCUT=shortcut is not None, HAS_SCALE=scale is not None,
-            LOW=x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not configs.interpreted()),
-            **setting.options(),
         )  # fmt: skip
     return y
 
@@ -65,15 +95,9 @@ def gelu_backward_(h: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     if h.numel() == 0:
         return torch.zeros(hidden, dtype=dtype, device=h.device)
     total = torch.empty(hidden, dtype=dtype, device=h.device)
-    rows = h.numel() // hidden
-    setting = configs.GELU_BACKWARD
-    run = configs.column_rows_per_split(rows, hidden)
-    splits = -(-rows // run)
+    launch, splits = gelu_backward_launch(h.numel() // hidden, hidden)
     parts = fp32_like(h, splits, hidden)
     with on_device(h):
-        start(
-            mlp_kernels.gelu_backward_kernel, (-(-hidden // setting.columns), splits),
-            h, grad, parts, hidden, rows, run, BLOCK=setting.rows, CHANNELS=setting.columns, **setting.options(),
-        )  # fmt: skip
+        launch(h, grad, parts)
         reduce_parts(parts, total, total)
     return total

@@ -9,7 +9,7 @@ kernel                  reads                 writes
 column_parts            x                     parts of its sum over rows
 column_reduce           parts                 their sum
 layer_norm              x                     y, mean, rstd
-norm_backward           x, dy (, dx)          g, parts of dgamma and dbeta
+norm_backward           x, dy (, dx)          g, parts of dgamma and dbeta (, of the sum of dx)
 ======================  ====================  ==============================================
 
 Sums over rows take two stages of fixed order: parts of runs of rows, then their sum.
@@ -38,21 +38,23 @@ def column_parts_kernel(
     x_ptr, parts_ptr, row_stride, channels, rows, rows_per_split,
     BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of a run of rows for a block of channels, in fp32. Grid: channel blocks, splits.
+    """The sum of a run of rows for a block of channels, in fp32. Grid: channel blocks, splits(, matrices).
 
-    Each thread keeps sums of its own until the run ends.
+    Each thread keeps sums of its own until the run ends. Several matrices lie one behind the other, and their parts.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     live = channel < channels
     first = tl.program_id(1).to(tl.int64) * rows_per_split
     count = tl.minimum(rows_per_split, rows - first).to(tl.int32)
-    x_ptr += first * row_stride
+    matrix = tl.program_id(2).to(tl.int64)
+    x_ptr += (matrix * rows + first) * row_stride
     total = tl.zeros((BLOCK, CHANNELS), tl.float32)
     for begin in tl.range(0, count, BLOCK, num_stages=1):
         row = begin + tl.arange(0, BLOCK)
         mask = (row < count)[:, None] & live[None, :]
         total += widen(tl.load(x_ptr + row[:, None] * row_stride + channel[None, :], mask=mask, other=0.0))
-    tl.store(parts_ptr + tl.program_id(1).to(tl.int64) * channels + channel, tl.sum(total, axis=0), mask=live)
+    part = matrix * tl.num_programs(1) + tl.program_id(1)
+    tl.store(parts_ptr + part * channels + channel, tl.sum(total, axis=0), mask=live)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -106,15 +108,17 @@ def layer_norm_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def norm_backward_kernel(
-    grad_out_ptr, grad_y_ptr, out_ptr, mean_ptr, rstd_ptr, gamma_ptr, grad_ptr, parts_ptr,
+    grad_out_ptr, grad_y_ptr, out_ptr, mean_ptr, rstd_ptr, gamma_ptr, scale_ptr, grad_ptr, parts_ptr,
     grad_out_batch_stride, grad_out_token_stride, grad_y_batch_stride, grad_y_token_stride,
     out_batch_stride, out_token_stride, tokens, tokens_per_split,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, RESIDUAL: tl.constexpr,
+    SUMS: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of what went into a LayerNorm (``out``), and parts (batch * splits, 2, CHANNELS) of dgamma and dbeta.
+    """Gradient of what went into a LayerNorm (``out``), and parts (batch * splits, SUMS, CHANNELS) of dgamma and dbeta.
 
-    ``RESIDUAL``: plus ``grad_out``, the gradient from its other use. Grid: splits, 1, batch, each a run of tokens of
-    one image.
+    ``RESIDUAL``: plus ``grad_out``, the gradient from its other use. Where ``SUMS`` is 3 parts of its sum follow, times
+    the image's ``scale`` if there is one: it is the gradient of the bias of what has been added to make ``out``. Grid:
+    splits, 1, batch, each a run of tokens of one image.
     """
     batch = tl.program_id(2).to(tl.int64)
     program = batch * tl.num_programs(0) + tl.program_id(0)
@@ -130,6 +134,7 @@ def norm_backward_kernel(
 
     gamma_sum = tl.zeros((BLOCK, PADDED), tl.float32)
     beta_sum = tl.zeros((BLOCK, PADDED), tl.float32)
+    other_sum = tl.zeros((BLOCK, PADDED), tl.float32)
     for begin in tl.range(0, count.to(tl.int32), BLOCK, num_stages=1):
         local = begin + tl.arange(0, BLOCK)
         live = local < count
@@ -148,11 +153,19 @@ def norm_backward_kernel(
         slope = tl.sum(inner * normal, axis=1) / CHANNELS
         inner = (inner - constant[:, None] - normal * slope[:, None]) * rstd[:, None]
         if RESIDUAL:
-            other = grad_out_ptr + local[:, None] * grad_out_token_stride + channel[None, :]
-            inner += widen(tl.load(other, mask=mask, other=0.0))
+            source = grad_out_ptr + local[:, None] * grad_out_token_stride + channel[None, :]
+            other = widen(tl.load(source, mask=mask, other=0.0))
+            inner += other
+            if SUMS == 3:
+                other_sum += other
         target = grad_ptr + first * CHANNELS + local[:, None] * CHANNELS + channel[None, :]
         tl.store(target, inner.to(grad_ptr.dtype.element_ty), mask=mask)
 
-    parts_ptr += program * (2 * CHANNELS) + channel
+    parts_ptr += program * (SUMS * CHANNELS) + channel
     tl.store(parts_ptr, tl.sum(gamma_sum, axis=0), mask=channel_live)
     tl.store(parts_ptr + CHANNELS, tl.sum(beta_sum, axis=0), mask=channel_live)
+    if SUMS == 3:
+        total = tl.sum(other_sum, axis=0)
+        if HAS_SCALE:
+            total *= tl.load(scale_ptr + batch).to(tl.float32)
+        tl.store(parts_ptr + 2 * CHANNELS, total, mask=channel_live)

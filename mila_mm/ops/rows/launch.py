@@ -5,8 +5,42 @@ from torch import Tensor
 
 from mila_mm.ops.rows import kernels as row_kernels
 from mila_mm.ops.triton import configs
-from mila_mm.ops.triton.kept import start
+from mila_mm.ops.triton.kept import Launch, start
 from mila_mm.ops.triton.tensors import aligned, as_rows, fp32_like, on_device, readable
+
+
+def column_parts_launch(rows: int, channels: int, row_stride: int, matrices: int = 1) -> tuple[Launch, int]:
+    """For matrices (rows, channels) one behind the other; takes x and parts, of which there are so many a matrix."""
+    setting = configs.COLUMN_SUM
+    run = configs.column_rows_per_split(rows, channels)
+    splits = -(-rows // run)
+    launch = Launch(
+        row_kernels, 'column_parts_kernel', (-(-channels // setting.columns), splits, matrices),
+        (row_stride, channels, rows, run), BLOCK=setting.rows, CHANNELS=setting.columns, **setting.options(),
+    )  # fmt: skip
+    return launch, splits
+
+
+def norm_backward_launch(
+    batch: int,
+    tokens: int,
+    channels: int,
+    strides: tuple[int, ...],
+    residual: bool,
+    sums: int = 2,
+    scaled: bool = False,
+) -> tuple[Launch, int]:
+    """For dx, dy, x of ``strides`` (B, N, B, N, B, N); takes these, mean, rstd, gamma, scale, g and parts.
+
+    There are so many parts, of ``sums`` vectors each.
+    """
+    run = configs.norm_tokens_per_split(channels)
+    splits = -(-tokens // run)
+    launch = Launch(
+        row_kernels, 'norm_backward_kernel', (splits, 1, batch), (*strides, tokens, run),
+        RESIDUAL=residual, SUMS=sums, HAS_SCALE=scaled, **_norm_options(channels),
+    )  # fmt: skip
+    return launch, batch * splits
 
 
 def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -15,17 +49,10 @@ def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(channels, dtype=dtype, device=x.device)
     x = as_rows(x)
-    rows = x.shape[0]
-    setting = configs.COLUMN_SUM
-    run = configs.column_rows_per_split(rows, channels)
-    splits = -(-rows // run)
+    launch, splits = column_parts_launch(x.shape[0], channels, x.stride(0))
     parts = fp32_like(x, splits, channels)
     with on_device(x):
-        start(
-            row_kernels.column_parts_kernel, (-(-channels // setting.columns), splits),
-            x, parts, x.stride(0), channels, rows, run,
-            BLOCK=setting.rows, CHANNELS=setting.columns, **setting.options(),
-        )  # fmt: skip
+        launch(x, parts)
         total = torch.empty(channels, dtype=dtype, device=x.device)
         reduce_parts(parts, total, total)
     return total
@@ -106,17 +133,13 @@ def layer_norm_backward(
         return grad, torch.zeros_like(weight), torch.zeros_like(bias)
     grad_y, x = readable(grad_y, 64), readable(x, 64)
     other = grad_y if grad_x is None else readable(grad_x, 64)
-    run = configs.norm_tokens_per_split(channels)
-    splits = -(-tokens // run)
-    parts = fp32_like(x, batch * splits, 2 * channels)
+    strides = *other.stride()[:2], *grad_y.stride()[:2], *x.stride()[:2]
+    launch, count = norm_backward_launch(batch, tokens, channels, strides, grad_x is not None)
+    parts = fp32_like(x, count, 2 * channels)
     grad_weight = torch.empty(channels, dtype=weight.dtype, device=x.device)
     grad_bias = torch.empty(channels, dtype=bias.dtype, device=x.device)
     with on_device(x):
-        start(
-            row_kernels.norm_backward_kernel, (splits, 1, batch),
-            other, grad_y, x, mean.contiguous(), rstd.contiguous(), weight.contiguous(), grad, parts,
-            other.stride(0), other.stride(1), grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1),
-            tokens, run, RESIDUAL=grad_x is not None, **_norm_options(channels),
-        )  # fmt: skip
+        gamma = weight.contiguous()
+        launch(other, grad_y, x, mean.contiguous(), rstd.contiguous(), gamma, gamma, grad, parts)
         reduce_parts(parts, grad_weight, grad_bias)
     return grad, grad_weight, grad_bias

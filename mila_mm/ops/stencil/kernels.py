@@ -172,13 +172,14 @@ def silu_and_store(
 
 @triton.jit(do_not_specialize=SIZES)
 def stencil_backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, grad_x_ptr, parts_ptr, x_batch_stride, x_token_stride, channels,
+    grad_ptr, x_ptr, weight_ptr, grad_x_ptr, parts_ptr, x_batch_stride, x_token_stride, grad_x_token_stride, channels,
     height, width, blocks, rows_per_run,
     RESIDUAL: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dx, and parts (batch * runs * strips, 10, channels) of dw (rows 0 to 8) and db (row 9).
 
-    A row of g serves all three. g and dx are contiguous. Grid: see `strip_place`.
+    A row of g serves all three. g is contiguous; so are images and rows of dx, whatever the distance of its tokens.
+    Grid: see `strip_place`.
     """
     block, first_column, first_row, count, batch = strip_place(blocks, width, rows_per_run, height, GROUPS)
     index = tl.arange(0, CHANNELS)
@@ -189,11 +190,12 @@ def stencil_backward_kernel(
     pair = 2 * tl.arange(0, GROUPS)[:, None]
     offset = pair * channels + index[None, :]
     x_offset = pair * x_token_stride + index[None, :]
+    target = pair * grad_x_token_stride + index[None, :]
     last_row = first_row + count
     place = (first_row - 1).to(tl.int64) * width + first_column
     x_ptr += image_offset(batch, x_batch_stride, ALIGNED) + (place + width) * x_token_stride + block * CHANNELS
     grad_ptr += (batch * height * width + place) * channels + block * CHANNELS
-    grad_x_ptr += (batch * height * width + place - width) * channels + block * CHANNELS
+    grad_x_ptr += (batch * height * width + place - width) * grad_x_token_stride + block * CHANNELS
 
     zero = tl.zeros((GROUPS, CHANNELS), tl.float32)
     sums = zero, zero, zero, zero
@@ -214,10 +216,10 @@ def stencil_backward_kernel(
         products = add_own(products, upper, lower, row >= first_row, row < last_row, row + 1 < last_row)
         x0, x1 = x2, x3
         for right in tl.static_range(2):
-            target = grad_x_ptr + (offset + right * channels)
+            ptr = grad_x_ptr + (target + right * grad_x_token_stride)
             mask = masks[1 + right]
-            tl.store(target, above[right].to(grad_x_ptr.dtype.element_ty), mask=mask & (row > first_row))
+            tl.store(ptr, above[right].to(grad_x_ptr.dtype.element_ty), mask=mask & (row > first_row))
             mask = mask & (row >= first_row) & (row < last_row)
-            tl.store(target + width * channels, own[right].to(grad_x_ptr.dtype.element_ty), mask=mask)
-        grad_x_ptr += 2 * width * channels
+            tl.store(ptr + width * grad_x_token_stride, own[right].to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_x_ptr += 2 * width * grad_x_token_stride
     store_sums(parts_ptr, blocks, channels, channel, live, products)

@@ -7,15 +7,73 @@ from mila_mm.ops.rows import launch as row_launch
 from mila_mm.ops.stencil import down_kernels, lepe_kernels
 from mila_mm.ops.stencil import kernels as stencil_kernels
 from mila_mm.ops.triton import configs
-from mila_mm.ops.triton.kept import start
+from mila_mm.ops.triton.kept import Launch, start
 from mila_mm.ops.triton.tensors import aligned, fp32_like, on_device, readable
 
 
-def _runs(setting: configs.Strip, x: Tensor, blocks: int, height: int, width: int) -> tuple[tuple[int, int, int], int]:
+def _runs(setting: configs.Strip, batch: int, blocks: int, height: int, width: int) -> tuple[tuple[int, int, int], int]:
     """Grid of a kernel that walks down strips, and the rows of its runs."""
-    batch, side = x.shape[0], blocks * setting.strips(width)
+    side = blocks * setting.strips(width)
     rows = configs.rows_per_run(height, side * batch)
     return (side, -(-height // rows), batch), rows
+
+
+def _blocks(channels: int) -> int:
+    """Blocks of channels of the kernels that need no sum over channels."""
+    return -(-channels // configs.STENCIL_CHANNELS)
+
+
+def _options(setting: configs.Strip, channels: int) -> dict[str, object]:
+    """Constants of the same kernels."""
+    return {'CHANNELS': configs.STENCIL_CHANNELS, 'ALIGNED': aligned(channels), **setting.options()}
+
+
+def cpe_norm_launch(batch: int, channels: int, height: int, width: int, strides: tuple[int, ...], eps: float) -> Launch:
+    """For x of ``strides`` (B, N); takes x, weight, bias, gamma, beta, x', y, mean, rstd."""
+    setting = configs.norm_strip(channels)
+    grid, rows = _runs(setting, batch, 1, height, width)
+    return Launch(
+        stencil_kernels, 'cpe_norm_kernel', grid, (*strides, height, width, rows, eps),
+        CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(channels), **setting.options(),
+    )  # fmt: skip
+
+
+def dwc_silu_launch(
+    batch: int, channels: int, height: int, width: int, strides: tuple[int, ...], dtype: torch.dtype, backward: bool
+) -> Launch:
+    """For x and then du, of ``strides`` (B, N, B, N) in ``dtype``; takes x, weight, bias, du, and u or g."""
+    setting, blocks = configs.strip(dtype, aligned(channels)), _blocks(channels)
+    grid, rows = _runs(setting, batch, blocks, height, width)
+    return Launch(
+        stencil_kernels, 'dwc_silu_kernel', grid, (*strides, channels, height, width, blocks, rows),
+        BACKWARD=backward, ACCURATE=dtype == torch.float32, **_options(setting, channels),
+    )  # fmt: skip
+
+
+def stencil_backward_launch(
+    batch: int, channels: int, height: int, width: int, strides: tuple[int, ...], residual: bool
+) -> tuple[Launch, int]:
+    """For ``strides`` (B, N) of x and (N,) of dx; takes g, x, weight, dx, parts, of which there are so many."""
+    setting, blocks = configs.STRIP_BACKWARD, _blocks(channels)
+    grid, rows = _runs(setting, batch, blocks, height, width)
+    launch = Launch(
+        stencil_kernels, 'stencil_backward_kernel', grid, (*strides, channels, height, width, blocks, rows),
+        RESIDUAL=residual, **_options(setting, channels),
+    )  # fmt: skip
+    return launch, grid[0] // blocks * grid[1] * grid[2]
+
+
+def depthwise_weight_launch(
+    batch: int, channels: int, height: int, width: int, strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Launch, int]:
+    """For g and then x, of ``strides`` (B, N, B, N) in ``dtype``; takes g, x, parts, of which there are so many."""
+    setting, blocks = configs.strip(dtype, aligned(channels)), _blocks(channels)
+    grid, rows = _runs(setting, batch, blocks, height, width)
+    launch = Launch(
+        lepe_kernels, 'lepe_backward_kernel', grid, (*strides, channels, height, width, blocks, rows),
+        **_options(setting, channels),
+    )  # fmt: skip
+    return launch, grid[0] // blocks * grid[1] * grid[2]
 
 
 def cpe_norm_forward(
@@ -46,14 +104,11 @@ def cpe_norm_forward(
     if x.numel() == 0:
         return out, y, mean, rstd
     x = readable(x, width)
-    setting = configs.norm_strip(channels)
-    grid, rows = _runs(setting, x, 1, height, width)
+    launch = cpe_norm_launch(batch, channels, height, width, x.stride()[:2], eps)
     with on_device(x):
-        start(
-            stencil_kernels.cpe_norm_kernel, grid,
+        launch(
             x, conv_weight.contiguous(), conv_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(),
-            out, y, mean, rstd, x.stride(0), x.stride(1), height, width, rows, eps,
-            CHANNELS=channels, PADDED=configs.padded_width(channels), ALIGNED=aligned(channels), **setting.options(),
+            out, y, mean, rstd,
         )  # fmt: skip
     return out, y, mean, rstd
 
@@ -121,38 +176,23 @@ def _convolve_silu(
     x: Tensor, weight: Tensor, bias: Tensor, grad_y: Tensor, y: Tensor, height: int, width: int, backward: bool
 ) -> None:
     """Fill y with silu(p), or ``backward`` with grad_y silu'(p); p is the convolution of x."""
-    channels = x.shape[2]
-    setting, width_of_block = configs.strip(x.dtype, aligned(channels)), configs.STENCIL_CHANNELS
-    blocks = -(-channels // width_of_block)
-    grid, rows = _runs(setting, x, blocks, height, width)
+    strides = *x.stride()[:2], *grad_y.stride()[:2]
+    launch = dwc_silu_launch(x.shape[0], x.shape[2], height, width, strides, x.dtype, backward)
     with on_device(x):
-        start(
-            stencil_kernels.dwc_silu_kernel, grid,
-            x, weight.contiguous(), bias.contiguous(), grad_y, y,
-            x.stride(0), x.stride(1), grad_y.stride(0), grad_y.stride(1), channels, height, width, blocks, rows,
-            BACKWARD=backward, CHANNELS=width_of_block, ALIGNED=aligned(channels), ACCURATE=x.dtype == torch.float32,
-            **setting.options(),
-        )  # fmt: skip
+        launch(x, weight.contiguous(), bias.contiguous(), grad_y, y)
 
 
 def _stencil_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from g (B, N, C), contiguous, the gradient of the convolution's result."""
-    channels = x.shape[2]
+    batch, _, channels = x.shape
     x = readable(x, width)
-    setting, width_of_block = configs.STRIP_BACKWARD, configs.STENCIL_CHANNELS
-    blocks = -(-channels // width_of_block)
-    grid, rows = _runs(setting, x, blocks, height, width)
+    launch, count = stencil_backward_launch(batch, channels, height, width, (*x.stride()[:2], channels), residual)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parts = fp32_like(x, grid[0] // blocks * grid[1] * grid[2], 10, channels)
+    parts = fp32_like(x, count, 10, channels)
     with on_device(x):
-        start(
-            stencil_kernels.stencil_backward_kernel, grid,
-            grad, x, weight.contiguous(), grad_x, parts, x.stride(0), x.stride(1), channels,
-            height, width, blocks, rows,
-            RESIDUAL=residual, CHANNELS=width_of_block, ALIGNED=aligned(channels), **setting.options(),
-        )  # fmt: skip
+        launch(grad, x, weight.contiguous(), grad_x, parts)
         return grad_x, *reduce_weight_parts(parts, weight, bias)
 
 
@@ -163,18 +203,11 @@ def depthwise_weight_backward(
 
     From grad, the gradient of its result; both as :func:`mila_mm.ops.triton.tensors.readable` returns them.
     """
-    channels = x.shape[2]
-    setting, width_of_block = configs.strip(x.dtype, aligned(channels)), configs.STENCIL_CHANNELS
-    blocks = -(-channels // width_of_block)
-    grid, rows = _runs(setting, x, blocks, height, width)
-    parts = fp32_like(x, grid[0] // blocks * grid[1] * grid[2], 10, channels)
+    strides = *grad.stride()[:2], *x.stride()[:2]
+    launch, count = depthwise_weight_launch(x.shape[0], x.shape[2], height, width, strides, x.dtype)
+    parts = fp32_like(x, count, 10, x.shape[2])
     with on_device(x):
-        start(
-            lepe_kernels.lepe_backward_kernel, grid,
-            grad, x, parts, grad.stride(0), grad.stride(1), x.stride(0), x.stride(1),
-            channels, height, width, blocks, rows,
-            CHANNELS=width_of_block, ALIGNED=aligned(channels), **setting.options(),
-        )  # fmt: skip
+        launch(grad, x, parts)
         return reduce_weight_parts(parts, weight, bias)
 
 
@@ -207,9 +240,8 @@ def relu_dwc_relu_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, 
     if x.numel() == 0:
         return y
     x = readable(x, width)
-    setting = configs.STRIP_DOWN
-    blocks = -(-channels // configs.STENCIL_CHANNELS)
-    grid, rows = _runs(setting, x, blocks, out_height, out_width)
+    setting, blocks = configs.STRIP_DOWN, _blocks(channels)
+    grid, rows = _runs(setting, batch, blocks, out_height, out_width)
     with on_device(x):
         start(
             down_kernels.relu_dwc_relu_kernel, grid,
@@ -230,8 +262,8 @@ def relu_dwc_relu_backward(
     out_height, out_width = -(-height // 2), -(-width // 2)
     x, y, grad_y = readable(x, width), readable(y, width), readable(grad_y, width)
     setting = configs.STRIP_DOWN_BACKWARD if aligned(channels) else configs.STRIP_DOWN_BACKWARD_UNALIGNED
-    blocks = -(-channels // configs.STENCIL_CHANNELS)
-    grid, rows = _runs(setting, x, blocks, out_height, out_width)
+    blocks = _blocks(channels)
+    grid, rows = _runs(setting, batch, blocks, out_height, out_width)
     grad_x = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     parts = fp32_like(x, grid[0] // blocks * grid[1] * grid[2], 10, channels)
     with on_device(x):

@@ -186,6 +186,27 @@ def why_not_stencil(
     return _why_not_size(x.shape[0], spatial_shape, x.shape[2])
 
 
+def why_not_block(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    batch: int,
+    spatial_shape: tuple[int, int],
+    channels: int,
+    hidden: int,
+    num_heads: int,
+) -> str | None:
+    """Say why the kernels cannot serve a whole block: of an MLP of ``hidden`` units, as above otherwise."""
+    if (reason := _why_not_here(device)) is not None:
+        return reason
+    if any(dtype not in DTYPES for dtype in dtypes):
+        return f'expected float32, float16 or bfloat16, got {dtypes}'
+    if channels > MAX_STENCIL_CHANNELS or hidden > MAX_ROW:
+        return f'expected at most {MAX_STENCIL_CHANNELS} channels, got {channels}'
+    if channels // num_heads not in HEAD_WIDTHS:
+        return f'expected heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {channels // num_heads}'
+    return _why_not_size(batch, spatial_shape, 2 * channels)
+
+
 def why_not_rows(x: Tensor) -> str | None:
     """Say why the kernels that walk rows of x (..., C), whatever map they form, cannot take it; None where they can."""
     if (reason := _why_not_here(x.device)) is not None:

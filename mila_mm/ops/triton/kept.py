@@ -8,6 +8,7 @@ Python; beside a kernel of ten microseconds that is what a small image waits for
 from __future__ import annotations
 
 from subprocess import SubprocessError
+from types import ModuleType
 from typing import Any
 
 import triton
@@ -34,12 +35,20 @@ _INT32_MAX = 2**31 - 1
 _Kept = tuple[Any, Any, Any, tuple[object, ...]]
 _kept: dict[int, dict[tuple[object, ...], _Kept]] = {}
 _sizes: dict[int, frozenset[int]] = {}
+_age = object()  # changes when what has been kept may no longer be used
 
 
 def clear() -> None:
     """Forget all kept kernels, as after a reset of the device."""
+    global _age  # noqa: PLW0603  launches that have been bound ask for it
     _kept.clear()
     _sizes.clear()
+    _age = object()
+
+
+def age() -> object:
+    """Is another one after :func:`clear`: what has been bound before is then no more."""
+    return _age
 
 
 def _hooked(chain: Any) -> bool:
@@ -106,7 +115,18 @@ def _current_device() -> int:
         raise KernelFailed("Triton does not get to this GPU's driver") from error
 
 
-def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **constants: object) -> None:
+def watched() -> bool:
+    """Whether launches have to go through Triton's JIT, for who has hooked them."""
+    return _hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook)
+
+
+def current_stream() -> int:
+    """The stream of the current device that launches go to."""
+    active = driver.active
+    return active.get_current_stream(active.get_current_device())
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **constants: object) -> _Kept | None:
     """Do what ``kernel[grid](*args, **constants)`` does, on the current device and stream, in less time.
 
     The first launch of a kind goes through Triton's JIT, and so does every one in Triton's interpreter, with hooks on
@@ -117,11 +137,13 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **con
         grid: One to three numbers of programs.
         args: The run-time arguments in their order: tensors on the current device, integers, floats.
         constants: The compile-time arguments, and options of the launch such as num_warps.
+
+    Returns:
+        What is kept of it, if anything.
     """
-    watched = _hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook)
-    if not _KNOWN or type(kernel) is not JITFunction or watched:
+    if not _KNOWN or type(kernel) is not JITFunction or watched():
         _by_jit(kernel, grid, args, constants)
-        return
+        return None
     kept = _kept.get(id(kernel))
     if kept is None:
         kept = _kept[id(kernel)] = {}
@@ -129,7 +151,7 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **con
     described = _specialised_on(kernel, args)
     if described is None:
         _by_jit(kernel, grid, args, constants)
-        return
+        return None
     key, values = described
     device = _current_device()
     active = driver.active
@@ -141,7 +163,56 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **con
         # The grid's numbers do not enter a binary; a kernel that was only asked for and not launched has no function.
         if getattr(compiled, 'function', None) is not None:
             kept[key] = compiled.run, compiled.function, compiled.packed_metadata, skipped
-        return
+        return kept.get(key)
     run, function, metadata, skipped = found
     one, two, three = (*grid, 1, 1)[:3]
     run(one, two, three, active.get_current_stream(device), function, metadata, None, None, None, *values, *skipped)
+    return found
+
+
+class Launch:
+    """A launch with all of it that does not change from call to call: tensors, which come first, are what is missing.
+
+    Args:
+        module: Of the kernel.
+        kernel: Its name there.
+        grid: One to three numbers of programs.
+        numbers: The run-time arguments behind the tensors.
+        constants: As for :func:`start`.
+    """
+
+    __slots__ = ('_age', '_arguments', '_constants', '_grid', '_head', '_kernel', '_module', '_run')
+
+    def __init__(
+        self,
+        module: ModuleType,
+        kernel: str,
+        grid: tuple[int, ...],
+        numbers: tuple[int | float, ...],
+        **constants: object,
+    ) -> None:
+        self._module, self._kernel, self._grid = module, kernel, grid
+        self._arguments, self._constants = numbers, constants
+        self._age: object = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Start the kernel on tensors, and keep what :meth:`at` needs."""
+        kernel = getattr(self._module, self._kernel)
+        found = start(kernel, self._grid, *tensors, *self._arguments, **self._constants)
+        if found is not None and self._age is not _age:
+            self._run, function, metadata, skipped = found
+            self._head = (*self._grid, 1, 1)[:3], (function, metadata, None, None, None), (*self._arguments, *skipped)
+            self._age = _age
+
+    @property
+    def bound(self) -> bool:
+        """Whether :meth:`at` can start it."""
+        return self._age is _age
+
+    def at(self, stream: int, *addresses: int) -> None:
+        """Start a bound launch on a stream of the device it is bound to, on memory as aligned as it was then: by 16.
+
+        ``addresses`` stand for tensors of the dtypes that it is bound to. Nothing is checked.
+        """
+        grid, options, rest = self._head
+        self._run(*grid, stream, *options, *addresses, *rest)
