@@ -38,6 +38,10 @@ from triton.compiler import ASTSource
 
 from benchmarks import measure
 from mila_mm.ops.attention import backward_kernels, forward_kernels, launch
+from mila_mm.ops.block import kernels as block_kernels
+from mila_mm.ops.block import launch as block_launch
+from mila_mm.ops.block.layout import Shape
+from mila_mm.ops.block.plan import Plan
 from mila_mm.ops.feed_forward import kernels as mlp_kernels
 from mila_mm.ops.feed_forward import launch as mlp_launch
 from mila_mm.ops.rows import kernels as row_kernels
@@ -76,6 +80,7 @@ KERNELS = (
     (mlp_kernels, 'gelu_backward_kernel'),
     (row_kernels, 'column_parts_kernel'),
     (row_kernels, 'column_reduce_kernel'),
+    (block_kernels, 'block_reduce_kernel'),
 )
 STENCIL_CHANNELS = (32, 64, 72, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -228,12 +233,33 @@ def record_stencils(
         y = stencil_launch.relu_dwc_relu_forward(x, *weights, *size)
         stencil_launch.relu_dwc_relu_backward(y, x, *weights, y, *size)
         row_launch.column_sum(x, dtype)
+        if channels % 32 == 0:
+            dots = next(dots for name, _, dots in MODES if name == mode)
+            for scaled in (False, True):
+                record_block(x, size, dots, scaled)
         if dtype != torch.float32:
             record_mlp(x)
         for source in {x, x.float()}:  # the residual stream may be wider than what the norm writes
             _, mean, rstd = row_launch.layer_norm_forward(source, vector, vector, 1e-5, dtype)
             row_launch.layer_norm_backward(x, source, mean, rstd, vector, vector, None, source.dtype)
     return launches
+
+
+def record_block(x: torch.Tensor, size: tuple[int, int], dots: str, scaled: bool) -> None:
+    """The launches of a whole block with an MLP of four times as many hidden units, forward and backward."""
+    channels, hidden = x.shape[2], 4 * x.shape[2]
+    shape = Shape(
+        1, *size, channels, hidden, channels // 32, 1e-5, 1e-5, 1e-6, 1e4, x.dtype, x.dtype, torch.float32,
+        (scaled, scaled), True, dots, x.device,
+    )  # fmt: skip
+    plan = Plan(shape)
+    widths = ((2 * channels, channels), (2 * channels, channels), (channels, channels), (hidden, channels))
+    weights = [x.new_zeros(shape) for out, into in (*widths, (channels, hidden)) for shape in ((out, into), (out,))]
+    params = [torch.zeros(channels * count) for _ in range(3) for count in (9, 1, 1, 1)]
+    scales = (x.new_zeros(1), x.new_zeros(1)) if scaled else (None, None)
+    _, *kept = block_launch.forward(plan, x, weights, params, torch.zeros(channels * 9), scales)
+    rest = [*weights[:6:2], *weights[6:9]]
+    block_launch.backward(plan, x, [x, *kept], rest, params, torch.zeros(channels * 9), scales)
 
 
 def record_mlp(x: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ plan kept for the shape; elsewhere the parts above are an op each.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -27,10 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from mila_mm.ops.block import op as whole
 from mila_mm.ops.block.gradients import in_order
-from mila_mm.ops.block.op import EPS, ROPE_BASE, serves
+from mila_mm.ops.block.op import EPS, ROPE_BASE
 from mila_mm.ops.common import IMPLEMENTATIONS, as_written
 from mila_mm.ops.linear.op import add_branch
+from mila_mm.ops.triton.configs import KernelFailed
 
 PARAMETERS = (
     *('cpe1.weight', 'cpe1.bias', 'norm1.weight', 'norm1.bias'),
@@ -195,11 +198,11 @@ class Call(NamedTuple):
     setting: Setting
     taps: Tensor | None = None
 
-    def served(self, x: Tensor, master: torch.dtype, keep: bool) -> bool:
-        """Whether kernels of ours run the whole block on x, with parameters of dtype ``master``."""
-        scaled = self.scales[0] is not None, self.scales[1] is not None
-        hidden = self.weights.fc1_weight.shape[0]
-        return self.taps is not None and serves(x, hidden, master, scaled, keep, self.setting)
+    def plan(self, x: Tensor, master: torch.dtype, keep: bool) -> Any:
+        """That by which kernels of ours run the whole block on x, with parameters of dtype ``master``, or None."""
+        if self.taps is None:
+            return None
+        return whole.find(x, self.weights.fc1_weight.shape[0], master, self.scales, keep, self.setting)
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -227,15 +230,19 @@ class BlockNode(torch.autograd.Function):
         ctx.setting = setting
         # Of the parameters behind the products and of the first three biases nobody asks for values.
         ctx.master = params[4].dtype
-        ctx.served = call.served(x, ctx.master, True)
-        if ctx.served:
-            x = x.contiguous()
-            out, *kept = _ops().block_forward(x, weights, stencils, taps, *scales, True, *setting)
-            kept = x, *kept, taps
+        ctx.plan, done = call.plan(x, ctx.master, True), None
+        if ctx.plan is not None:
+            assert taps is not None
+            with suppress(KernelFailed):
+                x = x.contiguous()
+                done = whole.forward(ctx.plan, x, weights, stencils, taps, scales)
+        if done is not None:
+            out, *rest = done
+            kept: tuple[Tensor | None, ...] = (x, *rest, taps)
         else:
             x2, kept1 = mix(x, weights, params, scales[0], setting)
             out, kept2 = feed_forward(x2, weights, params, scales[1], setting)
-            kept = *kept1, *kept2
+            ctx.plan, kept = None, (*kept1, *kept2)
         ctx.save_for_backward(*weights[:6:2], *weights[6:], *scales, *stencils, *kept)
         return out
 
@@ -243,23 +250,32 @@ class BlockNode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x and of all parameters."""
         saved = ctx.saved_tensors  # once: under activation checkpointing each access recomputes
-        weights, scales, params, kept, given = saved[:7], saved[7:9], saved[9:21], saved[21:], grad
+        given, params, x = grad, saved[9:21], saved[21]
         with torch.no_grad(), as_written(grad):
-            grad = grad.contiguous()
-            if ctx.served:
-                *kept, taps = kept
-                grad, flat = _ops().block_backward(grad, kept, weights[:6], params, taps, *scales, *ctx.setting)
-                grads = grad, *in_order(flat, grad.shape[-1], weights[3].shape[0])
-            else:
-                grad, *last = _feed_forward_backward(grad, kept[11:], weights[3:], params[8:], scales[1], ctx.setting)
-                grad, *first = _mix_backward(
-                    grad, kept[:11], weights[:3], params[:8], scales[0], ctx.setting, ctx.master
-                )
-                grads = grad, *_in_order(first, last, ctx.master)
+            grads = _gradients(ctx, grad.contiguous(), saved[:7], saved[7:9], params, saved[21:])
         if torch.is_grad_enabled():  # create_graph=True
-            sources = given, kept[0], *params
-            grads = tuple(_FirstOrderOnly.apply(each, *sources) for each in grads)
+            grads = tuple(_FirstOrderOnly.apply(each, given, x, *params) for each in grads)
         return grads[0], None, *grads[1:]
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    weights: tuple[Tensor, ...],
+    scales: tuple[Tensor | None, Tensor | None],
+    params: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """Those of x and of all parameters in their order."""
+    if ctx.plan is not None:
+        *results, taps = kept
+        with suppress(KernelFailed):
+            grad, flat = whole.backward(ctx.plan, grad, results, weights[:6], params, taps, scales)
+            return grad, *in_order(flat, grad.shape[-1], weights[3].shape[0])
+        kept = whole.results(ctx.plan, results)
+    grad, *last = _feed_forward_backward(grad, kept[11:], weights[3:], params[8:], scales[1], ctx.setting)
+    grad, *first = _mix_backward(grad, kept[:11], weights[:3], params[:8], scales[0], ctx.setting, ctx.master)
+    return grad, *_in_order(first, last, ctx.master)
 
 
 def run(x: Tensor, call: Call, params: tuple[Tensor, ...]) -> Tensor:
@@ -267,8 +283,11 @@ def run(x: Tensor, call: Call, params: tuple[Tensor, ...]) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return BlockNode.apply(x, call, *params)
     with torch.no_grad():
-        if call.served(x, params[4].dtype, False):
+        plan = call.plan(x, params[4].dtype, False)
+        if plan is not None:
+            assert call.taps is not None
             stencils = [params[i] for i in _STENCILS]
-            return _ops().block_forward(x, call.weights, stencils, call.taps, *call.scales, False, *call.setting)[0]
+            with suppress(KernelFailed):
+                return whole.forward(plan, x, call.weights, stencils, call.taps, call.scales)[0]
         x = mix(x, call.weights, params, call.scales[0], call.setting)[0]
         return feed_forward(x, call.weights, params, call.scales[1], call.setting)[0]

@@ -14,110 +14,15 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 
 from mila_mm.nn import block_node
-from mila_mm.nn.layers import Block, ConvLayer, DepthwiseConv, Downsample, LinearAttention, Mlp, Stage, Stem
-from mila_mm.nn.plain import why_not_plain
+from mila_mm.nn.inspection import Watch, layers_of, parameters_of
+from mila_mm.nn.layers import Block, Downsample, LinearAttention, Stage, Stem
 from mila_mm.nn.step_weights import Castable, Casted, Taps
 from mila_mm.ops import layer_norm, why_not_triton_stencil
 from mila_mm.ops.common import as_written, autocast_dtype, transformed
 from mila_mm.ops.rope import to_device
 
 _logger = logging.getLogger('mila_mm')
-_PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
-    ('cpe1', DepthwiseConv),
-    ('norm1', nn.LayerNorm),
-    ('in_proj', nn.Linear),
-    ('act_proj', nn.Linear),
-    ('dwc', DepthwiseConv),
-    ('attn', LinearAttention),
-    ('out_proj', nn.Linear),
-    ('cpe2', DepthwiseConv),
-    ('norm2', nn.LayerNorm),
-    ('mlp', Mlp),
-)
-_INNER = {'attn': (('qk', nn.Linear), ('lepe', nn.Conv2d)), 'mlp': (('fc1', nn.Linear), ('fc2', nn.Linear))}
 _LOW = (torch.bfloat16, torch.float16)
-
-
-def _read(name: str, module: nn.Module, found: dict[str, Tensor]) -> str | None:
-    """Add weight and bias of a module to ``found``; why not, where they are no plain parameters."""
-    for key in ('weight', 'bias'):
-        value = module._parameters.get(key)
-        if type(value) is not nn.Parameter:
-            return f'{name}.{key} is no plain parameter (sharded, parametrised or removed)'
-        found[f'{name}.{key}'] = value
-    return None
-
-
-def _inspect(prefix: str, owner: nn.Module, parts: Any, found: dict[str, Tensor]) -> str | None:
-    modules = owner._modules
-    for name, kind in parts:
-        module, path = modules.get(name), prefix + name
-        if (reason := why_not_plain(path, module, kind)) is not None:
-            return reason
-        assert module is not None
-        inner = _INNER.get(name)
-        reason = _read(path, module, found) if inner is None else _inspect(f'{path}.', module, inner, found)
-        if reason is not None:
-            return reason
-    return None
-
-
-def parameters_of(block: nn.Module) -> tuple[Tensor, ...] | str:
-    """The parameters of a block in the order of its node, or why it has to run module by module."""
-    found: dict[str, Tensor] = {}
-    reason = why_not_plain('block', block, Block) or _inspect('', block, _PARTS, found)
-    if reason is not None:
-        return reason
-    assert isinstance(block, Block) and isinstance(block.attn, LinearAttention)
-    if block.attn.backend == 'reference':
-        return "attn_backend='reference'"
-    drop = block._modules['drop_path']
-    if (
-        drop is None
-        or type(drop) not in (DropPath, nn.Identity)
-        or why_not_plain('drop_path', drop, type(drop)) is not None
-    ):
-        return f'drop_path is a {type(drop).__name__}, or has hooks'
-    params = tuple(found[name] for name in block_node.PARAMETERS)
-    if block.dwc.kernel_size != (3, 3) or params[4].shape[0] != params[4].shape[1]:
-        return 'another kernel size or inner width than those of MILA'
-    first = params[0]
-    if any(p.dtype != first.dtype or p.device != first.device or not p.is_contiguous() for p in params):
-        return 'parameters of several dtypes, devices or layouts'
-    return params
-
-
-def _layers_of(module: nn.Module | None, kind: type[nn.Module]) -> list[ConvLayer] | None:
-    """The convolutions of a stem or downsampling in their order; None where somebody has changed or hooked one."""
-    if module is None or type(module) is not kind:
-        return None
-    found: list[nn.Module | None] = []
-    for child in module._modules.values():
-        if type(child) is ConvLayer:
-            found.append(child)
-        elif child is not None and why_not_plain('', child, nn.Sequential) is None:
-            found.extend(child._modules.values())
-        else:
-            return None
-    layers: list[ConvLayer] = []
-    for layer in found:
-        if why_not_plain('', layer, ConvLayer) is not None:
-            return None
-        assert isinstance(layer, ConvLayer)
-        if not _plain_convolution(layer._modules['conv']):
-            return None
-        layers.append(layer)
-    return layers
-
-
-def _plain_convolution(conv: nn.Module | None) -> bool:
-    if conv is None or why_not_plain('', conv, nn.Conv2d) is not None:
-        return False
-    weight, bias = conv._parameters['weight'], conv._parameters['bias']
-    if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)):
-        return False
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    return dense and weight.dtype == torch.float32
 
 
 class Walked(Protocol):
@@ -140,6 +45,33 @@ class Prepared(NamedTuple):
     products: block_node.Products
     scales: tuple[Tensor | None, Tensor | None]
     taps: Tensor | None
+
+
+class Chosen(NamedTuple):
+    """What runs on weights cast at once.
+
+    Attributes:
+        blocks: Those that are a node each, with their parameters in its order.
+        convolutions: See :class:`Pass`; uncast.
+        castable: All of these weights.
+        taps: Those of the blocks' attentions.
+    """
+
+    blocks: list[tuple[nn.Module, tuple[Tensor, ...]]]
+    convolutions: dict[int, list[tuple[Tensor, Tensor | None]]]
+    castable: Castable
+    taps: Taps
+
+    @classmethod
+    def of(
+        cls,
+        blocks: list[tuple[nn.Module, tuple[Tensor, ...]]],
+        convolutions: dict[int, list[tuple[Tensor, Tensor | None]]],
+    ) -> Chosen:
+        """Gather the weights."""
+        parts = [part for _, params in blocks for part in _products_of(params)]
+        others = [p for pairs in convolutions.values() for pair in pairs for p in pair if p is not None]
+        return cls(blocks, convolutions, Castable([*parts, *((p,) for p in others)]), Taps(blocks))
 
 
 class Pass:
@@ -202,8 +134,8 @@ class FastPath:
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
-        self._castable: Castable | None = None
-        self._taps = Taps()
+        self._chosen: Chosen | None = None
+        self._watches: list[Watch] = []
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> FastPath:
@@ -220,43 +152,45 @@ class FastPath:
         dtype = image.dtype if low is None else low
         if trunk.fused == 'auto' and not _wins(trunk, image, dtype):
             return None
-        chosen: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
-        for stage in stages_of(trunk):
-            for block in stage.blocks:
-                params = parameters_of(block)
-                if isinstance(params, str):
-                    self._say(params)
-                elif params[0].dtype not in (dtype, torch.float32) or (low is None and params[0].dtype != dtype):
-                    self._say(f'parameters of {params[0].dtype} in a pass in {dtype}')
-                elif params[0].device == image.device:
-                    chosen.append((block, params))
-        if not chosen:
+        chosen = self._choose(trunk, image, dtype, low is not None)
+        if not chosen.blocks:
             return None
-        convolutions = _convolutions_of(trunk) if low is not None else {}
-        values = iter(self._cast(chosen, convolutions, dtype))
-        products = [block_node.Products(*(next(values) for _ in block_node.Products._fields)) for _ in chosen]
-        scales = _scales([block for block, _ in chosen], image, dtype)
-        taps = self._taps.lay_out(chosen) if image.is_cuda else [None] * len(chosen)
+        values = chosen.castable.cast(dtype)
+        width = len(block_node.Products._fields)
+        products = [
+            block_node.Products._make(values[i : i + width]) for i in range(0, width * len(chosen.blocks), width)
+        ]
+        scales = _scales([block for block, _ in chosen.blocks], image, dtype)
+        taps = chosen.taps.lay_out() if _kernels_run(trunk, image) else [None] * len(chosen.blocks)
         blocks = {
             id(block): Prepared(params, *rest)
-            for (block, params), *rest in zip(chosen, products, scales, taps, strict=True)
+            for (block, params), rest in zip(chosen.blocks, zip(products, scales, taps, strict=True), strict=True)
         }
-        return Pass(dtype, blocks, {key: _casted(params, values) for key, params in convolutions.items()})
+        others = iter(values[width * len(chosen.blocks) :])
+        return Pass(dtype, blocks, {key: _casted(params, others) for key, params in chosen.convolutions.items()})
 
-    def _cast(
-        self,
-        chosen: list[tuple[nn.Module, tuple[Tensor, ...]]],
-        convolutions: dict[int, list[tuple[Tensor, Tensor | None]]],
-        dtype: torch.dtype,
-    ) -> list[Tensor]:
-        """Cast what products and convolutions take, in their order."""
-        others = [p for pairs in convolutions.values() for pair in pairs for p in pair if p is not None]
-        key = (*(id(p) for _, params in chosen for p in params), *map(id, others))
-        if key != self._key or self._castable is None:
-            # The old ones are alive as long as they are kept here, so that no new one can have their id.
-            parts = [part for _, params in chosen for part in _products_of(params)]
-            self._castable, self._key = Castable([*parts, *((p,) for p in others)]), key
-        return self._castable.cast(dtype)
+    def _choose(self, trunk: Walked, image: Tensor, dtype: torch.dtype, casts: bool) -> Chosen:
+        """What runs as a node, as in the pass before where nothing has changed since; convolutions if ``casts``."""
+        parts = [trunk.patch_embed, *(stage.downsample for stage in stages_of(trunk))]
+        modules = [*(block for stage in stages_of(trunk) for block in stage.blocks), *parts]
+        backends = (getattr(getattr(module, 'attn', None), 'backend', None) for module in modules[: -len(parts)])
+        key = dtype, casts, image.device, *map(id, modules), *backends
+        if key == self._key and self._chosen is not None and all(watch.holds() for watch in self._watches):
+            return self._chosen
+        blocks: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
+        for block in modules[: -len(parts)]:
+            assert block is not None
+            params = parameters_of(block)
+            if isinstance(params, str):
+                self._say(params)
+            elif params[0].dtype not in (dtype, torch.float32) or (not casts and params[0].dtype != dtype):
+                self._say(f'parameters of {params[0].dtype} in a pass in {dtype}')
+            elif params[0].device == image.device:
+                blocks.append((block, params))
+        self._chosen = Chosen.of(blocks, _convolutions_of(trunk) if casts and blocks else {})
+        self._key = key
+        self._watches = [Watch(module) for module in modules if module is not None]
+        return self._chosen
 
     def _say(self, reason: str) -> None:
         """Log a reason, once for each model."""
@@ -275,10 +209,15 @@ def _may_be_a_node(image: Tensor) -> bool:
 
 def _wins(trunk: Walked, image: Tensor, dtype: torch.dtype) -> bool:
     """Where nodes are taken unasked: with the kernels on a GPU, and in 16 bits on a CPU."""
-    if image.is_cuda:
-        first: Any = next(iter(stages_of(trunk))).blocks[0]
-        return why_not_triton_stencil(first.norm1.weight[None, None]) is None
-    return dtype in _LOW
+    return _kernels_run(trunk, image) if image.is_cuda else dtype in _LOW
+
+
+def _kernels_run(trunk: Walked, image: Tensor) -> bool:
+    """Whether Triton kernels serve the model where the image is."""
+    if not image.is_cuda:
+        return False
+    first: Any = next(iter(stages_of(trunk))).blocks[0]
+    return why_not_triton_stencil(first.norm1.weight[None, None]) is None
 
 
 def _norms_in_fp32(x: Tensor) -> bool:
@@ -297,7 +236,7 @@ def _convolutions_of(trunk: Walked) -> dict[int, list[tuple[Tensor, Tensor | Non
     parts: list[tuple[nn.Module | None, type[nn.Module]]] = [(trunk.patch_embed, Stem)]
     parts += [(stage.downsample, Downsample) for stage in stages_of(trunk)]
     for module, kind in parts:
-        layers = _layers_of(module, kind)
+        layers = layers_of(module, kind)
         if layers is not None:
             found[id(module)] = [(layer.conv.weight, layer.conv.bias) for layer in layers]
     return found

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 _LEPE = 12  # of a block's parameters, its attention's depthwise weight
 
@@ -37,7 +38,12 @@ class Castable:
         copied = [part for part, wanted in zip(self.parts, self._copied, strict=True) if wanted]
         self._params = [p for part in copied for p in part]
         self._sizes = [p.numel() for p in self._params]
-        self._joint_sizes = [sum(p.numel() for p in part) for part in copied]
+        shapes = [shape for shape, wanted in zip(self.shapes, self._copied, strict=True) if wanted]
+        # Without memory of their own: in one call they take the buffer apart, as distributed training does its buckets.
+        self._templates = [
+            torch.empty(1, device=part[0].device).expand(shape) for part, shape in zip(copied, shapes, strict=True)
+        ]
+        self._strides = [None if part[0].is_contiguous() else part[0].stride() for part in self.parts]
         self._addresses, self._chosen = [], dtype
 
     def _read(self) -> list[Tensor]:
@@ -57,36 +63,36 @@ class Castable:
             return [part[0] for part in self.parts]
         flat = torch.empty(sum(self._sizes), dtype=dtype, device=self._params[0].device)
         torch._foreach_copy_(flat.split_with_sizes(self._sizes), self._read())
-        joint = iter(flat.split_with_sizes(self._joint_sizes))
+        joint = iter(_unflatten_dense_tensors(flat, self._templates))
         return [
-            next(joint).as_strided(shape, part[0].stride()) if copied else part[0]
-            for part, shape, copied in zip(self.parts, self.shapes, self._copied, strict=True)
+            (next(joint) if strides is None else next(joint).as_strided(shape, strides)) if copied else part[0]
+            for part, shape, copied, strides in zip(self.parts, self.shapes, self._copied, self._strides, strict=True)
         ]
 
 
 class Taps:
-    """The depthwise weights in the attentions of a pass as the kernels read them, laid out at once."""
+    """The depthwise weights in the attentions of blocks as the kernels read them, laid out at once.
 
-    def __init__(self) -> None:
-        self._addresses: list[int] = []
-        self._sources: list[tuple[list[int], list[Tensor]]] = []
+    Args:
+        blocks: With their parameters in the order of their node.
+    """
 
-    def lay_out(self, blocks: Sequence[tuple[nn.Module, tuple[Tensor, ...]]]) -> list[Tensor | None]:
-        """For each block, with its parameters in the order of its node, (heads, 9, C / heads) in fp32."""
-        weights = [params[_LEPE] for _, params in blocks]
-        addresses = [weight.data_ptr() for weight in weights]
-        if addresses != self._addresses:
-            groups: dict[int, tuple[list[int], list[Tensor]]] = {}
-            for place, ((block, _), weight) in enumerate(zip(blocks, weights, strict=True)):
-                heads = cast('Any', block).attn.num_heads
-                places, sources = groups.setdefault(weight.shape[0] // heads, ([], []))
-                places.append(place)
-                sources.append(weight.detach().view(heads, -1, 9).transpose(1, 2))
-            self._sources, self._addresses = list(groups.values()), addresses
-        result: list[Tensor | None] = [None] * len(weights)
-        for places, sources in self._sources:
+    def __init__(self, blocks: Sequence[tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
+        self._count = len(blocks)
+        groups: dict[tuple[int, torch.dtype], tuple[list[int], list[Tensor]]] = {}
+        for place, (block, params) in enumerate(blocks):
+            weight, heads = params[_LEPE], cast('Any', block).attn.num_heads
+            places, sources = groups.setdefault((weight.shape[0] // heads, weight.dtype), ([], []))
+            places.append(place)
+            sources.append(weight.detach().view(heads, -1, 9).transpose(1, 2))
+        self._groups = list(groups.values())
+
+    def lay_out(self) -> list[Tensor | None]:
+        """For each block (heads, 9, C / heads) in fp32."""
+        result: list[Tensor | None] = [None] * self._count
+        for places, sources in self._groups:
             joint = torch.cat(sources).to(torch.float32)
-            for place, taps in zip(places, joint.split([source.shape[0] for source in sources]), strict=True):
+            for place, taps in zip(places, joint.split([len(source) for source in sources]), strict=True):
                 result[place] = taps
         return result
 

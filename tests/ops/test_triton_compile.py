@@ -43,10 +43,12 @@ STENCILS = {
         'relu_dwc_relu_backward',
         'column_parts',
         'column_reduce',
+        'block_reduce',
+        'gelu_backward',
     )
 }
 
-OF_16_BITS = {'mlp_kernel', 'gelu_backward_kernel'}
+OF_16_BITS = {'mlp_kernel'}
 
 
 @pytest.fixture(scope='module')

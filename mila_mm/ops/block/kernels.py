@@ -18,7 +18,7 @@ def block_reduce_kernel(
     parts_ptr, out_ptr, channels, hidden, norm_parts, stencil_parts, lepe_parts, column_parts, hidden_parts,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of what :func:`mila_mm.ops.block.plan.parts_of` lists, always in one order, one vector behind the other.
+    """Sums of what :func:`mila_mm.ops.block.layout.parts_of` lists, always in one order, one vector behind the other.
 
     The vectors have as many numbers as there are channels, those of the hidden units' sum behind them excepted; nine of
     a stencil are its weight (channels, 9), the tenth its bias. Grid: vectors * (channels / CHANNELS), and so for hidden

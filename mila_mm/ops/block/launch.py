@@ -6,12 +6,14 @@ The formulas are those of :mod:`mila_mm.nn.block_node`; parameters come in its o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mila_mm.ops.block.plan import RESULT, SCRATCH, Plan, Results, Scratch
+from mila_mm.ops.block.layout import RESULT, Results, Scratch
+from mila_mm.ops.block.plan import Plan
 from mila_mm.ops.linear.op import add_branch
 from mila_mm.ops.triton.tensors import on_device
 
@@ -42,29 +44,29 @@ def forward(
 def _forward(
     plan: Plan, x: Tensor, weights: Sequence[Tensor], params: Sequence[Tensor], taps: Tensor, scales: Scales
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape, layout, rows, c = plan.shape, plan.results, plan.rows, plan.shape.channels
-    buffer = torch.empty(layout.size // shape.dtype.itemsize, dtype=shape.dtype, device=x.device)
+    shape, layout = plan.shape, plan.results
+    buffer = torch.empty(plan.buffer_size, dtype=shape.dtype, device=x.device)
     way = plan.way(False, x, *params, taps, *weights[6:])
     run, at = way.run, Results(*way.places(layout, buffer))
-    cpe1, norm1, (dwc, dwc_bias), (_, lepe_bias), cpe2, norm2 = (way.of(*params[i : i + 2]) for i in range(0, 12, 2))
-    tables = way.of(plan.attention.cos, plan.attention.sin)
+    cpe1, cpe1_bias, norm1, norm1_bias, dwc, dwc_bias, _, lepe_bias, *second = way.of(*params)
+    x_place, taps_place, cos, sin = way.of(x, taps, plan.attention.cos, plan.attention.sin)
 
-    run(plan.cpe1, *way.of(x), *cpe1, *norm1, at.x1, at.y1, at.mean1, at.rstd1)
-    joint = F.linear(layout.view(buffer, RESULT.y1, rows, c), *weights[:2])
-    u0, gate = way.of(*joint.split(c, 1))
+    run(plan.cpe1, x_place, cpe1, cpe1_bias, norm1, norm1_bias, at.x1, at.y1, at.mean1, at.rstd1)
+    joint = F.linear(buffer.as_strided(*plan.y1), weights[0], weights[1])
+    u0, gate = way.halves(joint)
     run(plan.dwc, u0, dwc, dwc_bias, u0, at.u)
-    qk = F.linear(layout.view(buffer, RESULT.u, rows, c), *weights[2:4])
-    qk_place, taps_place = way.of(qk, taps)
-    run(plan.state, qk_place, at.u, *tables, at.state_parts, at.mean_parts)
+    qk = F.linear(buffer.as_strided(*plan.u), weights[2], weights[3])
+    (qk_place,) = way.of(qk)
+    run(plan.state, qk_place, at.u, cos, sin, at.state_parts, at.mean_parts)
     if plan.attention.splits > 1:
         run(plan.reduce, at.state_parts, at.mean_parts, at.state, at.key_mean)
-    run(plan.output, qk_place, at.u, taps_place, lepe_bias, gate, *tables, at.state, at.key_mean, at.a)
-    branch = F.linear(layout.view(buffer, RESULT.a, rows, c), *weights[4:6])
-    x2 = add_branch(branch.view(x.shape), layout.view(buffer, RESULT.x1), scales[0])
-    run(plan.cpe2, *way.of(x2), *cpe2, *norm2, at.x3, at.y2, at.mean2, at.rstd2)
+    run(plan.output, qk_place, at.u, taps_place, lepe_bias, gate, cos, sin, at.state, at.key_mean, at.a)
+    branch = F.linear(buffer.as_strided(*plan.a), weights[4], weights[5]).view(x.shape)
+    x2 = add_branch(branch, layout.view(buffer, RESULT.x1), scales[0])
+    run(plan.cpe2, *way.of(x2), *second, at.x3, at.y2, at.mean2, at.rstd2)
     if plan.mlp is None:
-        hidden = F.gelu(F.linear(layout.view(buffer, RESULT.y2, rows, c), *weights[6:8]))
-        branch = F.linear(hidden, *weights[8:10]).view(x.shape)
+        hidden = F.gelu(F.linear(buffer.as_strided(*plan.y2), weights[6], weights[7]))
+        branch = F.linear(hidden, weights[8], weights[9]).view(x.shape)
         out = add_branch(branch, layout.view(buffer, RESULT.x3), scales[1])
     else:
         out = torch.empty(x.shape, dtype=shape.residual, device=x.device)
@@ -120,93 +122,82 @@ class _Backward:
         self.plan = plan
         self.x, self.x2, self.joint, self.qk, self.buffer = kept
         shape, device = plan.shape, grad.device
-        self.flat = torch.empty(sum(plan.sizes), dtype=shape.master, device=device)
-        self.scratch = torch.empty(plan.scratch.size // shape.dtype.itemsize, dtype=shape.dtype, device=device)
+        self.flat = torch.empty(plan.flat_size, dtype=shape.master, device=device)
+        self.scratch = torch.empty(plan.scratch_size, dtype=shape.dtype, device=device)
         self.grad_x = torch.empty(self.x.shape, dtype=shape.residual, device=device)
         self.way = plan.way(True, grad, self.x, *params, taps)
         self.params = self.way.of(*params)
         self.taps = taps
         self.results = Results(*self.way.places(plan.results, self.buffer))
         self.at = Scratch(*self.way.places(plan.scratch, self.scratch))
-        # The matrices' gradients in the dtype of the products.
-        cast = shape.master != shape.dtype
-        self.matrices = plan.scratch.view(self.scratch, SCRATCH.matrices) if cast else self.flat[plan.vectors :]
-        self.joint_grad, self.qk_grad, self.out_grad, self.fc1_grad, self.fc2_grad = (
-            piece.view(-1, columns)
-            for piece, columns in zip(self.matrices.split(plan.matrices), plan.columns_of, strict=True)
-        )
-
-    def _result(self, index: int) -> Tensor:
-        return self.plan.results.view(self.buffer, index, self.plan.rows, self.plan.shape.channels)
-
-    def _gradient(self, index: int) -> Tensor:
-        return self.plan.scratch.view(self.scratch, index)
+        self.matrices = self.scratch if plan.casts else self.flat
 
     def feed_forward(self, grad: Tensor, weights: Sequence[Tensor], scale: Tensor | None) -> None:
         """From the gradient of the result: those of x2, into ``grad_x``, and of the MLP; the hidden map anew."""
         plan, way, at, kept = self.plan, self.way, self.at, self.results
         fc1_weight, fc1_bias, fc2_weight = weights
-        branch, y2 = _branch_gradient(grad, scale, plan.shape.dtype, plan.rows), self._result(RESULT.y2)
-        hidden, grad_hidden = self._gradient(SCRATCH.hidden), self._gradient(SCRATCH.grad_hidden)
+        branch, y2 = _branch_gradient(grad, scale, plan.shape.dtype, plan.rows), self.buffer.as_strided(*plan.y2)
+        hidden, grad_hidden = self.scratch.as_strided(*plan.hidden), self.scratch.as_strided(*plan.grad_hidden)
         torch.addmm(fc1_bias, y2, fc1_weight.t(), out=hidden)
         torch.mm(branch, fc2_weight, out=grad_hidden)
         way.run(plan.gelu, at.hidden, at.grad_hidden, at.fc1)
         grad_y2 = torch.mm(grad_hidden, fc1_weight)
-        torch.mm(grad_hidden.t(), y2, out=self.fc1_grad)
-        torch.mm(branch.t(), hidden, out=self.fc2_grad)
+        self._matrix(3, grad_hidden, y2)
+        self._matrix(4, branch, hidden)
 
         conv, _, gamma, _ = self.params[8:]
         given, of_y, x2, grad_x = way.of(grad, grad_y2, self.x2, self.grad_x)
         factor = gamma if scale is None else way.of(scale)[0]
-        sources = given, of_y, kept.x3, kept.mean2, kept.rstd2, gamma, factor
-        way.run(plan.norm2, *sources, at.grad_conv, at.norm2)
+        way.run(plan.norm2, given, of_y, kept.x3, kept.mean2, kept.rstd2, gamma, factor, at.grad_conv, at.norm2)
         way.run(plan.conv, at.grad_conv, x2, conv, grad_x, at.cpe2)
+
+    def _matrix(self, index: int, grad: Tensor, rows: Tensor) -> None:
+        """The gradient of a matrix from that of a product and from what it was of."""
+        torch.mm(grad.t(), rows, out=self.matrices.as_strided(*self.plan.matrix_grads[index]))
 
     def mix(self, weights: Sequence[Tensor], scale: Tensor | None) -> None:
         """From the gradient of x2, in ``grad_x``: that of x, in its place, and those of the first half."""
-        plan, way, at, kept = self.plan, self.way, self.at, self.results
+        plan, way, at, kept, buffer = self.plan, self.way, self.at, self.results, self.buffer
         joint_weight, qk_weight, out_weight = weights
         conv, _, gamma, _, dwc, dwc_bias = self.params[:6]
         branch = _branch_gradient(self.grad_x, scale, plan.shape.dtype, plan.rows)
         grad_a = torch.mm(branch, out_weight)
-        torch.mm(branch.t(), self._result(RESULT.a), out=self.out_grad)
-        products = self._gradient(SCRATCH.grad_products)
-        self._attention(grad_a, products)
-        grad_qk, grad_joint = products.unbind(0)
-        self._gradient(SCRATCH.grad_u).addmm_(grad_qk, qk_weight)
-        torch.mm(grad_qk.t(), self._result(RESULT.u), out=self.qk_grad)
-        u0, grad_u0 = way.of(self.joint, grad_joint)  # their first halves
+        self._matrix(2, branch, buffer.as_strided(*plan.a))
+        grad_qk, grad_joint = self.scratch.as_strided(*plan.grad_qk), self.scratch.as_strided(*plan.grad_joint)
+        u0, gate = way.halves(self.joint)
+        grad_u0, grad_gate = way.halves(grad_joint)
+        self._attention(grad_a, gate, grad_gate)
+        self.scratch.as_strided(*plan.grad_u).addmm_(grad_qk, qk_weight)
+        self._matrix(1, grad_qk, buffer.as_strided(*plan.u))
         way.run(plan.dwc_back, u0, dwc, dwc_bias, at.grad_u, at.grad_out)
         way.run(plan.dwc_conv, at.grad_out, u0, dwc, grad_u0, at.dwc)
         way.run(plan.columns, at.grad_products, at.products)
         grad_y1 = torch.mm(grad_joint, joint_weight)
-        torch.mm(grad_joint.t(), self._result(RESULT.y1), out=self.joint_grad)
+        self._matrix(0, grad_joint, buffer.as_strided(*plan.y1))
         given, of_y, x = way.of(self.grad_x, grad_y1, self.x)
         factor = gamma if scale is None else way.of(scale)[0]
-        sources = given, of_y, kept.x1, kept.mean1, kept.rstd1, gamma, factor
-        way.run(plan.norm1, *sources, at.grad_conv, at.norm1)
+        way.run(plan.norm1, given, of_y, kept.x1, kept.mean1, kept.rstd1, gamma, factor, at.grad_conv, at.norm1)
         way.run(plan.conv, at.grad_conv, x, conv, given, at.cpe1)
 
-    def _attention(self, grad_a: Tensor, products: Tensor) -> None:
-        """From the attention's gradient: those of qk and of the gate, into ``products``, of u, and lepe's parts."""
-        plan, way, at, kept = self.plan, self.way, self.at, self.results
-        c, lepe_bias = plan.shape.channels, self.params[7]
-        of_a, gate, grad_gate, qk, taps = way.of(grad_a, self.joint[:, c:], products[1, :, c:], self.qk, self.taps)
-        tables = way.of(plan.attention.cos, plan.attention.sin)
-        state = kept.state, kept.key_mean
-        way.run(plan.gate, of_a, qk, kept.u, taps, lepe_bias, gate, *tables, *state, at.grad_out, grad_gate)
-        parts, sums = (at.state_parts, at.mean_parts), (at.grad_state, at.grad_mean)
-        way.run(plan.query, at.grad_out, qk, *tables, *state, at.grad_products, *parts)
+    def _attention(self, grad_a: Tensor, gate: Any, grad_gate: Any) -> None:
+        """From the attention's gradient: those of qk, of u and of the gate, and lepe's parts."""
+        plan, run, at, kept = self.plan, self.way.run, self.at, self.results
+        u, state, key_mean, lepe_bias = kept.u, kept.state, kept.key_mean, self.params[7]
+        of_a, qk, taps, cos, sin = self.way.of(grad_a, self.qk, self.taps, plan.attention.cos, plan.attention.sin)
+        run(plan.gate, of_a, qk, u, taps, lepe_bias, gate, cos, sin, state, key_mean, at.grad_out, grad_gate)
+        parts = at.state_parts, at.mean_parts
+        run(plan.query, at.grad_out, qk, cos, sin, state, key_mean, at.grad_products, *parts)
         if plan.attention.splits > 1:
-            way.run(plan.reduce, *parts, *sums)
-        way.run(plan.key_value, at.grad_out, qk, kept.u, taps, *tables, *sums, at.grad_products, at.grad_u)
-        way.run(plan.lepe, at.grad_out, kept.u, at.lepe)
+            run(plan.reduce, *parts, at.grad_state, at.grad_mean)
+        of_sums = at.grad_state, at.grad_mean
+        run(plan.key_value, at.grad_out, qk, u, taps, cos, sin, *of_sums, at.grad_products, at.grad_u)
+        run(plan.lepe, at.grad_out, u, at.lepe)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Sum the parts, and cast the matrices' gradients."""
         plan = self.plan
         self.way.run(plan.sums, self.at.norm1, *self.way.of(self.flat))
-        if plan.shape.master != plan.shape.dtype:
-            self.flat[plan.vectors :].copy_(self.matrices)
+        if plan.casts:
+            self.flat[plan.vectors :].copy_(self.scratch.as_strided(*plan.matrices))
         plan.settle(True)
         return self.grad_x, self.flat

@@ -107,6 +107,11 @@ def _why_given_up(device: torch.device) -> str | None:
     return _given_up.get(device)
 
 
+def has_given_up(device: torch.device) -> bool:
+    """Whether kernels have turned out not to work on a device."""
+    return device in _given_up
+
+
 def give_up(device: torch.device, failure: KernelFailed) -> None:
     """Leave the kernels alone on a device from now on, and say so; what has been computed by them stays right.
 

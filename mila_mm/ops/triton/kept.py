@@ -181,7 +181,18 @@ class Launch:
         constants: As for :func:`start`.
     """
 
-    __slots__ = ('_age', '_arguments', '_constants', '_grid', '_head', '_kernel', '_module', '_run')
+    __slots__ = (
+        '_age',
+        '_arguments',
+        '_constants',
+        '_function',
+        '_grid',
+        '_kernel',
+        '_metadata',
+        '_module',
+        '_rest',
+        '_run',
+    )
 
     def __init__(
         self,
@@ -191,7 +202,7 @@ class Launch:
         numbers: tuple[int | float, ...],
         **constants: object,
     ) -> None:
-        self._module, self._kernel, self._grid = module, kernel, grid
+        self._module, self._kernel, self._grid = module, kernel, (*grid, 1, 1)[:3]
         self._arguments, self._constants = numbers, constants
         self._age: object = None
 
@@ -200,9 +211,8 @@ class Launch:
         kernel = getattr(self._module, self._kernel)
         found = start(kernel, self._grid, *tensors, *self._arguments, **self._constants)
         if found is not None and self._age is not _age:
-            self._run, function, metadata, skipped = found
-            self._head = (*self._grid, 1, 1)[:3], (function, metadata, None, None, None), (*self._arguments, *skipped)
-            self._age = _age
+            self._run, self._function, self._metadata, skipped = found
+            self._rest, self._age = (*self._arguments, *skipped), _age
 
     @property
     def bound(self) -> bool:
@@ -214,5 +224,5 @@ class Launch:
 
         ``addresses`` stand for tensors of the dtypes that it is bound to. Nothing is checked.
         """
-        grid, options, rest = self._head
-        self._run(*grid, stream, *options, *addresses, *rest)
+        one, two, three = self._grid
+        self._run(one, two, three, stream, self._function, self._metadata, None, None, None, *addresses, *self._rest)
