@@ -16,6 +16,7 @@ from torch.nn.modules import module as module_globals
 from mila_mm.nn import block_node
 from mila_mm.nn.inspection import Watch, layers_of, parameters_of
 from mila_mm.nn.layers import Block, Downsample, LinearAttention, Stage, Stem
+from mila_mm.nn.plain import why_not_plain
 from mila_mm.nn.step_weights import Castable, Casted, Taps
 from mila_mm.ops import layer_norm, why_not_triton_stencil
 from mila_mm.ops.common import as_written, autocast_dtype, transformed
