@@ -96,6 +96,7 @@ $(VENV_DOCS)/.ready: requirements-docs.txt
 docs: $(VENV_DOCS)/.ready
 	$(VENV_DOCS)/bin/python -m sphinx -q -E -a -W --keep-going -b html docs docs/_build/html
 	$(VENV_DOCS)/bin/python tools/docs/check_reference.py docs/_build/html
+	$(VENV_DOCS)/bin/python tools/docs/check_links.py docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 # The addresses that the site links to, asked one by one; needs the network.

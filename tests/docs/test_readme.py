@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from mila_mm.swap.sweep.docs import write_page
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
@@ -47,11 +49,14 @@ def test_speed_is_that_of_the_result() -> None:
     assert f'{machine["cpu"]} (torch {machine["torch"].split("+")[0]}, {machine["date"]})' in README
 
 
-def test_figures_of_the_swap_are_those_of_the_sweep() -> None:
+def test_the_page_of_the_sweep_is_that_of_its_result(tmp_path: Path) -> None:
+    results = json.loads((ROOT / 'benchmarks/results/swap_sweep.json').read_text(encoding='utf-8'))
+    write_page(tmp_path / 'page.md', results)
+    text = (tmp_path / 'page.md').read_text(encoding='utf-8')
+    assert (ROOT / 'docs/swap_results.md').read_text(encoding='utf-8') == text
     swap = (ROOT / 'docs/swap.md').read_text(encoding='utf-8')
-    head = (ROOT / 'docs/swap_results.md').read_text(encoding='utf-8')
     configs, swapped, refused = re.search(r'Of (\d+) config files (\d+) were swapped, (\d+) refused', swap).groups()
-    assert f'{configs} config files' in head and f'Swapped: {swapped}, refused with a reason: {refused}' in head
+    assert f'{configs} config files' in text and f'Swapped: {swapped}, refused with a reason: {refused}' in text
 
 
 def test_every_section_with_figures_says_where_they_are_from() -> None:

@@ -56,7 +56,7 @@ def generated(results: Mapping[str, Any]) -> Iterator[str]:
     by_family = {_family(step['config']): step for step in steps}
     for family, counts in results['families'].items():
         cells = ' | '.join(str(counts.get(status, 0) or '') for status in ('swapped', 'refused', 'failed'))
-        yield f'| {family} | {cells} | {_step_cell(by_family.get(family))} |'
+        yield f'| `{family}` | {cells} | {_step_cell(by_family.get(family))} |'
     yield ''
     yield from _reasons('## Refused', results['reasons'], 'refused')
     yield from _reasons('## Failed', results['reasons'], 'failed')

@@ -48,7 +48,7 @@ def test_page_says_what_the_results_say(records, tmp_path) -> None:
     text = page.read_text()
     assert text.startswith(f'{MARK}\n\n# ') and text.endswith('|\n') and 'last year' not in text
     assert 'swapped or refused: 83.3%' in text and '1 did (50.0%)' in text
-    assert '| mmdet/atss | 2 |  |  | yes |' in text and 'a \\| b &lt;c>' in text and 'no idea' in text
+    assert '| `mmdet/atss` | 2 |  |  | yes |' in text and 'a \\| b &lt;c>' in text and 'no idea' in text
     write_page(page, results)
     assert page.read_text() == text
     page.unlink()
