@@ -96,7 +96,11 @@ def comparison(rows: Sequence[Row], size: str, name: str, steps: int) -> str:
         lines.append('| ' + ' | '.join(cells) + ' |')
     some = [row for group in found.values() for row in group]
     batch = some[0]['images'] // some[0]['steps']
+    absent = len(task.seeds) * len(NAMES) - len([row for row in some if row['seed'] in task.seeds])
     lines += ['', f'{steps} steps of {batch} images. {where(some)}' + same_images(some)]
+    if absent:
+        planned = f'{len(NAMES)} backbones with seed{"s" * (len(task.seeds) > 1)} {", ".join(map(str, task.seeds))}'
+        lines[-1] += f' **{absent} of the {len(task.seeds) * len(NAMES)} planned runs ({planned}) have not run.**'
     return '\n'.join(lines)
 
 
