@@ -8,14 +8,14 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def main(model, file, out='labels.png'):
     """Print the share of each class, and draw the labels over the image."""
     session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
     about = json.loads(session.get_modelmeta().custom_metadata_map['mila_mm'])
-    picture = Image.open(file).convert('RGB')
+    picture = ImageOps.exif_transpose(Image.open(file)).convert('RGB')
     height, width = about['size']
     if about['any_multiple_of']:
         step, scale = about['any_multiple_of'], min(height, width) / min(picture.size)

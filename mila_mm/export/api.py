@@ -7,8 +7,8 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,10 +21,10 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mila_mm.engine.config.build_errors import building
-from mila_mm.engine.config.checks import check_work_dir
 from mila_mm.engine.config.load import load_config, one_line, scope_of
 from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.errors import UserError
+from mila_mm.export.checks import check_options, check_out, check_size, telling
 from mila_mm.export.compare import TOLERANCES, Comparison, compare
 from mila_mm.export.deployed import Deployed, example_inputs
 from mila_mm.export.formats import FORMATS, MOST_STEPS, STEP, Run, check_packages
@@ -33,8 +33,9 @@ from mila_mm.files import UNFINISHED, move_into_place
 from mila_mm.version import __version__
 from mila_mm.weights.load import read_checkpoint
 
-_MOST_BATCH = 64
 _REPEATS = 5
+
+Sample = tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def export_model(
         precision: 'fp32', or 'fp16' for the network between preprocessing and boxes.
         masks: 'box', 28 x 28 probabilities over each box, or 'image', pasted and thresholded.
         logits: Whether a segmentor's file returns logits too.
-        out: File to write. Defaults to the config's name with the format's suffix, in the current folder.
+        out: File to write; one that is there is replaced at the end. Defaults to the config's name with the format's
+            suffix, in the current folder.
         images: Files or folders to compare on. Defaults to the config's test set where it is here, else drawn ones.
         cfg_options: Overrides as ``key.of.entry=value``.
 
@@ -102,37 +104,32 @@ def export_model(
             differs from the model. No file is left then.
     """
     check_packages(format)
-    path = _check_out(config, out, format)
-    _check_size(size, dynamic, batch)
+    path = check_out(config, checkpoint, out, format)
+    check_size(size, dynamic, batch)
     cfg = load_config(config, cfg_options)
     paths = find_images(images, cfg, batch)
     model, notes = load_model(cfg, checkpoint)
-    deployed = Deployed(model, precision, pasted=masks == 'image', logits=logits).eval()
-    _check_options(deployed, format, precision, dynamic)
+    pasted, multiple = masks == 'image', STEP if dynamic else 1
+    deployed = Deployed(model, precision, pasted=pasted, logits=logits, multiple=multiple).eval()
+    check_options(deployed, format, precision, dynamic, pasted, logits)
     shapes = _shapes(size, dynamic)
     settings = _settings(deployed)
     metadata = _metadata(cfg, deployed, config, size, dynamic, batch, precision, settings)
     inputs = example_inputs(deployed, batch, *size)
     _try(deployed, inputs, size)
-    tolerance = TOLERANCES[precision]
+    samples = [_sample(model, deployed, paths, batch, shape) for shape in shapes]
     comparison = Comparison()
-    with _drafting(path) as draft:
+    with telling(path, format), _drafting(path) as draft, telling(path, format):
         FORMATS[format].write(draft, deployed, inputs, dynamic, json.dumps(metadata))
         run = FORMATS[format].load(draft, deployed, torch.get_num_threads())
-        seconds = (0.0, 0.0)
-        for shape in shapes:
-            batch_of_images = load_images(paths, batch, *shape)
-            sizes = contents(deployed, batch, *shape)
-            named = inputs_of(deployed, batch_of_images, sizes)
-            expected = predict(model, deployed.kind, batch_of_images, sizes)
-            compare(deployed.kind, run(named), expected, sizes, tolerance, settings, comparison)
+        for shape, (_, sizes, named, expected) in zip(shapes, samples, strict=True):
+            compare(deployed.kind, run(named), expected, sizes, TOLERANCES[precision], settings, comparison)
             if comparison.faults:
                 raise UserError(
                     f'export: the {format} file differs from the model at {shape[0]} x {shape[1]}, and is not kept: '
                     f'{comparison.faults[0]}'
                 )
-            if shape == size:
-                seconds = _times(run, named, lambda: predict(model, deployed.kind, batch_of_images, sizes))  # noqa: B023
+        seconds = _times(run, model, deployed.kind, samples[0])
         operators = _operators(draft, format)
     if deployed.kind == 'detector' and not comparison.detections:
         notes.append('the model found nothing on the images, so that only this was compared; give others by --images')
@@ -176,39 +173,6 @@ def _without_pretrained(part: Any) -> None:
     elif isinstance(part, (list, tuple)):
         for value in part:
             _without_pretrained(value)
-
-
-def _check_out(config: str, out: str | None, format: str) -> Path:
-    suffix = FORMATS[format].suffix
-    path = Path(out if out is not None else Path(config.rpartition('::')[2]).stem + suffix)
-    if path.suffix != suffix:
-        raise UserError(f'--out {path}: expected a file that ends with {suffix} for --format {format}')
-    if path.is_dir():
-        raise UserError(f'--out {path} is a folder, expected a file to write')
-    check_work_dir(path.absolute().parent, '--out')
-    return path
-
-
-def _check_size(size: tuple[int, int], dynamic: bool, batch: int) -> None:
-    least, most = (2 * STEP, MOST_STEPS * STEP) if dynamic else (STEP, MOST_STEPS * STEP)
-    if not all(least <= side <= most for side in size):
-        raise UserError(f'--size: expected sides from {least} to {most}, got {size[0]} x {size[1]}')
-    if dynamic and any(side % STEP for side in size):
-        raise UserError(f'--size with --dynamic: expected multiples of {STEP}, got {size[0]} x {size[1]}')
-    if not 1 <= batch <= _MOST_BATCH:
-        raise UserError(f'--batch: expected 1 to {_MOST_BATCH}, got {batch}')
-
-
-def _check_options(deployed: Deployed, format: str, precision: str, dynamic: bool) -> None:
-    if not deployed.fixed:
-        return
-    if precision == 'fp16':
-        raise UserError('--precision fp16: DINO computes positions in fp32; export it in fp32')
-    if format in ('pt2', 'aoti') or dynamic:
-        raise UserError(
-            'export: DINO is exported for one size, as onnx, openvino or torchscript: mmdet splits its maps by sizes '
-            'that a graph for any size does not know'
-        )
 
 
 def _shapes(size: tuple[int, int], dynamic: bool) -> list[tuple[int, int]]:
@@ -289,13 +253,22 @@ def _try(deployed: Deployed, inputs: tuple[torch.Tensor, ...], size: tuple[int, 
 @contextmanager
 def _drafting(path: Path) -> Iterator[Path]:
     """Give a name to write to, in a folder of its own beside the file; what lies there goes into place at the end."""
-    with tempfile.TemporaryDirectory(prefix=f'.{path.stem}.', suffix=UNFINISHED, dir=path.absolute().parent) as folder:
-        draft = Path(folder) / path.name
-        yield draft
-        for file in sorted(Path(folder).iterdir(), key=lambda x: x == draft):  # what belongs to it first
-            with file.open('rb+') as content:
-                os.fsync(content.fileno())
-            move_into_place(file, path.with_name(file.name))
+    place = path.absolute().parent
+    new = [folder for folder in (place, *place.parents) if not folder.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'.{path.stem}.', suffix=UNFINISHED, dir=place) as folder:
+            draft = Path(folder) / path.name
+            yield draft
+            for file in sorted(Path(folder).iterdir(), key=lambda x: x == draft):  # what belongs to it first
+                with file.open('rb+') as content:
+                    os.fsync(content.fileno())
+                move_into_place(file, path.with_name(file.name))
+    except BaseException:
+        for folder in new:  # an empty folder would be a trace, too
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _belongs(file: Path, path: Path, format: str) -> bool:
@@ -311,11 +284,21 @@ def _operators(path: Path, format: str) -> dict[str, int]:
     return dict(Counter(node.op_type for node in graph.node).most_common())
 
 
-def _times(run: Run, inputs: dict[str, np.ndarray], predict_again: Callable[[], Any]) -> tuple[float, float]:
+def _sample(model: nn.Module, deployed: Deployed, paths: Sequence[Path], batch: int, shape: tuple[int, int]) -> Sample:
+    """Images of a size, the sizes of their content, both by the names of a file's inputs, and what the model says."""
+    images = load_images(paths, batch, *shape)
+    sizes = contents(deployed, batch, *shape)
+    return images, sizes, inputs_of(deployed, images, sizes), predict(model, deployed.kind, images, sizes)
+
+
+def _times(run: Run, model: nn.Module, kind: str, sample: Sample) -> tuple[float, float]:
     """Median seconds of the file and of the model, in turns."""
+    images, sizes, named, _ = sample
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_REPEATS):
-        for kept, function in zip(times, (lambda: run(inputs), predict_again), strict=True):
+        for kept, function in zip(
+            times, (lambda: run(named), lambda: predict(model, kind, images, sizes)), strict=True
+        ):
             start = time.perf_counter()
             function()
             kept.append(time.perf_counter() - start)

@@ -21,6 +21,7 @@ class Deployed(nn.Module):
         precision: 'fp32', or 'fp16' for the network; what comes before and after it stays in fp32.
         pasted: For masks, see :class:`mila_mm.export.two_stage.TwoStageDetector`.
         logits: Whether a segmentor returns its logits as well.
+        multiple: Of what sides of the images are multiples, see :class:`mila_mm.export.pieces.Preprocess`.
 
     Attributes:
         kind: 'detector', 'segmentor' or 'classifier'.
@@ -34,14 +35,21 @@ class Deployed(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, precision: str = 'fp32', *, pasted: bool = False, logits: bool = False
+        self,
+        model: nn.Module,
+        precision: str = 'fp32',
+        *,
+        pasted: bool = False,
+        logits: bool = False,
+        multiple: int = 1,
     ) -> None:
         super().__init__()
         source = deployable(model)
         self.kind, self.core = _core(source, pasted, logits)
         self.fixed = bool(getattr(self.core, 'fixed', False))
         preprocessor = source.data_preprocessor
-        self.preprocess = Preprocess(preprocessor, _divisor(preprocessor))
+        self.preprocess = Preprocess(preprocessor, _divisor(preprocessor), multiple)
+        self.pasted = pasted
         self.half_precision = precision == 'fp16'
         if self.half_precision:
             self.core.model.half()
@@ -54,6 +62,8 @@ class Deployed(nn.Module):
         x = x.half() if self.half_precision else x
         if self.kind == 'detector':
             results = self.core(x, size)
+            if self.pasted and 'masks' in results:
+                results['masks'] = results['masks'][:, :, : image.shape[1], : image.shape[2]]
         elif self.kind == 'segmentor':
             results = self.core(x, (image.shape[1], image.shape[2]))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mila_mm.errors import UserError
@@ -92,12 +93,33 @@ def program(model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool) -> Expor
         return torch.export.export(model, inputs, dynamic_shapes=shapes)
 
 
+def check_pools(recorded: ExportedProgram) -> None:
+    """Refuse pools of a size of their own making, which the exporter states for the size of the example alone.
+
+    Modules have been replaced, see :class:`mila_mm.export.pieces.AdaptivePool`; calls of the function are left.
+
+    Raises:
+        UserError: It names the module.
+    """
+    kinds = ('aten.adaptive_avg_pool', 'aten.adaptive_max_pool')
+    for node in recorded.graph.nodes:
+        if str(node.target).startswith(kinds) and any(side != 1 for side in node.args[1]):
+            modules = [kind for _, kind in node.meta.get('nn_module_stack', {}).values()]
+            owner = str(modules[-1]).rpartition('.')[2] if modules else 'the model'
+            raise UserError(
+                f'export: {owner} pools maps to {list(node.args[1])}, which a file for any size gets wrong; '
+                'export it without --dynamic'
+            )
+
+
 def _write_onnx(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
     names = {'input_names': list(model.input_names), 'output_names': list(model.output_names)}
     if model.fixed:
         _write_trace(path, model, inputs, metadata, names)
         return
     recorded = program(model, inputs, dynamic)
+    if dynamic:
+        check_pools(recorded)
     with _quiet():
         graph = torch.onnx.export(recorded, dynamo=True, verbose=False, **names)
         graph.model.metadata_props[METADATA_KEY] = metadata
@@ -128,8 +150,10 @@ def _load_onnx(path: Path, model: Deployed, threads: int) -> Run:
 
 
 def _write_pt2(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
-    with path.open('wb') as file, _quiet():
-        torch.export.save(program(model, inputs, dynamic), file, extra_files={METADATA_KEY: metadata})
+    content = io.BytesIO()  # torch's writer of archives ends the process where a disk is full
+    with _quiet():
+        torch.export.save(program(model, inputs, dynamic), content, extra_files={METADATA_KEY: metadata})
+    path.write_bytes(content.getbuffer())
 
 
 def _load_pt2(path: Path, model: Deployed, threads: int) -> Run:
@@ -141,9 +165,11 @@ def _write_aoti(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic
     from torch._inductor import aoti_compile_and_package
 
     configs = {'aot_inductor.metadata': {METADATA_KEY: metadata}}
+    content = io.BytesIO()
     with _quiet():
         recorded = program(model, inputs, dynamic)
-        aoti_compile_and_package(recorded, package_path=str(path), inductor_configs=configs)
+        aoti_compile_and_package(recorded, package_path=content, inductor_configs=configs)
+    path.write_bytes(content.getbuffer())
 
 
 def _load_aoti(path: Path, model: Deployed, threads: int) -> Run:
@@ -152,10 +178,33 @@ def _load_aoti(path: Path, model: Deployed, threads: int) -> Run:
     return _tensors_in_and_out(aoti_load_package(str(path)), model)
 
 
+class _Checked(nn.Module):
+    """A model to trace: unlike a graph of ONNX a trace takes any images, and does with them what it saw with others.
+
+    Args:
+        model: What to trace.
+        batch: Images of one call.
+        size: Height and width of the images, None for any that the model itself accepts.
+    """
+
+    def __init__(self, model: Deployed, batch: int, size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.model, self.batch, self.size = model, batch, size
+
+    def forward(self, image: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Compute the results; another batch or size ends in an error of ``cat`` or ``reshape``."""
+        if self.size is not None:
+            image = torch.cat((image, image.new_zeros(0, *self.size, 3)))
+        return self.model(image.reshape(self.batch, image.shape[1], image.shape[2], 3), *rest)
+
+
 def _write_torchscript(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+    batch, height, width = inputs[0].shape[:3]
+    checked = _Checked(model, batch, None if dynamic else (height, width))
     with torch.no_grad(), _quiet():
-        traced = torch.jit.trace(model, inputs, check_trace=False)
-        torch.jit.save(traced, str(path), _extra_files={METADATA_KEY: metadata})
+        traced = torch.jit.trace(checked, inputs, check_trace=False)
+        with path.open('wb') as file:
+            torch.jit.save(traced, file, _extra_files={METADATA_KEY: metadata})
 
 
 def _load_torchscript(path: Path, model: Deployed, threads: int) -> Run:
@@ -178,6 +227,9 @@ def _write_openvino(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dyn
     draft = path.with_suffix('.onnx')
     _write_onnx(draft, model, inputs, dynamic, metadata)
     converted = openvino.convert_model(str(draft))
+    if dynamic:
+        sides = (STEP, MOST_STEPS * STEP)
+        converted.reshape({'image': [inputs[0].shape[0], sides, sides, 3]})
     converted.set_rt_info(metadata, [METADATA_KEY])
     openvino.save_model(converted, str(path), compress_to_fp16=model.half_precision)
     draft.unlink()
@@ -186,7 +238,8 @@ def _write_openvino(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dyn
 def _load_openvino(path: Path, model: Deployed, threads: int) -> Run:
     import openvino
 
-    options = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads}
+    # With one thread OpenVINO 2026.4 does not raise where shapes do not fit: it returns results of an earlier call.
+    options = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': max(threads, 2)}
     compiled = openvino.Core().compile_model(str(path), 'CPU', options)
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

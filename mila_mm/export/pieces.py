@@ -20,9 +20,11 @@ class Preprocess(nn.Module):
     Args:
         preprocessor: The ``data_preprocessor`` of a model of mmdet, mmseg or mmpretrain.
         divisor: Sides are padded at their ends to multiples of it.
+        multiple: Sides of the images are multiples of it. A graph made for such sizes alone is silently wrong at
+            others; this one fails there, in every runtime.
     """
 
-    def __init__(self, preprocessor: nn.Module, divisor: int) -> None:
+    def __init__(self, preprocessor: nn.Module, divisor: int, multiple: int = 1) -> None:
         super().__init__()
         to_rgb = getattr(preprocessor, '_channel_conversion', None)
         to_rgb = getattr(preprocessor, 'channel_conversion', False) if to_rgb is None else to_rgb
@@ -37,10 +39,11 @@ class Preprocess(nn.Module):
             raise UserError(f'export: expected one pad_value of the data_preprocessor, got {pad_value!r}')
         self.pad_value = float(pad_value)
         self.divisor = divisor
+        self.multiple = multiple
 
     def forward(self, image: Tensor, size: Tensor | None = None) -> Tensor:
         """Return (B, 3, H', W') in fp32; beyond ``size`` (B, 2), the height and width of the content, is padding."""
-        x = image.permute(0, 3, 1, 2).float()
+        x = self._channels_first(image).float()
         if self.swap:
             x = x[:, [2, 1, 0]]
         x = (x - self.mean) / self.std
@@ -54,6 +57,15 @@ class Preprocess(nn.Module):
             bottom, right = ((s + self.divisor - 1) // self.divisor * self.divisor - s for s in (height, width))
             x = F.pad(x, (0, right, 0, bottom), value=self.pad_value)
         return x
+
+    def _channels_first(self, image: Tensor) -> Tensor:
+        if self.multiple == 1:
+            return image.permute(0, 3, 1, 2)
+        # In blocks, into which no other image can be reshaped; the transpose keeps optimisers from joining both.
+        batch, step = image.shape[0], self.multiple
+        rows, columns = image.shape[1] // step, image.shape[2] // step
+        blocks = image.reshape(batch, rows, step, columns, step, 3).permute(0, 5, 1, 2, 3, 4)
+        return blocks.reshape(batch, 3, rows * step, columns * step)
 
 
 class AdaptivePool(nn.Module):

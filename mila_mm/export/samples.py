@@ -36,14 +36,19 @@ def find_images(given: Sequence[str], cfg: Config, count: int) -> list[Path]:
         found += files
     if not given:
         dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-        prefix = dataset.get('data_prefix') or {}
-        folder = Path(join_path(dataset.get('data_root') or '', prefix.get('img') or prefix.get('img_path') or ''))
+        prefix = dataset.get('data_prefix') or dataset.get('split') or ''  # the last two of mmpretrain, a string
+        prefix = prefix if isinstance(prefix, str) else prefix.get('img') or prefix.get('img_path') or ''
+        folder = Path(join_path(dataset.get('data_root') or '', prefix))
         found = _images_in(folder) if dataset.get('data_root') and folder.is_dir() else []
     return found[:count]
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    """The images of a folder; where it has none, those of the folders in it, as classifiers' sets are laid out."""
+    found: list[Path] = []
+    for pattern in ('*', '*/*'):
+        found = found or [x for x in folder.glob(pattern) if x.suffix.lower() in _SUFFIXES and x.is_file()]
+    return sorted(found)
 
 
 def load_images(paths: Sequence[Path], count: int, height: int, width: int) -> np.ndarray:

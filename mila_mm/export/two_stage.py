@@ -113,7 +113,7 @@ class TwoStageDetector(nn.Module):
             # Of many thousand pairs few pass: only they are compared with each other.
             passing = (flat > self.threshold).nonzero()[:, 0]
             values, index = self.suppress(pairs[passing], flat[passing], passing % classes, self.most)
-            index = passing[index]
+            index = F.pad(passing, (0, 1))[index]  # there may be none
             results.append((values, pairs[index], index % classes))
         return finish(*(torch.stack(part) for part in zip(*results, strict=True)))
 

@@ -1,13 +1,18 @@
 """What a user can get wrong ends in one message that names it, and leaves no file."""
 
+import errno
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mila_mm import cli
 from mila_mm.cli import export as command
+from mila_mm.errors import UserError
 from mila_mm.export import api
+from mila_mm.export.checks import check_out
 from mila_mm.export.formats import FORMATS, Format
 
 
@@ -75,11 +80,104 @@ def test_settings_without_an_exported_form(ready, refused, name, change, words):
 
 
 def test_a_model_without_an_exported_form():
-    from mila_mm.errors import UserError
     from mila_mm.export.deployed import Deployed
 
     with pytest.raises(UserError, match='Linear has no exported form'):
         Deployed(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--masks', 'image'], ['--masks image', 'detector without masks']),
+        (['--logits'], ['--logits', 'detector']),
+        (['--out', '.'], ['--out .', '.pt2']),
+        (['--images', 'nowhere.png'], ['--images nowhere.png']),
+        (['--cfg-options', 'model.bbox_head.type=NoSuchHead'], ['NoSuchHead']),
+        (['--cfg-options', 'model.bbox_head.num_classes=3'], ['does not fit', 'another shape']),
+        (['--batch', 'two'], ['--batch', 'two']),
+    ],
+)
+def test_what_the_model_does_not_have(ready, refused, flags, words):
+    made = ready('retinanet')
+    refused(made.config, made.checkpoint, '--size', 96, 128, '--format', 'pt2', *flags, words=words)
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', None], ids=['empty', 'text', 'folder'])
+def test_what_is_no_checkpoint(ready, refused, tmp_path_factory, content):
+    path = tmp_path_factory.mktemp('given') / 'model.pth'
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    refused(ready('retinanet').config, path, '--size', 96, 128, '--format', 'pt2', words=['model.pth'])
+
+
+@pytest.mark.parametrize('text', ['', 'model = 3\n', 'model = dict(type="x")\n', 'this is no Python'])
+def test_a_config_without_a_model(ready, refused, tmp_path_factory, text):
+    config = tmp_path_factory.mktemp('given') / 'config.py'
+    config.write_text(text)
+    made = ready('retinanet')
+    refused(config, made.checkpoint, '--size', 96, 128, '--format', 'pt2', words=['config'])
+
+
+def writing(monkeypatch, write):
+    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', (), write, FORMATS['pt2'].load))
+
+
+@pytest.mark.parametrize(
+    ('error', 'free', 'words'),
+    [
+        (OSError(errno.ENOSPC, 'No space left on device'), 0, ['cannot be written', 'No space left']),
+        (RuntimeError('writer failed'), 0, ['cannot be written', 'disk is full']),
+        (RuntimeError('no such operator: cummax'), 1 << 40, ['does not go into --format pt2', 'cummax']),
+    ],
+)
+@pytest.mark.parametrize('out', ['model.pt2', 'new/folder/model.pt2'])
+def test_a_writing_that_fails(ready, refused, monkeypatch, error, free, words, out):
+    def write(path, *_):
+        path.write_bytes(b'half')
+        raise error
+
+    writing(monkeypatch, write)
+    monkeypatch.setattr('shutil.disk_usage', lambda _: SimpleNamespace(free=free))
+    made = ready('retinanet')
+    refused(made.config, made.checkpoint, '--size', 96, 128, '--format', 'pt2', '--out', out, words=words)
+
+
+def test_an_interrupt_leaves_nothing(ready, tmp_path, monkeypatch):
+    def write(path, *_):
+        path.write_bytes(b'half')
+        raise KeyboardInterrupt
+
+    writing(monkeypatch, write)
+    made = ready('retinanet')
+    with pytest.raises(KeyboardInterrupt):
+        api.export_model(
+            made.config, made.checkpoint, format='pt2', size=(96, 128), out=str(tmp_path / 'new' / 'model.pt2')
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(ready, refused):
+    made = ready('retinanet')
+    argv = ['--size', 96, 128, '--format', 'pt2', '--out', '/proc/model.pt2']
+    refused(made.config, made.checkpoint, *argv, words=['--out /proc', 'cannot write'])
+
+
+def test_inputs_are_not_overwritten(ready, tmp_path):
+    made = ready('retinanet')
+    checkpoint = tmp_path / 'model.pt'
+    shutil.copy(made.checkpoint, checkpoint)
+    weights = checkpoint.rename(tmp_path / 'weights.bin')
+    (tmp_path / 'model.pt').symlink_to(weights)
+    for format, out in (('torchscript', 'model.pt'), ('openvino', 'weights.xml')):
+        with pytest.raises(UserError, match='would overwrite'):
+            check_out(made.config, str(weights), str(tmp_path / out), format)
+    with pytest.raises(UserError, match=r'weights.bin, which is of something else'):
+        check_out(made.config, 'other.pth', str(tmp_path / 'weights.xml'), 'openvino')
+    (tmp_path / 'weights.xml').touch()
+    assert check_out(made.config, 'other.pth', str(tmp_path / 'weights.xml'), 'openvino')
 
 
 def test_a_package_that_is_missing_is_said_in_one_line(ready, refused, monkeypatch):
@@ -116,8 +214,6 @@ def test_a_file_that_differs_is_not_kept(ready, refused, monkeypatch):
 
 
 def test_a_file_that_was_there_stays_as_it_was(ready, tmp_path, monkeypatch):
-    from mila_mm.errors import UserError
-
     made = ready('retinanet')
     old = tmp_path / 'model.pt2'
     old.write_bytes(b'old')

@@ -6,11 +6,24 @@ import torch
 from mila_mm.engine import load_config
 from mila_mm.export.api import _settings, load_model
 from mila_mm.export.compare import TOLERANCES, Comparison, compare
-from mila_mm.export.deployed import Deployed
+from mila_mm.export.deployed import Deployed, example_inputs
 from mila_mm.export.samples import contents, find_images, inputs_of, load_images, predict
 
-DETECTORS = ['mask_rcnn', 'faster_rcnn', 'cascade_mask_rcnn', 'retinanet', 'atss', 'rtmdet', 'dino']
+DETECTORS = ['mask_rcnn', 'faster_rcnn', 'cascade_mask_rcnn', 'cascade_rcnn', 'retinanet', 'atss', 'rtmdet', 'dino']
 SEGMENTORS = ['upernet', 'segformer', 'deeplabv3plus']
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn', 'cascade_rcnn', 'rtmdet'])
+def test_nothing_is_found(ready, name):
+    made = ready(name)
+    key = 'score_thr' if name == 'rtmdet' else 'rcnn.score_thr'
+    model, _ = load_model(load_config(made.config, [f'model.test_cfg.{key}=1.0']), made.checkpoint)
+    deployed = Deployed(model).eval()
+    with torch.no_grad():
+        results = deployed(*example_inputs(deployed, 2, 96, 128))
+    named = dict(zip(deployed.output_names, results, strict=True))
+    assert named['count'].tolist() == [0, 0] and (named['labels'] == -1).all()
+    assert all((named[key] == 0).all() for key in named if key != 'labels')
 
 
 @pytest.mark.parametrize('name', [*DETECTORS, *SEGMENTORS, 'classifier'])

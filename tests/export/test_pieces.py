@@ -13,6 +13,7 @@ from torch.export import Dim
 
 from mila_mm.errors import UserError
 from mila_mm.export.boxes import NOTHING, RoIFeatures, Suppression, best, check_coder, decode
+from mila_mm.export.formats import check_pools
 from mila_mm.export.pieces import AdaptivePool, Preprocess, deployable
 from mila_mm.export.two_stage import paste
 from mila_mm.nn.trunk import MILATrunk
@@ -42,6 +43,29 @@ def test_a_graph_of_the_pool_is_right_at_sizes_that_it_was_not_made_at(tmp_path)
         x = torch.rand(1, 2, *size)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), nn.AdaptiveAvgPool2d(3)(x), rtol=1e-5, atol=1e-5)
+
+
+class Pools(nn.Module):
+    """Calls the function, which no replacement of modules reaches."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        """Pool."""
+        return nn.functional.adaptive_avg_pool2d(x, self.size)
+
+
+@pytest.mark.parametrize(('size', 'refused'), [(1, False), ((1, 1), False), (3, True), ((1, 2), True)])
+def test_a_pool_that_would_be_wrong_at_other_sizes_is_refused_by_name(size, refused):
+    sides = ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    recorded = torch.export.export(nn.Sequential(Pools(size)), (torch.rand(1, 2, 7, 9),), dynamic_shapes=(sides[0],))
+    if not refused:
+        check_pools(recorded)
+        return
+    with pytest.raises(UserError, match=r'Pools pools maps to .* without --dynamic'):
+        check_pools(recorded)
 
 
 def test_folded_norms_give_the_same_maps_and_leave_the_model_alone():
