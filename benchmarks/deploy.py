@@ -1,8 +1,8 @@
 """Exported files against PyTorch on this CPU: MILA's backbone, Mask R-CNN and UperNet, in turns and in one process.
 
     python -m benchmarks.deploy                      # the backbone at 512 x 512, 2 threads
-    python -m benchmarks.deploy --models backbone mask_rcnn upernet
-    python -m benchmarks.deploy --docs               # write the table of docs/deploy.md from the JSON
+    python -m benchmarks.deploy --models upernet mask_rcnn --out benchmarks/results/deploy_models.json
+    python -m benchmarks.deploy --docs               # write a table of docs/deploy.md from a JSON, that of --out
 
 Weights are random: how long it takes does not depend on them, save for the number of boxes that a detector finds. Each
 file's maps are compared with the model's before anything is timed. Rounds go over all of them in turn, so that a noisy
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument('--docs', action='store_true', help='write the table of docs/deploy.md from the JSON')
     args = parser.parse_args()
     if args.docs:
-        write_docs(table(json.loads(args.out.read_text())), 'deploy', ROOT / 'docs' / 'deploy.md')
+        write_docs(table(json.loads(args.out.read_text())), args.out.stem, ROOT / 'docs' / 'deploy.md')
         return 0
     torch.set_num_threads(args.threads)
     rows = [row for name in args.models for row in measure(name, tuple(args.size), args.rounds)]
