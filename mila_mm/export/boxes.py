@@ -35,6 +35,18 @@ def check_coder(coder: Any, owner: str) -> None:
         )
 
 
+def most_of(cfg: Any, owner: str) -> int:
+    """Return how many boxes a test_cfg keeps.
+
+    Raises:
+        UserError: If it keeps all: results have a fixed number of rows.
+    """
+    most = int(cfg.get('max_per_img', -1))
+    if most <= 0:
+        raise UserError(f'export: {owner} keeps all boxes; set max_per_img in its test_cfg')
+    return most
+
+
 def decode(coder: Any, priors: Tensor, deltas: Tensor, size: Tensor) -> Tensor:
     """Turn predicted deltas or distances into boxes (x1, y1, x2, y2).
 

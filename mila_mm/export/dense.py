@@ -10,7 +10,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor, nn
 
 from mila_mm.errors import UserError
-from mila_mm.export.boxes import NOTHING, Suppression, best, check_coder, decode, gather_rows
+from mila_mm.export.boxes import NOTHING, Suppression, best, check_coder, decode, gather_rows, most_of
 
 
 class Candidates(nn.Module):
@@ -125,7 +125,7 @@ class DenseDetector(nn.Module):
         self.candidates = Candidates(model.bbox_head)
         cfg = self.candidates.cfg
         self.suppress = Suppression(cfg.get('nms'), type(model.bbox_head).__name__)
-        self.most = int(cfg.max_per_img)
+        self.most = most_of(cfg, type(model.bbox_head).__name__)
 
     def forward(self, x: Tensor, size: Tensor) -> dict[str, Tensor]:
         """Detect in images (B, 3, H, W) with content of ``size`` (B, 2)."""

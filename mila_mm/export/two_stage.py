@@ -12,7 +12,7 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from torch import Tensor, nn
 
 from mila_mm.errors import UserError
-from mila_mm.export.boxes import NOTHING, RoIFeatures, Suppression, check_coder, decode
+from mila_mm.export.boxes import NOTHING, RoIFeatures, Suppression, check_coder, decode, most_of
 from mila_mm.export.dense import Candidates, finish
 
 
@@ -39,13 +39,13 @@ class TwoStageDetector(nn.Module):
         self.proposals = Candidates(model.rpn_head, by_class=False)
         cfg = model.rpn_head.test_cfg
         self.suppress_proposals = Suppression(cfg.get('nms'), 'rpn_head')
-        self.most_proposals = int(cfg.max_per_img)
+        self.most_proposals = most_of(cfg, 'rpn_head')
         self.box_heads = _stages(head.bbox_head)
         for box_head in self.box_heads:
             _check_box_head(box_head)
         self.box_features = nn.ModuleList([RoIFeatures(x) for x in _stages(head.bbox_roi_extractor)])
         cfg = head.test_cfg
-        self.threshold, self.most = float(cfg.score_thr), int(cfg.max_per_img)
+        self.threshold, self.most = float(cfg.score_thr), most_of(cfg, 'roi_head')
         self.suppress = Suppression(cfg.get('nms'), 'roi_head')
         self.mask_heads: list[nn.Module] = []
         if head.with_mask:

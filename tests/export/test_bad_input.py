@@ -70,6 +70,8 @@ def test_flags(ready, refused, flags, words):
     [
         ('retinanet', 'model.test_cfg.nms.type=soft_nms', ['RetinaHead', 'soft_nms']),
         ('retinanet', 'model.test_cfg.nms_pre=-1', ['RetinaHead', 'nms_pre']),
+        ('retinanet', 'model.test_cfg.max_per_img=-1', ['RetinaHead', 'max_per_img']),
+        ('mask_rcnn', 'model.test_cfg.rpn.max_per_img=0', ['rpn_head', 'max_per_img']),
         ('mask_rcnn', 'model.test_cfg.rcnn.nms.type=soft_nms', ['roi_head', 'soft_nms']),
         ('mask_rcnn', 'model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max', ['SingleRoIExtractor', 'max']),
     ],
