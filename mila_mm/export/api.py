@@ -235,7 +235,11 @@ def _classes_of(dataset: dict[str, Any]) -> Sequence[str] | None:
         return None
     from mmengine.registry import DATASETS
 
-    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    kind = dataset['type']
+    if isinstance(kind, str):
+        # The root registry alone knows none of a library's: the scope that load_model has set leads to them.
+        with DATASETS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
     return (getattr(kind, 'METAINFO', None) or {}).get('classes')
 
 

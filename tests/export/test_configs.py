@@ -8,7 +8,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mila_mm.engine import load_config, scope_of
 from mila_mm.errors import UserError
-from mila_mm.export.api import _without_pretrained
+from mila_mm.export.api import _classes_of, _without_pretrained
 from mila_mm.export.deployed import Deployed
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -64,3 +64,20 @@ def test_a_config_has_an_exported_form_or_is_refused_by_name(name):
             Deployed(model)
     else:
         assert Deployed(model).output_names
+
+
+@pytest.mark.parametrize(
+    ('name', 'count', 'first'),
+    [
+        ('mask_rcnn_mila_t_1x.py', 80, 'person'),
+        ('upernet_mila_t_160k.py', 150, 'wall'),
+        ('imagenet/mila_t_in1k.py', 1000, 'tench'),
+    ],
+)
+def test_a_file_knows_the_names_of_the_classes(name, count, first):
+    if name.startswith('imagenet/'):
+        pytest.importorskip('mmpretrain', reason="needs mmpretrain: pip install 'mila-mm[classify]'")
+    cfg = load_config(str(CONFIGS / name))
+    init_default_scope(scope_of(cfg))
+    classes = _classes_of(cfg.test_dataloader.dataset)
+    assert len(classes) == count and classes[0].startswith(first)
