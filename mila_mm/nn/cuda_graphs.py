@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mila_mm.errors import UserError
+from mila_mm.ops.triton.capability import failures_are_raised
 
 _logger = logging.getLogger('mila_mm')
 _WARM_UPS = 3
@@ -184,6 +185,8 @@ class BackboneGraphs:
             try:
                 shape = self._shapes[key] = self._capture(x, training, low)
             except RuntimeError as error:
+                if failures_are_raised():
+                    raise
                 # What the driver says of one shape it will say of others; and no more memory is to be tried for.
                 self._broken = True
                 self._shapes.clear()

@@ -116,7 +116,7 @@ def test_inference_returns_maps_that_stay():
 
 
 @pytest.mark.parametrize('fails_in', ['warm_up', 'forward', 'backward'])
-def test_a_capture_that_fails_leaves_the_ordinary_way(fails_in, caplog):
+def test_a_capture_that_fails_leaves_the_ordinary_way(fails_in, caplog, monkeypatch):
     class Failing(Again):
         def capture(self, function):
             results = super().capture(function)
@@ -130,6 +130,9 @@ def test_a_capture_that_fails_leaves_the_ordinary_way(fails_in, caplog):
             if fails_in == 'warm_up':
                 raise torch.cuda.OutOfMemoryError('CUDA out of memory')
 
+    with pytest.raises(RuntimeError, match='CUDA'):
+        pair(graph=Failing)[1](image(1, 3, 32, 32))  # as the environment of the tests says
+    monkeypatch.delenv('MILA_MM_KERNEL_ERRORS')
     plain, twin = pair(graph=Failing)
     check_training(plain, twin, 'cpu')
     assert Again.replayed == 0 and Again.made <= 2, 'not tried again'

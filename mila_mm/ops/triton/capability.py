@@ -112,16 +112,22 @@ def has_given_up(device: torch.device) -> bool:
     return device in _given_up
 
 
+def failures_are_raised() -> bool:
+    """Whether the environment has ``MILA_MM_KERNEL_ERRORS=raise``: a test or a benchmark of kernels or CUDA graphs must
+    not pass without them."""
+    return os.environ.get('MILA_MM_KERNEL_ERRORS') == 'raise'
+
+
 def give_up(device: torch.device, failure: KernelFailed) -> None:
     """Leave the kernels alone on a device from now on, and say so; what has been computed by them stays right.
 
     Raises:
-        KernelFailed: The failure itself, where the environment has ``MILA_MM_KERNEL_ERRORS=raise``: a test or a
-            benchmark of kernels must not pass without them.
+        RuntimeError: Where failures are to be raised (:func:`failures_are_raised`). It is no :class:`KernelFailed`,
+            which would be handled once more.
     """
-    if os.environ.get('MILA_MM_KERNEL_ERRORS') == 'raise':
-        raise failure
     cause = _first_line(failure.__cause__ or failure)
+    if failures_are_raised():
+        raise RuntimeError(f'{failure} ({cause})') from failure
     _given_up[device] = f'expected kernels that work on this GPU, got {failure} ({cause})'
     warnings.warn(
         f'mila_mm.ops: {failure} ({cause}); the slower form in plain PyTorch runs on {device} from now on. '
