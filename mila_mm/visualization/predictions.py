@@ -12,6 +12,8 @@ from matplotlib.patches import Patch, Rectangle
 
 _SAMPLES_PER_ROW = 2
 _PANEL_INCHES = 2.3
+# Width of a score in print, and of an entry of the legend.
+_SCORE_INCHES, _LEGEND_INCHES = 0.24, 1.1
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def save_predictions(
     path: str | Path,
     *,
     title: str = '',
+    panel_inches: float = _PANEL_INCHES,
 ) -> None:
     """Draw samples in a grid, two to a row, each as image, truth and prediction.
 
@@ -55,10 +58,14 @@ def save_predictions(
         class_names: Names by class index, for the legend.
         palette: RGB colour of each class, 0 to 255.
         title: Line above the grid. Defaults to none.
+        panel_inches: Side of each of the pictures. Defaults to 2.3.
     """
     per_row = min(_SAMPLES_PER_ROW, len(samples))
     rows = -(-len(samples) // per_row)
-    figure = Figure(figsize=(_PANEL_INCHES * (3 * per_row + 0.15), _PANEL_INCHES * rows + 0.9), dpi=110)
+    wide = panel_inches * (3 * per_row + 0.15)
+    columns = max(1, min(len(class_names), int(wide / _LEGEND_INCHES)))
+    legend = 0.4 + 0.2 * (-(-len(class_names) // columns) - 1)
+    figure = Figure(figsize=(wide, panel_inches * rows + 0.5 + legend), dpi=110)
     FigureCanvasAgg(figure)
     # A narrow empty column keeps the samples of a row apart.
     widths = [width for i in range(per_row) for width in ([0.12] if i else []) + [1, 1, 1]]
@@ -69,7 +76,7 @@ def save_predictions(
         gridspec_kw={
             'width_ratios': widths, 'wspace': 0.03, 'hspace': 0.03,
             'left': 0.005, 'right': 0.995,
-            'bottom': 0.4 / figure.get_figheight(), 'top': 1 - 0.5 / figure.get_figheight(),
+            'bottom': legend / figure.get_figheight(), 'top': 1 - 0.5 / figure.get_figheight(),
         },
     )  # fmt: skip
     for axes in grid.flat:
@@ -79,20 +86,21 @@ def save_predictions(
         row, column = divmod(index, per_row)
         panels = grid[row, 4 * column : 4 * column + 3]
         for axes, labels in zip(panels, (None, sample.truth, sample.prediction), strict=True):
-            _draw(axes, sample.image, labels, colours)
+            _draw(axes, sample.image, labels, colours, panel_inches)
         if row == 0:
             for axes, name in zip(panels, ('image', 'truth', 'prediction'), strict=True):
                 axes.set_title(name, fontsize=10, pad=3)
     if title:
         figure.suptitle(title, fontsize=12, y=1 - 0.08 / figure.get_figheight())
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, class_names, strict=True)]
-    figure.legend(handles=handles, loc='lower center', ncols=len(handles), fontsize=10, frameon=False)
+    figure.legend(handles=handles, loc='lower center', ncols=columns, fontsize=10, frameon=False)
     figure.savefig(path)
 
 
-def _draw(axes: Axes, image: np.ndarray, labels: Labels | None, colours: np.ndarray) -> None:
-    """Draw an image, and where there are labels, their masks, outlines, boxes and scores over it."""
+def _draw(axes: Axes, image: np.ndarray, labels: Labels | None, colours: np.ndarray, panel_inches: float) -> None:
+    """Draw an image and, where there are labels, their masks, outlines, boxes and, with room for them, scores."""
     height, width = image.shape[:2]
+    room = _SCORE_INCHES / panel_inches * max(height, width)
     if labels is None:
         axes.imshow(image, interpolation='nearest')
         return
@@ -108,7 +116,7 @@ def _draw(axes: Axes, image: np.ndarray, labels: Labels | None, colours: np.ndar
         if labels.boxes is not None:
             x1, y1, x2, y2 = labels.boxes[number] - 0.5  # pixel centres are at whole numbers here
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colours[label], linewidth=1.1))
-            if labels.scores is not None:
+            if labels.scores is not None and x2 - x1 >= room:
                 axes.text(x1, y1, f'{labels.scores[number]:.2f}', fontsize=6, color='white', va='top', clip_on=True,
                           bbox={'facecolor': colours[label] * 0.7, 'edgecolor': 'none', 'pad': 0.6})  # fmt: skip
     axes.set_xlim(-0.5, width - 0.5)

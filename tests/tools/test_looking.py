@@ -1,6 +1,7 @@
 """mila browse and mila analyze: pictures of what goes in, and of what came out."""
 
 import json
+import sys
 
 import cv2
 import numpy as np
@@ -123,3 +124,23 @@ def test_pixels_of_no_class_do_not_count() -> None:
     assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
     assert intersection_over_union(confusion)[:2].tolist() == [0.5, 0.5]
     assert np.isnan(per_class(confusion, ('a', 'b', 'c'))['c']['iou'])
+
+
+def test_both_evaluations_give_the_same_figures(monkeypatch) -> None:
+    pytest.importorskip('faster_coco_eval')
+    rng = np.random.default_rng(0)
+    images = []
+    for index in range(20):
+        corners = rng.uniform(0, 60, (5, 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(8, 40, (5, 2))], axis=1)
+        labels = tuple(rng.integers(0, 2, 5).tolist())
+        found = objects(*(boxes + rng.normal(0, 2, (5, 4))), labels=labels, scores=tuple(rng.uniform(0.1, 1, 5)))
+        images.append(Image(f'{index}.jpg', (120, 120), objects(*boxes, labels=labels), found))
+    fast = summarise(images, ('a', 'b'), 0.3, masks=False)
+    monkeypatch.setitem(sys.modules, 'faster_coco_eval', None)
+    plain = summarise(images, ('a', 'b'), 0.3, masks=False)
+    assert 0.1 < plain.per_class['a']['ap'] < 0.9
+    for name in ('a', 'b'):
+        assert fast.per_class[name] == pytest.approx(plain.per_class[name])
+        assert np.allclose(fast.curves[name], plain.curves[name])
+    assert fast.by_size == pytest.approx(plain.by_size, nan_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from mila_mm.engine.testing import test
 from mila_mm.errors import UserError
 from mila_mm.visualization.error_report import save_bars, save_confusion, save_curves, write_page
 from mila_mm.visualization.predictions import Labels, Sample, save_predictions
+
+# Inches of a picture of one image: small objects must stay visible.
+_PANEL = 4.6
 
 
 def analyze(
@@ -141,7 +145,7 @@ def _draw(sample: Sample, hook: CollectHook, path: Path, title: str) -> None:
     truth, found = (_renumbered(labels, place) for labels in (sample.truth, sample.prediction))
     names = [hook.classes[label] for label in present] or ['(nothing)']
     colours = [palette[label] for label in present] or [(128, 128, 128)]
-    save_predictions([Sample(sample.image, truth, found)], names, colours, path, title=title)
+    save_predictions([Sample(sample.image, truth, found)], names, colours, path, title=title, panel_inches=_PANEL)
 
 
 def _renumbered(labels: Labels, place: dict[int, int]) -> Labels:
@@ -153,4 +157,6 @@ def _palette(hook: CollectHook) -> list[Sequence[int]]:
     own = hook.palette
     if isinstance(own, (list, tuple)) and len(own) >= len(hook.classes):
         return list(own)
-    return np.random.default_rng(0).integers(40, 230, (len(hook.classes), 3)).tolist()
+    # hues a golden section apart: neighbours differ, however many there are
+    hues = [colorsys.hsv_to_rgb(0.02 + 0.618034 * index, 0.8, 0.95) for index in range(len(hook.classes))]
+    return [[round(255 * part) for part in hue] for hue in hues]

@@ -71,7 +71,7 @@ def _watch(model: nn.Module) -> list[str]:
         doubt: Callable[[str, Any, torch.Tensor], str | None]
         if isinstance(module, _CONVOLUTIONS):
             doubt = _other_channels
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             doubt = _one_value
         elif isinstance(module, nn.Linear) and name.startswith('roi_head.'):
             doubt = _other_rows  # elsewhere rows may be as wide as the image is large
