@@ -51,13 +51,16 @@ demo-seg: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# Kill a training at 40 random moments, half of them in the writing of a checkpoint, damage its checkpoints, fill its disk,
-# and compare the end with an undisturbed run's, bit for bit; preempt jobs of two tasks and of two nodes in every phase;
-# then the tests of two processes. Half an hour. As root it also fills a small tmpfs.
+# Kill a training at 40 random moments, half of them in the writing of a checkpoint, and 10 times in the saving of pieces; damage
+# its checkpoints, fill its disk, and compare the end with an undisturbed run's, bit for bit; preempt jobs of two tasks, of two
+# nodes and in pieces, and under mpirun where there is one, in every phase; then the tests of two processes. An hour and more.
+# As root it also fills a small tmpfs.
 faults: $(READY)
 	$(BIN)/python tests/faults/driver.py --kills 40 --tmpfs --work-dir $(WORK_DIR)/faults
-	$(BIN)/python tests/faults/cluster.py --work-dir $(WORK_DIR)/faults_cluster
-	MILA_MM_SLOW=1 $(BIN)/python -m pytest tests/faults/test_distributed.py \
+	$(BIN)/python tests/faults/cluster.py --launcher srun nodes $(shell command -v mpirun > /dev/null && echo mpi) \
+	  --work-dir $(WORK_DIR)/faults_cluster
+	$(BIN)/python tests/faults/cluster.py --launcher srun --sharded --work-dir $(WORK_DIR)/faults_sharded
+	MILA_MM_SLOW=1 $(BIN)/python -m pytest tests/faults/test_distributed.py tests/faults/test_cluster.py \
 	  tests/engine/runner/test_sharding.py
 
 # The distributed tests with four processes as well.

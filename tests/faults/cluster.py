@@ -249,6 +249,8 @@ def run(folder: Path, launcher: str, phases: Sequence[str], iterations: int, sha
     for phase in phases:
         if phase == 'exit':  # of a run that has come to its end
             continue
+        if launcher == 'mpi' and phase == 'rendezvous':  # mpirun starts all or none
+            continue
         cluster.preempt('run', phase)
     if 'exit' in phases:
         cluster.preempt('run', 'exit')
