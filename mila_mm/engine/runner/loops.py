@@ -5,7 +5,9 @@ from typing import Any
 
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
+from mmengine.runner import loops
 from mmengine.runner.loops import _InfiniteDataloaderIterator
+from torch.utils.data import DataLoader
 
 from mila_mm.engine.runner.sampler import ResumableBatchSampler
 from mila_mm.registry import LOOPS
@@ -79,6 +81,18 @@ class IterBasedTrainLoop(MMEngineIterBasedTrainLoop):
 
 
 class _SkippingIterator(_InfiniteDataloaderIterator):
+    def __init__(self, dataloader: DataLoader) -> None:
+        # Not mmengine 0.10.7's own: it starts the workers here, and where they persist a second start closes the stream
+        # of an InfiniteSampler for good.
+        self._dataloader: DataLoader = dataloader
+        self._iterator: Any = None
+        self._epoch = 0
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self._dataloader)
+        return super().__next__()
+
     def skip_iter(self, num_iters: int) -> None:
         """Skip batches: their indices are drawn, nothing is loaded."""
         batches = self._dataloader.batch_sampler
@@ -86,3 +100,7 @@ class _SkippingIterator(_InfiniteDataloaderIterator):
             self._epoch = batches.start_at(0, num_iters)
         else:
             super().skip_iter(num_iters)
+
+
+# What mmengine's loop makes as soon as it is built.
+loops._InfiniteDataloaderIterator = _SkippingIterator

@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from mmengine.dataset import InfiniteSampler
+from mmengine.runner import loops
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from mila_mm.engine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mila_mm.engine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop, _SkippingIterator
 from mila_mm.engine.runner.sampler import ResumableBatchSampler
 
 
@@ -103,3 +105,14 @@ def test_without_a_validation_none_is_due(kind):
     loop = kind(Runner(validates=False), loader(), **options)
     loop._epoch = loop._iter = 3
     assert not loop.validation_is_due()
+
+
+def test_a_loop_that_is_built_draws_nothing_and_its_run_goes_on_for_ever():
+    data = list(range(8))
+    batches = ResumableBatchSampler(InfiniteSampler(data, seed=0), batch_size=8)
+    shuffled = DataLoader(data, batch_sampler=batches, num_workers=1, persistent_workers=True)
+    built = loops._InfiniteDataloaderIterator(shuffled)
+    assert isinstance(built, _SkippingIterator)
+    iterator = _SkippingIterator(shuffled)
+    assert [sorted(next(iterator).tolist()) for _ in range(5)] == [data] * 5
+    shuffled._iterator._shutdown_workers()
