@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.high_resolution_report import fitted, write_page
+from benchmarks.high_resolution_report import SIDES, fitted, write_page
 from benchmarks.memory import total, tracked_step
 
 MODELS = ('MILA-T', 'Swin-T', 'ConvNeXt-T', 'ViT-S')
@@ -45,7 +45,6 @@ TIMM = {
     'ConvNeXt-T': ('convnext_tiny', {}),
     'ViT-S': ('vit_small_patch16_224', {'dynamic_img_size': True}),
 }
-SIDES = (512, 1024, 1536, 2048, 3072, 4096)
 WHAT = ('attention', 'memory', 'forward', 'step')
 SHORTEST = 20.0
 """Seconds: a case that is done earlier is repeated, up to three times."""

@@ -11,6 +11,8 @@ from benchmarks import measure
 
 COLOURS = {'MILA-T': '#c8502d', 'Swin-T': '#2a7fb8', 'ConvNeXt-T': '#5a9a3c', 'ViT-S': '#777777'}
 TITLES = {'forward': 'inference', 'step': 'forward and backward', 'attention': 'attention by itself'}
+SIDES = (512, 1024, 1536, 2048, 3072, 4096)
+"""Pixels a side that are run, unless others are asked for."""
 FIT_FROM = 1024
 """Sides from which on exponents are fitted: below, fixed costs and caches still show."""
 Row = dict[str, Any]
@@ -72,7 +74,7 @@ def table(rows: Sequence[Row], what: str) -> str:
     """The table of one kind of figure."""
     names = [name for name in COLOURS if any(r['stage'] == what and r['implementation'] == name for r in rows)]
     lines = ['| side | ' + ' | '.join(names) + ' |', '| --- ' * (1 + len(names)) + '|']
-    for side in sorted({row['image'][0] for row in rows}):
+    for side in sorted({*SIDES, *(row['image'][0] for row in rows if row['stage'] == what)}):
         found = {r['implementation']: r for r in rows if r['stage'] == what and r['image'][0] == side}
         lines.append(f'| {side} | ' + ' | '.join(cell(found.get(name)) for name in names) + ' |')
     return '\n'.join(lines)
@@ -120,9 +122,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             label = f'{name}: pixels^{fitted(large)[0]:.2f}' if len(large) > 1 else name
             unit = 2**30 if key == 'computed_bytes' else 1
             axis.plot([x for x, _ in points], [y / unit for _, y in points], 'o-', color=colour, label=label, ms=4)
-        sides = sorted({row['image'][0] for row in rows})
         axis.set(xscale='log', yscale='log', title=title, xlabel='pixels a side')
-        axis.set_xticks(sides, [str(side) for side in sides])
+        axis.set_xticks(SIDES, [str(side) for side in SIDES])
         axis.minorticks_off()
         axis.tick_params(axis='x', labelsize=8)
         axis.grid(alpha=0.3)
