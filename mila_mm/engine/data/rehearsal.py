@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from mmengine.dist import get_world_size
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -67,11 +68,12 @@ def _watch(model: nn.Module) -> list[str]:
     A layer may have a ``forward`` of its own that takes what looks unfit; so only what failed as well stays there.
     """
     suspects: list[str] = []
+    together = get_world_size() > 1  # then a synchronised BatchNorm sees the other processes' values too
     for name, module in model.named_modules():
         doubt: Callable[[str, Any, torch.Tensor], str | None]
         if isinstance(module, _CONVOLUTIONS):
             doubt = _other_channels
-        elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        elif isinstance(module, _BatchNorm) and not (together and isinstance(module, nn.SyncBatchNorm)):
             doubt = _one_value
         elif isinstance(module, nn.Linear) and name.startswith('roi_head.'):
             doubt = _other_rows  # elsewhere rows may be as wide as the image is large
