@@ -101,6 +101,7 @@ class PhaseHook(Hook):
         """Write a file in two halves."""
         file.write(content[: len(content) // 2])
         file.flush()
-        if PHASE == 'saving' or self.is_best:
+        # a validation that was due may save before the first iteration, where there is nothing new to save for a stop
+        if self.seen and (PHASE == 'saving' or self.is_best):
             reached(PHASE, get_rank())
         file.write(content[len(content) // 2 :])
