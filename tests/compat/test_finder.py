@@ -101,6 +101,14 @@ print(mmcv._ext.__spec__.origin, callable(mmcv._ext.nms), 'torch' in sys.modules
     assert run_python(code, mmcv_without_ops).splitlines() == ['True False', 'mila_mm.compat.mmcv_ext True True']
 
 
+def test_a_line_in_a_pth_file_serves_code_that_does_not_import_it(mmcv_without_ops: Path) -> None:
+    (mmcv_without_ops / 'mila_mm_first.pth').write_text('import mila_mm\n')
+    code = (
+        f'import site; site.addsitedir({str(mmcv_without_ops)!r})\nimport mmcv._ext\nprint(mmcv._ext.__spec__.origin)'
+    )
+    assert run_python(code, mmcv_without_ops) == 'mila_mm.compat.mmcv_ext'
+
+
 def test_a_compiled_mmcv_wins(mmcv_without_ops: Path) -> None:
     (mmcv_without_ops / 'mmcv' / '_ext.py').write_text('nms = "compiled"')
     code = """
