@@ -248,6 +248,8 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         self._position = dict(epoch=runner.epoch, iter=runner.iter)
+        # bbox_mAP stands for coco/bbox_mAP, as for --early-stop; full names first, of which 'auto' takes one
+        metrics = {**metrics, **{key.rpartition('/')[2]: value for key, value in metrics.items()}}
         try:
             with self._removals_last():
                 super()._save_best_checkpoint(runner, metrics)
