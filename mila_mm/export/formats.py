@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mila_mm.errors import UserError
-from mila_mm.export.deployed import Deployed
+from mila_mm.export.deployed import Deployed, example_inputs
 from mila_mm.ops.common import only_plain_operators
 
 METADATA_KEY = 'mila_mm'
 # The sides of a file for several sizes are multiples of the last stage's stride: its graph then has short sizes.
 STEP = 32
 MOST_STEPS = 512
+# What a graph for any size is recorded with. Where a level of a pyramid had one cell, torch would keep that for all
+# sizes: these have 3 x 4 cells at 1/128, different numbers, so that none passes for the other.
+_EXAMPLE = (320, 448)
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -83,10 +86,12 @@ def program(model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool) -> Expor
     Args:
         model: What to export.
         inputs: As of :func:`mila_mm.export.deployed.example_inputs`.
-        dynamic: Whether height and width may be any multiples of :data:`STEP`; the batch is that of the inputs.
+        dynamic: Whether height and width may be any multiples of :data:`STEP`; the batch is that of the inputs, and
+            nothing else of them counts.
     """
     shapes = None
     if dynamic:
+        inputs = example_inputs(model, inputs[0].shape[0], *_EXAMPLE)
         height, width = (Dim(name, min=2, max=MOST_STEPS) for name in ('height', 'width'))
         shapes = ({1: STEP * height, 2: STEP * width}, *([None] * (len(inputs) - 1)))
     with torch.no_grad(), only_plain_operators(), _quiet():
