@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -249,7 +250,10 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         self._position = dict(epoch=runner.epoch, iter=runner.iter)
         # bbox_mAP stands for coco/bbox_mAP, as for --early-stop; full names first, of which 'auto' takes one
-        metrics = {**metrics, **{key.rpartition('/')[2]: value for key, value in metrics.items()}}
+        ends = Counter(key.rpartition('/')[2] for key in metrics)
+        metrics = {**metrics, **{end: v for key, v in metrics.items() if ends[end := key.rpartition('/')[2]] == 1}}
+        if lacking := [name for name in self.key_indicators or () if name not in (*metrics, 'auto')]:
+            raise UserError(f'save_best: the validation gives no {lacking[0]!r}; it gives {", ".join(sorted(metrics))}')
         try:
             with self._removals_last():
                 super()._save_best_checkpoint(runner, metrics)

@@ -21,6 +21,7 @@ def told(metric, *, save_best=None, **more) -> list[str]:
         (COCO, 'coco/segm_mAP_50'),
         (COCO, 'auto'),
         (COCO, ['coco/bbox_mAP', 'coco/segm_mAP']),
+        (COCO, 'segm_mAP'),
         (dict(COCO, prefix='own'), 'own/bbox_mAP'),
         (dict(COCO, classwise=True), 'coco/cat_precision'),
         (dict(COCO, metric='proposal'), 'coco/AR@100'),
@@ -38,7 +39,9 @@ def test_known_and_unknown_names_pass(metric, name) -> None:
     ('metric', 'name', 'words'),
     [
         (COCO, 'coco/mAP', "nearest: 'coco/bbox_mAP'"),
-        (COCO, ['coco/bbox_mAP', 'segm_mAP'], "waits for 'segm_mAP'"),
+        (COCO, ['coco/bbox_mAP', 'coco_segm_mAP'], "waits for 'coco_segm_mAP'"),
+        (COCO, 'mAP', "waits for 'mAP'"),
+        ([COCO, dict(COCO, prefix='own')], 'bbox_mAP', "waits for 'bbox_mAP'"),
         (dict(COCO, metric='bbox'), 'coco/segm_mAP', 'which the validation does not give'),
         (IOU, 'mIoU', "'mDice'"),
     ],

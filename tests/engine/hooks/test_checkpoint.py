@@ -205,6 +205,16 @@ def test_the_best_checkpoints_by_several_scores(tmp_path, recorder) -> None:
     assert checkpoints(tmp_path) == {'iter_2.pth', 'best_a_iter_2.pth', 'best_b_iter_0.pth'}
 
 
+def test_a_score_is_known_without_its_prefix(tmp_path, recorder) -> None:
+    hook = hook_of(recorder, save_best='bbox_mAP', rule='greater')
+    hook.after_val_epoch(recorder, {'own/segm_mAP': 0.9, 'coco/bbox_mAP': 0.2})
+    save(hook, recorder, 2)
+    hook.after_val_epoch(recorder, {'own/segm_mAP': 0.9, 'coco/bbox_mAP': 0.1})
+    assert checkpoints(tmp_path) == {'iter_2.pth', 'best_bbox_mAP_iter_0.pth'}
+    with pytest.raises(UserError, match="gives no 'bbox_mAP'; it gives coco/bbox_mAP, own/bbox_mAP"):
+        hook.after_val_epoch(recorder, {'own/bbox_mAP': 0.9, 'coco/bbox_mAP': 0.2})
+
+
 def test_a_best_checkpoint_of_another_place_or_run_stays(tmp_path, recorder) -> None:
     hook = hook_of(recorder, save_best='score', rule='greater')
     save(hook, recorder, 1)
