@@ -31,6 +31,9 @@ FORWARDED=()
 for name in MASTER_ADDR MASTER_PORT PYTHONPATH OMP_NUM_THREADS MKL_NUM_THREADS MILA_MM_STOP_GRACE; do
     FORWARDED+=(-x "$name")
 done
+for name in MILA_MM_STOP_MARKER MILA_MM_MAX_STOPS; do
+    [[ -z "${!name:-}" ]] || FORWARDED+=(-x "$name")
+done
 asked=
 hear() {
     asked=${asked:-$1}

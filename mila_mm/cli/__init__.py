@@ -7,6 +7,7 @@ it. Neither of them imports torch or mmengine before it is needed, so that ``--h
 
 import argparse
 import os
+import select
 import sys
 import time
 import warnings
@@ -146,7 +147,8 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         argv: Arguments without the name of the program. Defaults to None.
 
     Returns:
-        The exit status: 0; 2 after a mistake of the user's; 65 after a training that diverged; 130 after Ctrl-C;
+        The exit status: 0; 2 after a mistake of the user's; 65 after a training that diverged; 69 after one
+        that was stopped in vain again and again; 130 after Ctrl-C;
         141 where nobody reads the output any more;
         75 after another signal that asked a training to stop, which then continues from what it saved. All ranks of a
         job that was stopped end with the same, and rank 0 tells so.
@@ -159,6 +161,8 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         main(argv)
         sys.stdout.flush()
     except BrokenPipeError:
+        if not _reader_has_gone():  # a pipe of something else has broken
+            raise
         return _without_reader()
     except UserError as error:
         if os.environ.get('MILA_MM_TRACEBACK'):
@@ -220,6 +224,13 @@ def _join_late(argv: Sequence[str]) -> None:
         with suppress(UserError, ValueError, KeyError):  # then each says its own
             name_ranks(job.launcher)
             job.join()
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # an error or a hang-up is told unasked
+    return bool(poll.poll(0))
 
 
 def _without_reader() -> int:

@@ -83,8 +83,8 @@ class Job:
             peers.watch()
         except OSError as error:
             raise UserError(
-                f'MASTER_PORT={port}: the process of rank 0 cannot listen there ({error.strerror})\n'
-                'Does another job of this machine have it? Take a port of its own for each.'
+                f'MASTER_ADDR={address} MASTER_PORT={port}: rank 0 cannot listen there ({error.strerror})\n'
+                'Is that the address of this machine? Does another job have the port? Take one of its own for each.'
             ) from error
         self.peers = peers
 

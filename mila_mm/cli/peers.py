@@ -62,7 +62,9 @@ class Peers:
             )
         except distributed.DistNetworkError as error:
             raise OSError(None, str(error).partition('\n')[0]) from error
-        self._store = distributed.PrefixStore('mila_mm/peers', store)
+        # torchrun --max-restarts keeps its store for the next attempt
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        self._store = distributed.PrefixStore(f'mila_mm/peers/{attempt}', store)
         self._connected.set()
 
     def _watch(self) -> None:
@@ -121,6 +123,8 @@ class Peers:
         with suppress(OSError):  # the terminal has gone
             sys.stdout.flush()
             sys.stderr.flush()
+        if self._store is None:  # never met the others
+            os._exit(status)
         with suppress(RuntimeError):  # somebody does not come
             if self.rank:
                 self._store.set(f'ready/{self.rank}', '1')

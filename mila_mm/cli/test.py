@@ -28,9 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(add_arguments, argv, description='Test a detector (mmdet) or a segmentor (mmseg).')
     cli.export_local_rank(args)
     from mila_mm.engine import test
+    from mila_mm.engine.config.environment import name_ranks
     from mila_mm.engine.screen import quiet
 
     with quiet(args.verbose):
+        name_ranks(args.launcher)
+        cli.job.join()
         test(
             args.config,
             args.checkpoint,

@@ -110,7 +110,7 @@ def train(
     make_safe(cfg)
     if debug_nonfinite:
         cfg.custom_hooks = [*cfg.custom_hooks, dict(type='mila_mm.NonFiniteHook')]
-    with plain_failures():
+    with plain_failures(resumes=True):
         runner = build_runner(without_testing(cfg))
         runner.cfg = cfg  # written to the work folder and into checkpoints, where testing starts from it
         notices = [nothing_to_resume(cfg), starts_beside_another(cfg), starts_from_scratch(cfg)]

@@ -222,8 +222,11 @@ _LOST_PEER = re.compile(
 
 
 @contextmanager
-def plain_failures() -> Iterator[None]:
+def plain_failures(resumes: bool = False) -> Iterator[None]:
     """Turn a full disk, a dead dataloader worker and a lost peer into one message each.
+
+    Args:
+        resumes: Whether ``--resume`` goes on with what was saved before. Defaults to False.
 
     Raises:
         UserError: In these cases; everything else passes as it is.
@@ -235,17 +238,16 @@ def plain_failures() -> Iterator[None]:
             raise
         where = f'{error.filename}: ' if error.filename else ''
         what = 'make room' if error.errno in _FULL else 'put that right'
-        raise UserError(
-            f'{where}{error.strerror}\nWhat was saved before is whole: {what}, then continue with --resume.'
-        ) from error
+        then = f'What was saved before is whole: {what}, then continue with --resume.' if resumes else f'{what}.'
+        raise UserError(f'{where}{error.strerror}\n{then[0].upper()}{then[1:]}') from error
     except RuntimeError as error:
         message = _dead_worker(str(error))
         if message is not None:
             raise UserError(message) from error
         if _is_lost_peer(error):
             raise LostPeerError(
-                'another process of the job has ended or does not answer, see its message; '
-                '--resume continues from the last checkpoint'
+                'another process of the job has ended or does not answer, see its message'
+                + ('; --resume continues from the last checkpoint' if resumes else '')
             ) from error
         raise
 

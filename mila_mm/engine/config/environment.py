@@ -106,8 +106,8 @@ def name_ranks(launcher: str) -> None:
 
 
 def rank_of(launcher: str) -> int:
-    """Return the number of this process in its job, 0 without a launcher and before :func:`name_ranks`."""
-    rank = os.environ.get('RANK', '')
+    """Return the number of this process in its job, 0 without a launcher."""
+    rank = os.environ.get(_NAMES.get(launcher, _TORCH)[0], '')
     return int(rank) if launcher != 'none' and _number(rank, 0, _MOST) else 0
 
 

@@ -14,6 +14,7 @@ from mmengine.structures import PixelData
 
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.load import scope_of
+from mila_mm.engine.data.splits import kind_name
 from mila_mm.engine.runner.runner import Runner
 from mila_mm.errors import UserError
 
@@ -44,6 +45,8 @@ def browse(cfg: Config, stage: str, number: int, out: Path | None, show: bool) -
     cfg.setdefault('default_scope', scope)
     loader_config = {**loader_config, 'num_workers': 0, 'persistent_workers': False}
     loader_config.pop('prefetch_factor', None)
+    if stage != 'train':
+        loader_config['dataset'] = _annotations_first(loader_config['dataset'])
     with MODELS.switch_scope_and_registry(scope) as models, VISUALIZERS.switch_scope_and_registry(scope) as visualizers:
         loader = Runner.build_dataloader(loader_config)
         with building('model.data_preprocessor'):
@@ -73,6 +76,22 @@ def browse(cfg: Config, stage: str, number: int, out: Path | None, show: bool) -
         )
         written += [path] if path is not None else []
     return written
+
+
+def _annotations_first(dataset: Any) -> Any:
+    """A copy of a dataset's config that loads annotations before it resizes.
+
+    Pipelines of tests load them last, so that a metric finds them in the size of the file; drawn on the resized image
+    they would be out of place.
+    """
+    if not isinstance(dataset, dict):
+        return dataset
+    inner = {key: _annotations_first(dataset[key]) for key in ('dataset',) if key in dataset}
+    if isinstance(dataset.get('datasets'), (list, tuple)):
+        inner['datasets'] = [_annotations_first(each) for each in dataset['datasets']]
+    if isinstance(dataset.get('pipeline'), (list, tuple)):
+        inner['pipeline'] = sorted(dataset['pipeline'], key=lambda step: not kind_name(step).startswith('Load'))
+    return {**dataset, **inner}
 
 
 def _samples(loader: Any, preprocessor: Any, training: bool) -> Iterator[tuple[np.ndarray, Any]]:

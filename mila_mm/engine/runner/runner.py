@@ -1,5 +1,6 @@
 """mmengine's runner, strict where it is lenient, and clean when a run fails before it starts."""
 
+import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,8 +75,9 @@ class Runner(ShardingRunner):
 
     def _train_alone(self) -> nn.Module:
         with ExitStack() as stack:
-            # two work folders of one name share a folder in out_dir
-            for folder in checkpoint_folders(self.work_dir, self._out_dir()):
+            # two work folders of one name share a folder in out_dir, and links may make one folder of the two
+            folders = checkpoint_folders(self.work_dir, self._out_dir())
+            for folder in dict.fromkeys(Path(os.path.realpath(each)) for each in folders):
                 self._made_folders += _missing_folders(folder)
                 stack.enter_context(leased(folder))
             return super().train()
