@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_check                          # the quick form
     python -m benchmarks.gpu_check --all                    # all sizes, dtypes and programs of torch.compile
-    python -m benchmarks.gpu_check --patience 1 --budget 470 --out DIR   # on a machine that is lent for eight minutes
+    python -m benchmarks.gpu_check --patience 1 --budget 470 --out DIR   # in eight minutes
     python -m benchmarks.gpu_check --resume                 # what has not passed yet
     python -m benchmarks.gpu_check --rehearse               # on a CPU: every step goes its way on little
 

@@ -86,6 +86,7 @@ class _Shape:
     forward: Any
     backward: Any = None
     grad_outputs: list[Tensor]
+    grads: list[Tensor | None]  # where its backward writes those of the parameters
     grad_image: Tensor | None = None
 
 
@@ -107,10 +108,10 @@ class _Replay(torch.autograd.Function):
         shape, graphs = ctx.shape, ctx.graphs
         for static, grad in zip(shape.grad_outputs, grads, strict=True):
             static.zero_() if grad is None else static.copy_(grad)
-        graphs.keep_accumulated()
+        graphs.keep_accumulated(shape.grads)
         shape.backward.replay()
         grad_image = shape.grad_image.clone() if ctx.needs_image else None
-        return None, None, None, grad_image, *(None if g is None else g.detach() for g in graphs.grads)
+        return None, None, None, grad_image, *(None if g is None else g.detach() for g in shape.grads)
 
 
 class BackboneGraphs:
@@ -156,7 +157,8 @@ class BackboneGraphs:
             return self._forward(backbone, x)
         self._look_for_changes()
         training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._params))
-        if training and self._is_under_way():
+        # Without gradients too: what the first one keeps for its backward lies in the pool that all graphs write to.
+        if self._is_under_way():
             self._say('a pass came before the backward of the one before it')
             return self._forward(backbone, x)
         low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
@@ -213,10 +215,10 @@ class BackboneGraphs:
         self._state, self._params = state, params
         self.grads = [torch.zeros_like(p) if p.requires_grad else None for p in params]
 
-    def keep_accumulated(self) -> None:
+    def keep_accumulated(self, grads: Sequence[Tensor | None]) -> None:
         """Move gradients that lie in the graphs' memory and are to be added to: a replay writes there."""
         held = [
-            (p, p.grad) for p, g in zip(self._params, self.grads, strict=True)
+            (p, p.grad) for p, g in zip(self._params, grads, strict=True)
             if g is not None and p.grad is not None and p.grad.data_ptr() == g.data_ptr()
         ]  # fmt: skip
         if held:
@@ -236,6 +238,7 @@ class BackboneGraphs:
         # Nothing of a capture may be an inference tensor, which could not be written to later.
         with torch.inference_mode(False), torch.set_grad_enabled(training):
             shape = _Shape()
+            shape.grads = self.grads
             shape.image = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
             if training and x.requires_grad:
                 shape.grad_image = torch.zeros_like(x)
@@ -272,7 +275,7 @@ class BackboneGraphs:
     def _differentiate(self, shape: _Shape, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The backward of a graph: into memory that all shapes share, since a backward is read before the next."""
         wanted: list[Tensor] = [p for p in self._params if p.requires_grad]
-        results = [g for g in self.grads if g is not None]
+        results = [g for g in shape.grads if g is not None]
         if shape.grad_image is not None:
             wanted, results = [*wanted, shape.image], [*results, shape.grad_image]
         grads = torch.autograd.grad(outputs, wanted, shape.grad_outputs, allow_unused=True)

@@ -164,6 +164,14 @@ def test_what_stochastic_depth_draws():
     assert fast_path._scales([block.eval() for block in blocks], torch.empty(4, 0), torch.float32) == [(None, None)] * 2
 
 
+@pytest.mark.parametrize('batch', [1, 2, 3, 16, 17])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_scales_of_branches_lie_where_kernels_can_be_started_by_address(batch, dtype):
+    blocks = list(MILA(**SMALL, drop_path_rate=0.5).train().layers[1].blocks)
+    for scales in fast_path._scales(blocks, torch.empty(batch, 0), dtype):
+        assert all(each.data_ptr() % 16 == 0 and each.is_contiguous() and len(each) == batch for each in scales)
+
+
 def test_weights_are_read_in_every_pass():
     _, twin = pair()
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):

@@ -189,6 +189,25 @@ def test_a_pass_before_the_backward_of_another_runs_without_a_graph(caplog):
     assert Again.replayed == 5
 
 
+@pytest.mark.parametrize('between', ['without gradients', 'after a change'])
+def test_what_comes_between_a_pass_and_its_backward_leaves_its_gradients(between):
+    plain, twin = pair()
+    x, y = image(1, 3, 32, 32), image(1, 3, 40, 32, seed=1)
+    for model in (plain, twin):
+        with torch.no_grad():
+            model(y)  # its graph is there by now
+        maps = model(x)
+        replayed = Again.replayed
+        if between == 'after a change':
+            model.norm1.weight.data = model.norm1.weight.data.clone()
+        with torch.no_grad():
+            model(y)
+        assert Again.replayed == replayed  # all graphs write to one pool
+        sum(m.sin().sum() for m in maps).backward()
+    assert_same(plain, twin)
+    assert any(p.grad is not None and p.grad.any() for p in twin.parameters())
+
+
 def test_autocast_and_gradients_of_the_image():
     plain, twin = pair()
     grads = []

@@ -121,11 +121,13 @@ class _Backward:
     ) -> None:
         self.plan = plan
         self.x, self.x2, self.joint, self.qk, self.buffer = kept
+        if self.buffer.storage_offset():  # unpacked by somebody's hook, as a view
+            self.buffer = self.buffer.clone()
         shape, device = plan.shape, grad.device
         self.flat = torch.empty(plan.flat_size, dtype=shape.master, device=device)
         self.scratch = torch.empty(plan.scratch_size, dtype=shape.dtype, device=device)
         self.grad_x = torch.empty(self.x.shape, dtype=shape.residual, device=device)
-        self.way = plan.way(True, grad, self.x, *params, taps)
+        self.way = plan.way(True, grad, self.x, self.x2, self.joint, self.qk, self.buffer, *params, taps)
         self.params = self.way.of(*params)
         self.taps = taps
         self.results = Results(*self.way.places(plan.results, self.buffer))

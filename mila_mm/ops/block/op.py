@@ -107,6 +107,8 @@ def results(plan: Plan, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
     from mila_mm.ops.block.layout import Results
 
     x, x2, joint, qk, buffer = kept
+    if buffer.storage_offset():  # unpacked by somebody's hook, as a view
+        buffer = buffer.clone()
     layout = plan.results
     at = Results(*(layout.view(buffer, index) for index in range(len(layout.slots))))
     joint, qk = (product.view(*x.shape[:2], -1) for product in (joint, qk))

@@ -24,7 +24,7 @@ CHECKED_TRITON = ((3, 5), (3, 6), (3, 7), (3, 8))
 """Versions in which a compiled kernel is known to be started as :func:`start` does; with others the JIT starts it."""
 _NOT_OF_THE_BINARY = (
     *('out of memory', 'illegal memory access', 'misaligned address', 'unspecified launch failure'),
-    *('illegal instruction', 'device-side assert', 'ECC error'),
+    *('captur', 'illegal instruction', 'device-side assert', 'ECC error'),
 )
 # CUDA's library that is not found is an assertion of Triton's.
 _FAILURES = (TritonError, OSError, ImportError, SubprocessError, RuntimeError, AssertionError)
