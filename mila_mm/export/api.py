@@ -209,9 +209,7 @@ def _metadata(
     """What a program needs to know of the file, as JSON under the key mila_mm."""
     from mila_mm.export import outputs
 
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    classes = (dataset.get('metainfo') or cfg.get('metainfo') or {}).get('classes')
-    classes = _classes_of(dataset) if classes is None else classes
+    classes = _class_names(cfg, deployed)
     names = deployed.output_names
     return {
         'mila_mm': __version__,
@@ -224,9 +222,18 @@ def _metadata(
         'batch': batch,
         'precision': precision,
         'normalisation': 'inside',
-        'classes': None if classes is None else list(classes),
+        'classes': classes,
         **settings,
     }
+
+
+def _class_names(cfg: Config, model: torch.nn.Module) -> list[str] | None:
+    """The names of a model's classes; None where nobody says them, or as many as its heads do not have."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    classes = (dataset.get('metainfo') or cfg.get('metainfo') or {}).get('classes')
+    classes = _classes_of(dataset) if classes is None else classes
+    counts = {count for part in model.modules() if isinstance(count := getattr(part, 'num_classes', None), int)}
+    return None if classes is None or (counts and len(classes) not in counts) else list(classes)
 
 
 def _classes_of(dataset: dict[str, Any]) -> Sequence[str] | None:

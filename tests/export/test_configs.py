@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
 from mila_mm.engine import load_config, scope_of
 from mila_mm.errors import UserError
-from mila_mm.export.api import _classes_of, _without_pretrained
+from mila_mm.export.api import _class_names, _classes_of, _without_pretrained
 from mila_mm.export.deployed import Deployed
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -81,3 +83,12 @@ def test_a_file_knows_the_names_of_the_classes(name, count, first):
     init_default_scope(scope_of(cfg))
     classes = _classes_of(cfg.test_dataloader.dataset)
     assert len(classes) == count and classes[0].startswith(first)
+
+
+@pytest.mark.parametrize(('count', 'expected'), [(2, ['a', 'b']), (3, None), (None, ['a', 'b'])])
+def test_names_of_another_number_than_the_heads_have_are_left_out(count, expected):
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(metainfo=dict(classes=('a', 'b'))))))
+    model = nn.ModuleDict(dict(head=nn.Identity()))
+    if count is not None:
+        model['head'].num_classes = count
+    assert _class_names(cfg, model) == expected
