@@ -99,7 +99,7 @@ def test_a_hang_is_ended_without_asking_for_another_start(tmp_path) -> None:
 
 
 WAITING = """
-    import sys, time
+    import signal, sys, time
     from mila_mm import cli
     from mila_mm.stopping import stop_signals
 
@@ -108,6 +108,7 @@ WAITING = """
             print('waiting', flush=True)
             time.sleep(20)
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests would be left as it is
     sys.exit(cli.execute(main))
 """
 

@@ -159,6 +159,7 @@ def test_every_step_is_what_the_scripts_take(load, tmp_path, monkeypatch) -> Non
             script.main()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the rehearsal of a CPU')
 def test_rehearsal(load, tmp_path) -> None:
     steps = ['backbone', 'attention_op', 'block_fusions']

@@ -224,7 +224,7 @@ class TestData:
         ('content', 'word'),
         [
             ('{"images": [{"id": 1,', 'not valid JSON'),
-            ('', 'not valid JSON'),
+            ('', 'is empty (0 bytes)'),
             ('[]', 'expected an object'),
             ('{"images": [], "categories": []}', "'annotations'"),
             ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "'file_name'"),

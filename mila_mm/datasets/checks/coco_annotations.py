@@ -13,8 +13,10 @@ from typing import Any
 
 from mila_mm.datasets.checks.coco_masks import check_mask
 from mila_mm.datasets.checks.faults import Faults, are_numbers, is_number
-from mila_mm.datasets.checks.findings import Finding, brief, shown
+from mila_mm.datasets.checks.findings import ERROR, Finding, brief, error, shown
 from mila_mm.datasets.checks.needs import Needs
+
+NO_IMAGES = "'images' is empty"
 
 # What a file begins with that is no JSON in UTF-8, and how that is told.
 _OTHER_KINDS = {
@@ -121,7 +123,11 @@ def check_entries(data: dict[str, Any], path: str, needs: Needs) -> list[Finding
     if needs.labels and 'annotations' not in data:
         faults.add('no annotations', "is not in COCO's layout: it has no list 'annotations'")
     _check_annotations(data.get('annotations', []), images, categories, needs, faults)
-    return faults.findings()
+    found = faults.findings()
+    # A file without images is nothing to train on, but what is wrong with its entries is told first.
+    if not data['images'] and not any(finding.level == ERROR for finding in found):
+        found.append(error(path, NO_IMAGES))
+    return found
 
 
 def _check_images(images: Sequence[Any], faults: Faults) -> dict[Any, tuple[int, int]]:
@@ -160,8 +166,6 @@ def _check_images(images: Sequence[Any], faults: Faults) -> dict[Any, tuple[int,
         if number in sizes:
             faults.add('image twice', f'{here}.id {brief(number)} has been that of another image already')
         sizes[number] = (height, width)
-    if not images:
-        faults.add('images empty', "'images' is empty")
     if len(kinds) > 1:
         faults.add('image ids', f'ids of images are of different types: {_kinds(kinds)}')
     return sizes

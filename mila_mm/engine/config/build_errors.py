@@ -13,7 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mila_mm.datasets.checks.coco_annotations import OtherLayoutError, UnreadableError, check_entries, read_coco
+from mila_mm.datasets.checks.coco_annotations import (
+    NO_IMAGES,
+    OtherLayoutError,
+    UnreadableError,
+    check_entries,
+    read_coco,
+)
 from mila_mm.datasets.checks.findings import ERROR
 from mila_mm.datasets.checks.needs import Needs
 from mila_mm.engine.config.load import REGISTRY_PREFIX, one_line
@@ -202,7 +208,8 @@ def fault_of_annotations(path: Path) -> str | None:
         return None
     except UnreadableError as fault:
         return str(fault)
-    faults = [finding for finding in check_entries(data, '', Needs(labels=False)) if finding.level == ERROR]
+    found = check_entries(data, '', Needs(labels=False))
+    faults = [finding for finding in found if finding.level == ERROR and finding.message != NO_IMAGES]
     return f"is not in COCO's layout: {faults[0].message}" if faults else None
 
 

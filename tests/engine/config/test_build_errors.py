@@ -86,7 +86,8 @@ def test_reading_of_sound_files_keeps_the_error(tmp_path) -> None:
 @pytest.mark.parametrize(
     ('content', 'fault'),
     [
-        (b'\xff\xfe\x00', 'it is not text'),
+        (b'\xff\x00\xfe', 'it is not text'),
+        (b'\xff\xfe\x00', 'is text in UTF-16, expected UTF-8'),
         (b'{"images": 3}', "no list 'images'"),
         (b'{"images": [], "annotations": [{"id": 1}], "categories": []}', r"annotations\[0\] has no 'image_id'"),
         (b'{"images": [], "annotations": [], "categories": ["a"]}', r"categories\[0\] has no 'id'"),
