@@ -252,7 +252,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         # bbox_mAP stands for coco/bbox_mAP, as for --early-stop; full names first, of which 'auto' takes one
         ends = Counter(key.rpartition('/')[2] for key in metrics)
         metrics = {**metrics, **{end: v for key, v in metrics.items() if ends[end := key.rpartition('/')[2]] == 1}}
-        if lacking := [name for name in self.key_indicators or () if name not in (*metrics, 'auto')]:
+        wanted = self.key_indicators if self.save_best else ()
+        if lacking := [name for name in wanted if name not in (*metrics, 'auto')]:
             raise UserError(f'save_best: the validation gives no {lacking[0]!r}; it gives {", ".join(sorted(metrics))}')
         try:
             with self._removals_last():

@@ -76,10 +76,9 @@ class Runner(ShardingRunner):
     def _train_alone(self) -> nn.Module:
         with ExitStack() as stack:
             # two work folders of one name share a folder in out_dir, and links may make one folder of the two
-            folders = checkpoint_folders(self.work_dir, self._out_dir())
-            for folder in dict.fromkeys(Path(os.path.realpath(each)) for each in folders):
-                self._made_folders += _missing_folders(folder)
-                stack.enter_context(leased(folder))
+            for folder in dict.fromkeys(map(os.path.realpath, checkpoint_folders(self.work_dir, self._out_dir()))):
+                self._made_folders += _missing_folders(Path(folder))
+                stack.enter_context(leased(Path(folder)))
             return super().train()
 
     def _out_dir(self) -> str | None:
