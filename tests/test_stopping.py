@@ -317,8 +317,12 @@ def test_other_errors_pass(error) -> None:
     assert caught.value is error
 
 
-def test_a_full_disk_is_said_in_two_lines() -> None:
-    with pytest.raises(UserError, match=r'(?s)scalars\.json: No space left on device\n.*--resume'), plain_failures():
+@pytest.mark.parametrize(
+    ('resumes', 'then'), [(True, r'.*make room, then continue with --resume\.$'), (False, r'Make room\.$')]
+)
+def test_a_full_disk_is_said_in_two_lines(resumes, then) -> None:
+    said = rf'(?s)scalars\.json: No space left on device\n{then}'
+    with pytest.raises(UserError, match=said), plain_failures(resumes):
         raise OSError(28, os.strerror(28), '/run/scalars.json')
 
 

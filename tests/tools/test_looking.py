@@ -7,10 +7,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
+from mila_mm.datasets import write_shapes
 from mila_mm.engine.analysis.detections import Image, Objects, summarise
 from mila_mm.engine.analysis.label_maps import confusion_of, intersection_over_union, per_class
-from mila_mm.engine.data.browse import as_rgb
+from mila_mm.engine.data.browse import as_rgb, browse
 
 
 @pytest.mark.parametrize('kind', ['detector', 'segmentor'])
@@ -21,6 +23,41 @@ def test_browse_draws_what_the_model_sees(command, request, workspace, kind) -> 
     pictures = sorted((workspace / 'seen').iterdir())
     assert len(pictures) == 3
     assert all(cv2.imread(str(picture)) is not None for picture in pictures)
+
+
+def test_annotations_of_validation_are_drawn_where_they_are(tmp_path, monkeypatch) -> None:
+    """Their pipelines load them in the size of the file, behind the resize, and pad the batch and not the masks."""
+    folder = write_shapes(tmp_path / 'shapes', 1, 1, 48, 0)
+    steps = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(90, 90), keep_ratio=True),
+        dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+        dict(type='PackDetInputs'),
+    ]
+    classes = json.loads((folder / 'annotations/instances_val.json').read_text())['categories']
+    dataset = dict(
+        type='CocoDataset',
+        ann_file=str(folder / 'annotations/instances_val.json'),
+        data_prefix=dict(img=str(folder / 'images/validation')),
+        metainfo=dict(classes=[each['name'] for each in classes]),
+        test_mode=True,
+        pipeline=steps,
+    )
+    loader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset)
+    preprocessor = dict(type='DetDataPreprocessor', pad_size_divisor=32, pad_mask=True)
+    cfg = Config(dict(default_scope='mmdet', model=dict(data_preprocessor=preprocessor), val_dataloader=loader))
+    drawn = []
+    monkeypatch.setattr(
+        'mila_mm.engine.data.browse._enlarge', lambda image, sample: drawn.append((image, sample)) or (image, sample)
+    )
+    browse(cfg, 'val', 1, tmp_path / 'out', False)
+    image, sample = drawn[0]
+    assert image.shape == (90, 90, 3)
+    masks, boxes = sample.gt_instances.masks.to_ndarray(), sample.gt_instances.bboxes
+    assert masks.shape[1:] == (90, 90) and len(masks) == len(boxes) > 0
+    for mask, box in zip(masks, boxes.tolist(), strict=True):
+        rows, columns = np.nonzero(mask)
+        assert np.allclose(box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=3)
 
 
 @pytest.mark.parametrize('turned', [True, False])

@@ -99,7 +99,11 @@ def _samples(loader: Any, preprocessor: Any, training: bool) -> Iterator[tuple[n
     for batch in loader:
         seen = preprocessor(batch, training)
         for image, sample in zip(seen['inputs'], seen['data_samples'], strict=True):
-            yield as_rgb(image, preprocessor), _drawable(sample)
+            pixels = as_rgb(image, preprocessor)
+            if not training:  # the padding of a batch, which annotations of a test do not get
+                height, width = sample.get('img_shape', pixels.shape)[:2]
+                pixels = np.ascontiguousarray(pixels[:height, :width])
+            yield pixels, _drawable(sample)
 
 
 def as_rgb(image: torch.Tensor, preprocessor: Any) -> np.ndarray:
