@@ -123,6 +123,8 @@ def check_entries(data: dict[str, Any], path: str, needs: Needs) -> list[Finding
     if needs.labels and 'annotations' not in data:
         faults.add('no annotations', "is not in COCO's layout: it has no list 'annotations'")
     _check_annotations(data.get('annotations', []), images, categories, needs, faults)
+    if not data['images']:
+        faults.first.pop('no image', None)  # that follows from it
     found = faults.findings()
     # A file without images is nothing to train on, but what is wrong with its entries is told first.
     if not data['images'] and not any(finding.level == ERROR for finding in found):
