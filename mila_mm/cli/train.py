@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default='',
         metavar='NAMES',
         help='what differs on purpose from the run that --resume continues, which it refuses else: '
-        'lr,optimizer,schedule,batch,world_size,accumulation,epoch_length',
+        'lr,optimizer,schedule,batch,world_size,accumulation,epoch_length,precision,data',
     )
     parser.add_argument(
         '--pretrained',

@@ -23,6 +23,11 @@ MAX_COUNT = 10**12
 _MAX_SEED = 2**32 - 1  # of numpy
 _MAX_NAME = 200
 _COUNTS = ('epoch', 'iter', 'max_epochs', 'max_iters')
+# What torch's GradScaler takes as it is.
+_SCALER = {
+    **dict.fromkeys(('scale', 'growth_factor', 'backoff_factor'), (int, float)),
+    **dict.fromkeys(('growth_interval', '_growth_tracker'), (int,)),
+}
 # What mmengine's checkpoint hook removes files by.
 REMOVED_BY = ('keep_ckpt_ids', 'best_ckpt')
 
@@ -237,6 +242,7 @@ def check_optimizer(state: Any, optimizer: Optimizer, source: str) -> None:
     """
     state = _mapping(state, f'{source}: its optimizer')
     entries = _mapping(state.get('state'), f'{source}: its optimizer.state')
+    _check_wrapper(state, optimizer, f'{source}: its optimizer')
     groups = state.get('param_groups')
     sizes = [len(group['params']) for group in optimizer.param_groups]
     theirs = [_group_size(group) for group in groups] if isinstance(groups, list) else None
@@ -268,6 +274,23 @@ def check_optimizer(state: Any, optimizer: Optimizer, source: str) -> None:
                     f'{source}: its optimizer.state[{number}].{shown(key)} has the shape {tuple(value.shape)}, '
                     f'the parameter {tuple(shapes[number])}'
                 )
+
+
+def _check_wrapper(state: Mapping[str, Any], optimizer: Optimizer, what: str) -> None:
+    """Check what mmengine's wrappers of optimizers put beside the optimizer's own state."""
+    scaler = _mapping(state.get('loss_scaler') or {}, f'{what}.loss_scaler')
+    for key, kinds in _SCALER.items() if scaler else ():
+        value = scaler.get(key)
+        if type(value) not in kinds or not 0 <= value < math.inf:
+            raise CheckpointError(f'{what}.loss_scaler.{key} is {shown(value)}, expected a number')
+    if state.get('base_param_settings') is None:
+        return
+    base = _mapping(state['base_param_settings'], f'{what}.base_param_settings')
+    for key, ours in optimizer.defaults.items():
+        value = _number(base.get(key))
+        looked_at = key == 'lr' or (value is not None and ours is not None)
+        if looked_at and not _alike(value, _number(ours)):
+            raise CheckpointError(f'{what}.base_param_settings.{key} is {shown(value)}, expected {shown(ours)}')
 
 
 def _group_size(group: Any) -> int | None:

@@ -151,8 +151,14 @@ def test_states_of_schedulers_that_are_none(optimizer, states) -> None:
     is_refused(check_schedulers, states, dict(a=[CosineAnnealingLR(optimizer, T_max=9)]), SOURCE)
 
 
+SCALER = dict(scale=1024.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, _growth_tracker=0)
+
+
 def test_optimizers(optimizer) -> None:
     check_optimizer(optimizer.state_dict(), optimizer, SOURCE)
+    for scaler in (SCALER, {}):
+        base = dict(optimizer.defaults, params=torch.zeros(1), initial_lr=0.1)
+        check_optimizer(dict(optimizer.state_dict(), loss_scaler=scaler, base_param_settings=base), optimizer, SOURCE)
     lies: list[tuple[str, Callable]] = [
         ('exp_avg', lambda state: state['state'][0].update(exp_avg=torch.ones(5))),
         ('no group has', lambda state: state['state'].update({9: {}})),
@@ -169,6 +175,19 @@ def test_optimizers(optimizer) -> None:
         ),
         ('betas', lambda state: state['param_groups'][0].update(betas=(0.9,))),
         ('betas', lambda state: state['param_groups'][0].update(betas=0.9)),
+        ('loss_scaler', lambda state: state.update(loss_scaler=5)),
+        *(
+            (f'loss_scaler.{key}', lambda state, key=key, value=value: state.update(loss_scaler={**SCALER, key: value}))
+            for key in SCALER
+            for value in (None, 'x', True, -1, math.nan, math.inf)
+        ),
+        ('loss_scaler._growth', lambda state: state.update(loss_scaler={**SCALER, '_growth_tracker': 1.5})),
+        ('base_param_settings', lambda state: state.update(base_param_settings=5)),
+        *(
+            ('base_param_settings.lr', lambda state, lr=lr: state.update(base_param_settings=dict(lr=lr)))
+            for lr in (None, 'x', math.nan, True)
+        ),
+        ('base_param_settings.betas', lambda state: state.update(base_param_settings=dict(lr=0.1, betas=7))),
     ]
     for words, change in lies:
         state = deepcopy(optimizer.state_dict())

@@ -20,16 +20,19 @@ from mila_mm.engine.runner.replay import Fresh, saved_schedulers, schedulers
 from mila_mm.errors import UserError
 from mila_mm.registry import HOOKS
 
+_OF_NO_SCHEDULE = {'optimizer', 'precision', 'data'}
+
 
 @HOOKS.register_module()
 class RunIdentityHook(Hook):
     """Write into each checkpoint which run it is of and what its future hangs on; compare that when it is resumed.
 
     ``meta['run_id']`` of a checkpoint is the run's id; ``meta['run']`` holds its starts, number of processes, batch,
-    accumulation, length of an epoch and of the run, optimizer, learning rates and schedule. A run that is resumed with
-    others is refused, unless ``changed`` names them: mmengine takes learning rate, optimizer and schedule from the
-    checkpoint and says nothing, and counts iterations of one length as if they had another. ``run.json`` in the
-    work folder says which run the folder belongs to, from its first iteration on.
+    accumulation, length of an epoch and of the run, optimizer, learning rates, schedule, precision, and what tells its
+    data set from another. A run that is resumed with others is refused, unless ``changed`` names them: mmengine takes
+    learning rate, optimizer, schedule and loss scale from the checkpoint and says nothing, and counts iterations of one
+    length as if they had another. ``run.json`` in the work folder says which run the folder belongs to, from its
+    first iteration on.
 
     Args:
         changed: Names of what has been changed on purpose, of
@@ -78,6 +81,8 @@ class RunIdentityHook(Hook):
                 f'Put it back, or go on with the change: --resume --resume-changed {",".join(found)}'
             )
         self._taken = set(found)
+        if 'precision' in found:
+            _drop_loss_scale(checkpoint['optimizer'])
         lines = [f'with another {text}: as --resume-changed says' for text in found.values()]
         if before is None:
             lines.append('the checkpoint does not say with which batch, learning rate and schedule it was trained')
@@ -95,7 +100,7 @@ class RunIdentityHook(Hook):
             loop._iter = loop._epoch * len(runner.train_dataloader)  # whole epochs count, whatever their length
         if self._fresh is not None and 'optimizer' in self._taken:
             self._fresh.restore_options(runner)
-        if self._fresh is not None and self._taken - {'optimizer'}:
+        if self._fresh is not None and self._taken - _OF_NO_SCHEDULE:
             self._fresh.replay(runner)
         self._fresh = None
         self._record.start(runner.iter)
@@ -143,6 +148,14 @@ def is_finished(runner: Runner) -> bool:
     by_iteration = isinstance(loop, IterBasedTrainLoop)
     left = loop.max_iters - runner.iter if by_iteration else loop.max_epochs - runner.epoch
     return left <= 0 and record is not None and record.finished == runner.iter
+
+
+def _drop_loss_scale(saved: Any) -> None:
+    """Let the loss scale begin as the config says, of all optimizers where there are several."""
+    if isinstance(saved, dict):
+        for state in (saved, *saved.values()):
+            if isinstance(state, dict):
+                state.pop('loss_scaler', None)
 
 
 def _check_optimizer(before: Settings, now: Settings) -> None:

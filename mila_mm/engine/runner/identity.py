@@ -8,17 +8,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import get_world_size
+from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from mila_mm.engine.data.content import content_of
+from mila_mm.engine.runner.agree import from_rank_0
 from mila_mm.engine.runner.own_checkpoints import new_run_id, run_id_of
 from mila_mm.errors import UserError
 from mila_mm.files import read_small, write_whole
 
 RECORD = 'run.json'
-CHANGES = ('lr', 'optimizer', 'schedule', 'batch', 'world_size', 'accumulation', 'epoch_length')
+CHANGES = (
+    *('lr', 'optimizer', 'schedule', 'batch', 'world_size', 'accumulation', 'epoch_length'),
+    *('precision', 'data'),
+)
 # The learning rate is compared as it was built; the others say how torch computes, not what.
 _NO_SETTINGS = ('lr', 'fused', 'foreach', 'capturable')
+_NAMES = {torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 _SHOWN = 200
 _MAX_RECORD = 2**24  # bytes: a line for each start
 
@@ -37,6 +45,8 @@ class Settings:
         lr: The distinct learning rates of the optimizer's groups, before any schedule.
         optimizer: The rest of the optimizer's config, as JSON.
         schedule: Config of each scheduler, as JSON.
+        precision: What is computed in 16 bits and how the loss is scaled, '' where an earlier version wrote it.
+        data: What the data set holds (:func:`mila_mm.engine.data.content.content_of`), empty as above.
     """
 
     world_size: int
@@ -48,10 +58,12 @@ class Settings:
     lr: tuple[float, ...]
     optimizer: str
     schedule: tuple[str, ...]
+    precision: str = ''
+    data: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, runner: Runner) -> 'Settings':
-        """Take them from a runner whose optimizer is built and has not been filled from a checkpoint."""
+        """Take them from a runner whose optimizer is built and has not been filled from a checkpoint; on all ranks."""
         loader, wrapper = runner.train_dataloader, runner.optim_wrapper
         loop = runner.train_loop
         by_iteration = isinstance(loop, IterBasedTrainLoop)
@@ -70,6 +82,8 @@ class Settings:
             lr=tuple(sorted(float(rate) for rate in rates)),
             optimizer=_text(dict(optimizer=optimizer, paramwise_cfg=options.get('paramwise_cfg'))),
             schedule=tuple(_text(each) for each in (schedule if isinstance(schedule, (list, tuple)) else [schedule])),
+            precision=precision_of(wrapper, runner.cfg),
+            data=from_rank_0(lambda: content_of(loader.dataset)),
         )
 
     @classmethod
@@ -86,11 +100,37 @@ class Settings:
             return None
         if not isinstance(schedule, (list, tuple)) or not all(isinstance(text, str) for text in schedule):
             return None
-        return cls(*numbers, texts[0], tuple(lr), texts[1], tuple(schedule))
+        precision, data = plain.get('precision', ''), plain.get('data', {})  # earlier versions do not say them
+        says = isinstance(precision, str) and isinstance(data, Mapping)
+        if not says or not all(isinstance(text, str) for item in data.items() for text in item):
+            return None
+        return cls(*numbers, texts[0], tuple(lr), texts[1], tuple(schedule), precision, dict(data))
 
     def plain(self) -> dict[str, Any]:
         """Return them as what every safe reader reads back."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def precision_of(optim_wrapper: Any, cfg: Mapping[str, Any]) -> str:
+    """Describe the precision of a run.
+
+    Args:
+        optim_wrapper: A wrapper of mmengine's kind, or several.
+        cfg: The config that it was built from.
+
+    Returns:
+        'fp32', 'bf16', or 'fp16, loss_scale "dynamic"'; with what ``fully_shard`` rounds where it does.
+    """
+    several = getattr(optim_wrapper, 'optim_wrappers', None)
+    found = []
+    for wrapper in several.values() if several else [optim_wrapper]:
+        kind = getattr(wrapper, 'cast_dtype', None) or torch.float16  # of mmengine's, without a dtype
+        found.append(_NAMES.get(kind, str(kind)) if isinstance(wrapper, AmpOptimWrapper) else 'fp32')
+        scaler = getattr(wrapper, 'loss_scaler', None)
+        if scaler is not None and scaler.is_enabled():
+            found[-1] += f', loss_scale {_text((cfg.get("optim_wrapper") or {}).get("loss_scale", "dynamic"))}'
+    rounded = (cfg.get('model_wrapper_cfg') or {}).get('mixed_precision')
+    return '; '.join([*dict.fromkeys(found), *([f'mixed_precision {_text(rounded)}'] if rounded else [])])
 
 
 def groups(optim_wrapper: Any) -> list[dict[str, Any]]:
@@ -121,6 +161,14 @@ def changes(before: Settings, now: Settings) -> dict[str, str]:
             f'epochs of {before.epoch_length} iterations ({before.images} images), '
             f'now of {now.epoch_length} ({now.images})'
         )
+    if before.precision not in ('', now.precision):
+        found['precision'] = f'precision {_shown(before.precision)}, now {_shown(now.precision)}'
+    other = [name for name in before.data if before.data[name] != now.data.get(name, before.data[name])]
+    if before.images != now.images:  # as said
+        other = [name for name in other if name == 'classes']
+    if other:
+        texts = (f'{_shown(name)} {_shown(before.data[name])}, now {_shown(now.data[name])}' for name in other)
+        found['data'] = f'data set ({"; ".join(texts)})'
     return found
 
 

@@ -23,11 +23,15 @@ COUNTER = itertools.count()
 STEP, COSINE = dict(type='StepLR', step_size=2, gamma=0.5), dict(type='CosineAnnealingLR', T_max=8, eta_min=1e-3)
 
 
+BF16 = dict(type='mila_mm.AmpOptimWrapper', dtype='bf16')
+FP16 = dict(type='mila_mm.AmpOptimWrapper', dtype='fp16')
+
+
 class Numbers(torch.utils.data.Dataset):
     """Eight numbers or so."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, classes: tuple = ()) -> None:
+        self.length, self.metainfo = length, dict(classes=classes)
 
     def __len__(self) -> int:
         return self.length
@@ -81,6 +85,7 @@ def run(folder: Path, *, kind: str = 'iter', end: int | None = None, changed: tu
     """Train for eight iterations, four to an epoch, saving after every second one or every epoch."""
     by_epoch = kind == 'epoch'
     settings = dict(batch=2, images=8, lr=0.1, optimizer='SGD', schedule=[STEP, COSINE], momentum=0.9, length=None)
+    settings |= dict(amp={}, classes=('a', 'b'))
     settings.update(options)
     loop = dict(by_epoch=by_epoch, val_interval=1 if by_epoch else 4)
     loop['max_epochs' if by_epoch else 'max_iters'] = settings['length'] or (2 if by_epoch else 8)
@@ -93,7 +98,9 @@ def run(folder: Path, *, kind: str = 'iter', end: int | None = None, changed: tu
             val_cfg=dict(),
             val_evaluator=dict(type=Count),
             default_scope='mmengine',
-            optim_wrapper=dict(optimizer=dict(type=settings['optimizer'], lr=settings['lr'], **momentum)),
+            optim_wrapper=dict(
+                optimizer=dict(type=settings['optimizer'], lr=settings['lr'], **momentum), **settings['amp']
+            ),
             param_scheduler=schedule or None,
             default_hooks=dict(
                 checkpoint=dict(type='CheckpointHook', interval=1 if by_epoch else 2, by_epoch=by_epoch)
@@ -106,7 +113,7 @@ def run(folder: Path, *, kind: str = 'iter', end: int | None = None, changed: tu
         )
     )
     make_safe(cfg)
-    train = dict(cfg.pop('train_dataloader'), dataset=Numbers(settings['images']), **loader)
+    train = dict(cfg.pop('train_dataloader'), dataset=Numbers(settings['images'], settings['classes']), **loader)
     runner = Runner(
         model=Line(),
         work_dir=str(folder),
@@ -181,6 +188,8 @@ def test_a_finished_run_is_not_validated_again(tmp_path) -> None:
         (dict(images=12), 'epochs of 4 iterations (8 images), now of 6 (12)', 'epoch_length'),
         (dict(momentum=0.5), 'optimizer', 'optimizer'),
         (dict(lr=0.5, batch=4), 'learning rate', 'lr,batch'),
+        (dict(amp=BF16), 'precision fp32, now bf16', 'precision'),
+        (dict(classes=('b', 'a')), 'data set (classes ["a", "b"], now ["b", "a"])', 'data'),
     ],
 )
 def test_other_settings_are_refused_unless_named(half, options, said, names) -> None:
@@ -211,6 +220,20 @@ def test_the_rates_are_those_of_a_run_with_the_new_settings(half, tmp_path, opti
 def test_another_momentum_is_taken(half) -> None:
     resumed = run(half, resume=True, momentum=0.5, changed=('optimizer',))
     assert resumed.runner.optim_wrapper.get_momentum()['momentum'] == [0.5]
+
+
+def test_another_loss_scale_is_taken(tmp_path) -> None:
+    """A checkpoint holds a scaler's settings as well, which would stand in place of the config's."""
+    run(tmp_path, end=5, amp=dict(FP16, loss_scale=64.0))
+    other = dict(FP16, loss_scale=dict(init_scale=32.0))
+    with pytest.raises(UserError, match=r'precision fp16, loss_scale 64\.0, now fp16, loss_scale .*32\.0'):
+        run(tmp_path, resume=True, amp=other)
+    with pytest.raises(UserError, match=r'loss_scale 64\.0, now bf16\n.*--resume-changed precision'):
+        run(tmp_path, resume=True, amp=BF16)
+    resumed = run(tmp_path, resume=True, amp=other, changed=('precision',))
+    assert resumed.runner.optim_wrapper.loss_scaler.get_scale() == 32.0
+    resumed = run(tmp_path, resume=True, load_from=str(tmp_path / 'iter_6.pth'), changed=('precision',))
+    assert list(resumed.seen) == [6, 7], 'from fp16 to fp32'
 
 
 def test_without_the_schedules_states_nothing_starts_over_in_silence(half, tmp_path) -> None:

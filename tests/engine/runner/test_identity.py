@@ -16,7 +16,10 @@ from mila_mm.engine.runner.identity import (
 )
 from mila_mm.errors import UserError
 
-SETTINGS = Settings(2, 4, 1, 100, 800, '12 epochs', (1e-4, 1e-5), '{"optimizer": {"type": "AdamW"}}', ('{}', '{}'))
+HELD = dict(classes='["a", "b"]', annotations='12 bytes, 3f', files='77')
+SETTINGS = Settings(
+    *(2, 4, 1, 100, 800, '12 epochs', (1e-4, 1e-5), '{"optimizer": {"type": "AdamW"}}', ('{}', '{}'), 'bf16', HELD)
+)
 
 
 def started(record: RunRecord, iteration: int) -> RunRecord:
@@ -82,7 +85,12 @@ def test_settings_come_back_from_a_checkpoint() -> None:
     for key, value in SETTINGS.plain().items():
         assert Settings.read({**SETTINGS.plain(), key: None}) is None
         assert Settings.read({**SETTINGS.plain(), key: [value]}) is None
-        assert Settings.read({name: kept for name, kept in SETTINGS.plain().items() if name != key}) is None
+        rest = Settings.read({name: kept for name, kept in SETTINGS.plain().items() if name != key})
+        if key in ('precision', 'data'):  # earlier versions did not write them
+            assert not changes(rest, SETTINGS)
+        else:
+            assert rest is None
+    assert Settings.read(SETTINGS.plain() | dict(data=dict(classes=3))) is None
     assert Settings.read(None) is None
 
 
@@ -101,6 +109,12 @@ def test_settings_come_back_from_a_checkpoint() -> None:
         (dict(schedule=('{}',)), ['schedule']),
         (dict(optimizer='{"optimizer": {"type": "SGD"}}'), ['optimizer']),
         (dict(length='24 epochs'), []),
+        (dict(precision='fp32'), ['precision']),
+        (dict(data={**HELD, 'files': '78'}), ['data']),
+        (dict(data={**HELD, 'classes': '["b", "a"]'}), ['data']),
+        (dict(data={'classes': HELD['classes']}), []),
+        (dict(data={**HELD, 'files': '78', 'annotations': ''}, images=900, epoch_length=113), ['epoch_length']),
+        (dict(data={**HELD, 'classes': '[]'}, images=900, epoch_length=113), ['epoch_length', 'data']),
     ],
 )
 def test_what_cannot_be_continued_is_named(change, names) -> None:

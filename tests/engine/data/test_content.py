@@ -1,0 +1,132 @@
+"""What a data set holds is told from what another holds, wherever either lies."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmengine.dataset import ConcatDataset, RepeatDataset
+from torch.utils.data import Dataset
+
+from mila_mm.datasets.shapes import write_shapes
+from mila_mm.engine.data import content
+from mila_mm.engine.data.content import content_of
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('content')
+    write_shapes(folder / 'shapes', num_train=4, num_val=1, size=32, seed=0)
+    return folder / 'shapes'
+
+
+def boxes(root: Path, **options: Any) -> Any:
+    from mmdet.datasets import CocoDataset
+
+    places = dict(
+        data_root=str(root), ann_file='annotations/instances_train.json', data_prefix=dict(img='images/training')
+    )
+    return CocoDataset(**places, metainfo=dict(classes=('circle', 'square')), pipeline=[], **options)
+
+
+def maps(root: Path) -> Any:
+    from mmseg.datasets import BaseSegDataset
+
+    places = dict(
+        data_root=str(root), data_prefix=dict(img_path='images/training', seg_map_path='annotations/training')
+    )
+    return BaseSegDataset(**places, metainfo=dict(classes=('a', 'b')), pipeline=[], img_suffix='.png')
+
+
+@pytest.fixture
+def copy(shapes: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shapes, tmp_path / 'elsewhere'))
+
+
+KINDS = pytest.mark.parametrize('kind', [boxes, maps])
+
+
+@KINDS
+def test_the_same_elsewhere(shapes, copy, kind) -> None:
+    found = content_of(kind(shapes))
+    assert found == content_of(kind(copy))
+    assert found.keys() == {'classes', 'files'} | ({'annotations'} if kind is boxes else set())
+    assert json.loads(json.dumps(found)) == found
+
+
+def other_label(root: Path) -> None:
+    path = root / 'annotations/instances_train.json'
+    content = json.loads(path.read_text())
+    content['annotations'][-1]['bbox'][0] += 1
+    path.write_text(json.dumps(content))
+
+
+def other_image(root: Path) -> None:
+    path = sorted((root / 'images/training').iterdir())[2]
+    path.write_bytes(path.read_bytes() + b' ')
+
+
+def other_map(root: Path) -> None:
+    path = sorted((root / 'annotations/training').iterdir())[3]
+    path.write_bytes(path.read_bytes() + b' ')
+
+
+def other_name(root: Path) -> None:
+    for kind in ('images', 'annotations'):
+        path = sorted((root / kind / 'training').iterdir())[1]
+        path.rename(path.with_stem('x'))
+
+
+@pytest.mark.parametrize(
+    ('kind', 'change', 'part'),
+    [
+        (boxes, other_label, 'annotations'),
+        (boxes, other_image, 'files'),
+        (maps, other_image, 'files'),
+        (maps, other_map, 'files'),
+        (maps, other_name, 'files'),
+    ],
+)
+def test_another_with_as_many_images(shapes, copy, kind, change: Callable, part) -> None:
+    before = content_of(kind(shapes))
+    change(copy)
+    after = content_of(kind(copy))
+    assert [name for name in before if before[name] != after[name]] == [part]
+
+
+@KINDS
+def test_wrappers_are_looked_into(shapes, kind) -> None:
+    inner = kind(shapes)
+    for wrapper in (RepeatDataset(inner, 2), ConcatDataset([inner, inner])):
+        found = content_of(wrapper)
+        assert found.keys() == content_of(inner).keys() and found['classes'] == content_of(inner)['classes']
+
+
+def test_large_ones_are_looked_at_evenly(tmp_path, shapes, monkeypatch) -> None:
+    """Of a file as large as the limit each byte counts, of a larger one some of each part."""
+    monkeypatch.setattr(content, '_BLOCK', 10)
+    path = tmp_path / 'annotations.json'
+    sizes = {size: range(size) for size in (640, 639, 5)} | {6400: [part * 6390 // 63 for part in range(64)]}
+    for size, places in sizes.items():
+        seen = set()
+        for place in places:
+            path.write_bytes(bytes(place) + b'x' + bytes(size - place - 1))
+            seen.update(content._annotations(str(path)))
+        assert len(seen) == len(places)
+    assert list(content._annotations(tmp_path)) == list(content._annotations('s3://bucket/x.json')) == []
+    monkeypatch.setattr(content, '_NAMED', 2)
+    assert content_of(boxes(shapes)) != content_of(boxes(shapes, indices=[0, 2]))
+    for length in range(1, 20):
+        places = list(content._spread(length, 7))
+        assert places[0] == 0 and places[-1] == length - 1 and len(set(places)) == min(length, 7)
+    assert not list(content._spread(0, 7))
+
+
+def test_what_says_nothing() -> None:
+    class Bare(Dataset):
+        def __len__(self) -> int:
+            return 3
+
+    assert content_of(Bare()) == {}
