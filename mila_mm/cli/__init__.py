@@ -140,7 +140,7 @@ def export_local_rank(args: argparse.Namespace) -> None:
 def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Run a command; turn the user's mistakes into one message and an exit status.
 
-    Anything that is not a :class:`UserError` is a bug and keeps its traceback.
+    Anything that is not a :class:`UserError` is a bug and keeps its traceback; all processes of the job end with 1.
 
     Args:
         main: The command; takes the arguments, None for ``sys.argv[1:]``.
@@ -157,6 +157,14 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         for category, message in _NOISE:
             warnings.filterwarnings('ignore', message=message, category=category)
     job.begin(owns_process=argv is None)
+    try:
+        return _execute(main, argv)
+    except Exception:
+        job.crashed = True
+        raise
+
+
+def _execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:
     try:
         main(argv)
         sys.stdout.flush()

@@ -22,6 +22,7 @@ _RANK_VARIABLES = {
 }
 _WAIT = timedelta(seconds=20)
 _KEY = 'mila_mm/ended'
+_CRASHED = 1  # as Python ends after a traceback
 
 
 class Job:
@@ -32,6 +33,8 @@ class Job:
         owns_process: Whether the process is there for the command alone.
         status: Exit status to end with together with the other ranks, None where each ends by itself.
         peers: The other processes of the job, once they are known.
+        crashed: Whether the command has raised what no user is to blame for. The others are told at the end, once the
+            traceback is on the screen.
     """
 
     def __init__(self) -> None:
@@ -47,7 +50,7 @@ class Job:
         self.owns_process = owns_process
         self.status: int | None = None
         self.peers: Peers | None = None
-        self._failed = False
+        self.crashed = self._failed = False
         self._rank: int | None = None
         self._size = 1
         self._store: Any = None
@@ -124,6 +127,8 @@ class Job:
 
     def end_together(self) -> None:
         """Wait for the other ranks, then end; the last thing that a process does."""
+        if self.crashed:
+            self.fail(_CRASHED)
         if self.status is None:
             return
         if self._failed and self.peers is not None:

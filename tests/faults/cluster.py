@@ -199,9 +199,9 @@ class Cluster:
             check(told.is_file() and told.read_text() == 'requeue 77\n', f'{phase}: the job was not queued again')
             told.unlink()
 
-    def finish(self, work_dir: str, *more: str, expected: int = 0) -> list[Process]:
+    def finish(self, work_dir: str, *more: str, expected: int = 0, phase: str = '', rank: int = 0) -> list[Process]:
         """Let a job come to its end by itself."""
-        started = self.start(work_dir, '', *more)
+        started = self.start(work_dir, phase, *more, rank=rank)
         try:
             for each in started:
                 status = each.process.wait(LIMIT)

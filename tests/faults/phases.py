@@ -76,6 +76,8 @@ class PhaseHook(Hook):
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """In a step; in a collective operation is the rank that the other one waits for."""
         self.seen += 1
+        if PHASE == 'bug' and get_rank() == int(os.environ['FAULTS_RANK']):
+            raise ZeroDivisionError('as a bug does')
         if self.seen == SECOND and PHASE in ('step', 'collective', 'slow end'):
             reached('step' if PHASE == 'slow end' else PHASE, get_rank())
 

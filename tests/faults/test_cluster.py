@@ -51,6 +51,16 @@ def test_a_failure_has_its_own_status_under_srun(clusters, tmp_path, option, sta
     assert not (folder / 'told').exists(), 'nobody asks for another start'
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('launcher', ['srun', 'nodes'])
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_bug_on_one_rank_ends_all_with_1(clusters, tmp_path, launcher, rank) -> None:
+    folder = tmp_path / 'job'
+    job = clusters.Cluster(folder, clusters.prepare(folder, 8), launcher)
+    said = ''.join(each.err.read_text() for each in job.finish('run', expected=1, phase='bug', rank=rank))
+    assert said.count('Traceback') == said.count('ZeroDivisionError: as a bug does') == 1, said
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('phase', ['step', 'saving'])
 def test_under_nccl_on_one_gpu(clusters, tmp_path, phase) -> None:
