@@ -21,6 +21,7 @@ class Tolerance:
         scores: Of a detection or a class.
         masks: Least intersection over union of two masks.
         pixels: Least share of pixels with the same label.
+        logits: Of a map, as a share of the largest one.
         unmatched: Share of detections that need no partner. Where two boxes compete, rounding decides.
     """
 
@@ -28,13 +29,16 @@ class Tolerance:
     scores: float
     masks: float
     pixels: float
+    logits: float
     unmatched: float
 
 
 TOLERANCES = {
-    'fp32': Tolerance(boxes=0.1, scores=1e-3, masks=0.99, pixels=0.999, unmatched=0.0),
-    'fp16': Tolerance(boxes=2.0, scores=1e-2, masks=0.9, pixels=0.99, unmatched=0.05),
+    'fp32': Tolerance(boxes=0.1, scores=1e-3, masks=0.99, pixels=0.999, logits=1e-3, unmatched=0.0),
+    'fp16': Tolerance(boxes=2.0, scores=1e-2, masks=0.9, pixels=0.99, logits=5e-2, unmatched=0.05),
 }
+# At the edge of what is kept a score may be off by this many times what the scores of partners are off by.
+_EDGE, _LEAST_EDGE = 10.0, 1e-6
 
 
 @dataclass
@@ -43,18 +47,22 @@ class Comparison:
 
     Attributes:
         detections: How many.
+        unpaired: How many results of either side have no partner, beyond the tolerance or at the edge of what is kept.
         boxes: Largest distance of a coordinate, pixels.
         scores: Largest difference.
         masks: Least intersection over union.
         pixels: Least share of pixels with the same label.
+        logits: Largest difference, as a share of the largest logit.
         faults: What is beyond the tolerance, in words.
     """
 
     detections: int = 0
+    unpaired: int = 0
     boxes: float = 0.0
     scores: float = 0.0
     masks: float | None = None
     pixels: float | None = None
+    logits: float | None = None
     faults: list[str] = field(default_factory=list)
 
     def summary(self, kind: str) -> str:
@@ -62,9 +70,14 @@ class Comparison:
         if kind == 'classifier':
             return f'scores within {self.scores:.1e}'
         if kind == 'segmentor':
-            return f'{100 * (self.pixels or 0.0):.3f} % of the labels the same'
+            logits = '' if self.logits is None else f', logits within {self.logits:.1e} of the largest'
+            return f'{100 * (self.pixels or 0.0):.3f} % of the labels the same{logits}'
         masks = '' if self.masks is None else f', masks with IoU {self.masks:.4f} and more'
-        return f'{self.detections} detections: boxes within {self.boxes:.1e} px, scores within {self.scores:.1e}{masks}'
+        lonely = f', {self.unpaired} without a partner' if self.unpaired else ''
+        return (
+            f'{self.detections} detections: boxes within {self.boxes:.1e} px, scores within {self.scores:.1e}'
+            f'{masks}{lonely}'
+        )
 
 
 def compare(
@@ -89,18 +102,30 @@ def compare(
     """
     for i, wanted in enumerate(expected):
         if kind == 'classifier':
-            into.scores = max(into.scores, float(abs(results['scores'][i] - wanted['scores']).max()))
-            if into.scores > tolerance.scores:
-                into.faults.append(f'scores differ by {into.scores:.2g}')
+            apart = float(abs(results['scores'][i] - wanted['scores']).max())
+            into.scores = max(into.scores, apart)
+            if not apart <= tolerance.scores:  # neither is what is no number
+                into.faults.append(f'scores differ by {apart:.2g}')
         elif kind == 'segmentor':
-            same = float((results['labels'][i] == wanted['labels']).mean())
-            into.pixels = same if into.pixels is None else min(same, into.pixels)
-            if same < tolerance.pixels:
-                into.faults.append(f'{100 * (1 - same):.2g} % of the labels differ')
+            _compare_maps({name: x[i] for name, x in results.items()}, wanted, tolerance, into)
         else:
             count = int(results['count'][i])
             got = {name: results[name][i][:count] for name in results if name != 'count'}
             _compare_detections(got, wanted, sizes[i], tolerance, settings, into)
+
+
+def _compare_maps(
+    got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], tolerance: Tolerance, into: Comparison
+) -> None:
+    same = float((got['labels'] == wanted['labels']).mean())
+    into.pixels = same if into.pixels is None else min(same, into.pixels)
+    if same < tolerance.pixels:
+        into.faults.append(f'{100 * (1 - same):.2g} % of the labels differ')
+    if 'logits' in got:
+        apart = float(abs(got['logits'] - wanted['logits']).max() / max(abs(wanted['logits']).max(), 1e-6))
+        into.logits = max(into.logits or 0.0, apart)
+        if not apart <= tolerance.logits:
+            into.faults.append(f'logits differ by {apart:.2g} of the largest')
 
 
 def _compare_detections(
@@ -127,7 +152,9 @@ def _compare_detections(
     if len(wanted['scores']) >= settings['most'] or len(got['scores']) >= settings['most']:
         edges += [float(x['scores'].min()) for x in (got, wanted) if len(x['scores'])]
     scores = [*got['scores'][lonely_got], *wanted['scores'][lonely_wanted]]
-    odd = [x for x in scores if all(abs(x - edge) > tolerance.scores for edge in edges)]
+    into.unpaired += len(scores)
+    near = min(tolerance.scores, max(_EDGE * into.scores, _LEAST_EDGE))
+    odd = [x for x in scores if not any(abs(x - edge) <= near for edge in edges)]
     if len(odd) > tolerance.unmatched * 2 * max(len(wanted['scores']), 1):
         into.faults.append(
             f'{len(odd)} detections of {len(wanted["scores"])} have no partner with the same label, boxes within '
