@@ -129,7 +129,7 @@ def whole(name: str, size: tuple[int, int], folder: Path) -> tuple[dict[str, Cal
     inputs = example_inputs(deployed, 1, *size)
     arrays = {key: x.numpy() for key, x in zip(deployed.input_names, inputs, strict=True)}
     path = folder / f'{name}.onnx'
-    FORMATS['onnx'].write(path, deployed, inputs, False, '{}')
+    FORMATS['onnx'].write(path, deployed, inputs, False, {})
     run = FORMATS['onnx'].load(path, deployed, torch.get_num_threads())
     sizes = np.array([size])
     return {

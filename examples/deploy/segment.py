@@ -19,7 +19,8 @@ def main(model, file, out='labels.png'):
     height, width = about['size']
     if about['any_multiple_of']:
         step, scale = about['any_multiple_of'], min(height, width) / min(picture.size)
-        height, width = (max(round(x * scale / step), 2) * step for x in (picture.height, picture.width))
+        sides = (round(x * scale / step) * step for x in (picture.height, picture.width))
+        height, width = (max(side, about['smallest_side']) for side in sides)
     image = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
     labels = session.run(['labels'], {'image': np.stack([image] * about['batch'])})[0][0]
     labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(picture.size, Image.Resampling.NEAREST))

@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if exported.operators:
         most = ', '.join(f'{name} {count}' for name, count in list(exported.operators.items())[:8])
         print(f'operators: {sum(exported.operators.values())} of {len(exported.operators)} kinds: {most}, ...')
+    if exported.smallest is not None:
+        print(f'takes images whose sides are multiples of 32, from {exported.smallest} on')
     print(f'compared with the model at {at} on {exported.images}: {exported.comparison.summary(exported.kind)}')
     file, model = (1000 * seconds / args.batch for seconds in exported.seconds)
     print(f'one image: {file:.0f} ms, PyTorch {model:.0f} ms (medians of 5 on this CPU)')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -21,16 +20,17 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mila_mm.engine.config.build_errors import building
-from mila_mm.engine.config.load import load_config, one_line, scope_of
+from mila_mm.engine.config.load import load_config, scope_of
+from mila_mm.engine.inference.classes import saved_meta
 from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.errors import UserError
-from mila_mm.export.checks import check_options, check_out, check_size, telling
+from mila_mm.export.checks import check_options, check_out, check_runs, check_size, check_smallest, stating, telling
 from mila_mm.export.compare import TOLERANCES, Comparison, compare
 from mila_mm.export.deployed import Deployed, example_inputs
 from mila_mm.export.formats import FORMATS, MOST_STEPS, STEP, Run, check_packages
+from mila_mm.export.metadata import metadata, settings_of
 from mila_mm.export.samples import contents, find_images, inputs_of, load_images, predict
 from mila_mm.files import UNFINISHED, move_into_place
-from mila_mm.version import __version__
 from mila_mm.weights.load import read_checkpoint
 
 _REPEATS = 5
@@ -48,6 +48,7 @@ class Exported:
         operators: How often each operator is in it; empty where the format does not tell.
         comparison: With the model, at all sizes that were tried.
         shapes: These sizes, height and width.
+        smallest: The smallest side of images that the file takes; None where it takes one size.
         images: What it was compared on, in words.
         seconds: Of one batch at the exported size, the file's and the model's, medians.
         notes: What the user should know.
@@ -59,6 +60,7 @@ class Exported:
     operators: dict[str, int]
     comparison: Comparison
     shapes: list[tuple[int, int]]
+    smallest: int | None
     images: str
     seconds: tuple[float, float]
     notes: list[str] = field(default_factory=list)
@@ -110,18 +112,24 @@ def export_model(
     paths = find_images(images, cfg, batch)
     model, notes = load_model(cfg, checkpoint)
     pasted, multiple = masks == 'image', STEP if dynamic else 1
-    deployed = Deployed(model, precision, pasted=pasted, logits=logits, multiple=multiple).eval()
+    with stating(model):
+        deployed = Deployed(model, precision, pasted=pasted, logits=logits, multiple=multiple).eval()
     check_options(deployed, format, precision, dynamic, pasted, logits)
     shapes = _shapes(size, dynamic)
-    settings = _settings(deployed)
-    metadata = _metadata(cfg, deployed, config, size, dynamic, batch, precision, settings)
+    settings = settings_of(deployed)
+    asked = {'size': list(size), 'any_multiple_of': STEP if dynamic else None, 'batch': batch, 'precision': precision}
+    about = metadata(cfg, model.dataset_meta, deployed, config, settings, **asked, notes=notes)
     inputs = example_inputs(deployed, batch, *size)
-    _try(deployed, inputs, size)
-    samples = [_sample(model, deployed, paths, batch, shape) for shape in shapes]
+    for shape in shapes:
+        check_runs(model, deployed, batch, shape)
     comparison = Comparison()
     with telling(path, format), _drafting(path) as draft, telling(path, format):
-        FORMATS[format].write(draft, deployed, inputs, dynamic, json.dumps(metadata))
+        smallest = FORMATS[format].write(draft, deployed, inputs, dynamic, about)
+        if smallest is not None:
+            check_smallest(smallest, size, format)
+            shapes.append((smallest, smallest))
         run = FORMATS[format].load(draft, deployed, torch.get_num_threads())
+        samples = [_sample(model, deployed, paths, batch, shape) for shape in shapes]
         for shape, (_, sizes, named, expected) in zip(shapes, samples, strict=True):
             compare(deployed.kind, run(named), expected, sizes, TOLERANCES[precision], settings, comparison)
             if comparison.faults:
@@ -134,12 +142,14 @@ def export_model(
     if deployed.kind == 'detector' and not comparison.detections:
         notes.append('the model found nothing on the images, so that only this was compared; give others by --images')
     total = sum(x.stat().st_size for x in (path, path.with_suffix('.bin')) if x.exists() and _belongs(x, path, format))
-    about = ', '.join(x.name for x in paths) if paths else 'drawn images (no --images, and no test set here)'
-    return Exported(path, deployed.kind, total, operators, comparison, shapes, about, seconds, notes)
+    shown = ', '.join(x.name for x in paths) if paths else 'drawn images (no --images, and no test set here)'
+    return Exported(path, deployed.kind, total, operators, comparison, shapes, smallest, shown, seconds, notes)
 
 
 def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, list[str]]:
     """Build a config's model, load a checkpoint completely, and return it in eval mode, with notes for the user.
+
+    The model's ``dataset_meta`` is what the checkpoint says of its data set.
 
     Raises:
         UserError: If the config cannot be built, or the checkpoint is another model's.
@@ -147,6 +157,8 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, list[str]]:
     scope = scope_of(cfg)
     init_default_scope(scope)
     model_cfg = ConfigDict(cfg.model)
+    if cfg.get('data_preprocessor'):  # as mmengine's runner takes it
+        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     _without_pretrained(model_cfg)
     notes = []
     with building('model'):
@@ -156,6 +168,7 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, list[str]]:
     except FileNotFoundError as error:
         raise UserError(f'CHECKPOINT {checkpoint} does not exist') from error
     load_checkpoint_into(model, content, f'checkpoint {checkpoint}', strict=True)
+    model.dataset_meta = saved_meta(content)
     if scope == 'mmseg' and getattr(model, 'test_cfg', {}).get('mode') == 'slide':
         model.test_cfg.mode = 'whole'
         notes.append('the config tests in sliding windows; the file takes each image as a whole')
@@ -176,89 +189,15 @@ def _without_pretrained(part: Any) -> None:
 
 
 def _shapes(size: tuple[int, int], dynamic: bool) -> list[tuple[int, int]]:
-    """The sizes to compare at: that of the export and, if others are to do, one of the other orientation."""
+    """The sizes to compare at: that of the export and, if others are to do, one of the other orientation.
+
+    The smallest that the file takes comes to them when it is written.
+    """
     if not dynamic:
         return [size]
     height, width = size
     step = STEP if max(size) < MOST_STEPS * STEP else -STEP
     return [size, (width, height) if height != width else (height, width + step)]
-
-
-def _settings(deployed: Deployed) -> dict[str, float]:
-    core = deployed.core
-    if deployed.kind != 'detector':
-        return {}
-    candidates = getattr(core, 'candidates', core)
-    return {
-        'score_threshold': float(getattr(candidates, 'threshold', 0.0) or 0.0),
-        'mask_threshold': float(getattr(core, 'mask_threshold', 0.5)),
-        'most': float(core.most),
-    }
-
-
-def _metadata(
-    cfg: Config,
-    deployed: Deployed,
-    config: str,
-    size: tuple[int, int],
-    dynamic: bool,
-    batch: int,
-    precision: str,
-    settings: dict[str, float],
-) -> dict[str, Any]:
-    """What a program needs to know of the file, as JSON under the key mila_mm."""
-    from mila_mm.export import outputs
-
-    classes = _class_names(cfg, deployed)
-    names = deployed.output_names
-    return {
-        'mila_mm': __version__,
-        'kind': deployed.kind,
-        'config': Path(config).name,
-        'inputs': [getattr(outputs, name.upper()) for name in deployed.input_names],
-        'outputs': {name: outputs.DESCRIPTIONS[name] for name in names},
-        'size': list(size),
-        'any_multiple_of': STEP if dynamic else None,
-        'batch': batch,
-        'precision': precision,
-        'normalisation': 'inside',
-        'classes': classes,
-        **settings,
-    }
-
-
-def _class_names(cfg: Config, model: torch.nn.Module) -> list[str] | None:
-    """The names of a model's classes; None where nobody says them, or as many as its heads do not have."""
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    classes = (dataset.get('metainfo') or cfg.get('metainfo') or {}).get('classes')
-    classes = _classes_of(dataset) if classes is None else classes
-    counts = {count for part in model.modules() if isinstance(count := getattr(part, 'num_classes', None), int)}
-    return None if classes is None or (counts and len(classes) not in counts) else list(classes)
-
-
-def _classes_of(dataset: dict[str, Any]) -> Sequence[str] | None:
-    """The names of the classes that a kind of data set comes with, None for one that reads them from files."""
-    if not dataset.get('type'):
-        return None
-    from mmengine.registry import DATASETS
-
-    kind = dataset['type']
-    if isinstance(kind, str):
-        # The root registry alone knows none of a library's: the scope that load_model has set leads to them.
-        with DATASETS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(kind)
-    return (getattr(kind, 'METAINFO', None) or {}).get('classes')
-
-
-def _try(deployed: Deployed, inputs: tuple[torch.Tensor, ...], size: tuple[int, int]) -> None:
-    try:
-        with torch.no_grad():
-            deployed(*inputs)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f'--size {size[0]} {size[1]}: the model does not run on such an image: {one_line(error)}\n'
-            'Sides that are multiples of 32 and not too small suit every model.'
-        ) from error
 
 
 @contextmanager

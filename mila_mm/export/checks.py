@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import nn
+
 from mila_mm.engine.config.checks import check_work_dir
 from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError
-from mila_mm.export.deployed import Deployed
-from mila_mm.export.formats import FORMATS, MOST_STEPS, STEP
+from mila_mm.export.deployed import Deployed, example_inputs
+from mila_mm.export.formats import FORMATS, LEAST_STEPS, MOST_STEPS, STEP
+from mila_mm.export.samples import predict
 
 _MOST_BATCH = 64
 _FULL = 1 << 20  # bytes that may be free where a writer gave up for lack of space
@@ -44,13 +49,22 @@ def check_out(config: str, checkpoint: str, out: str | None, format: str) -> Pat
 
 def check_size(size: tuple[int, int], dynamic: bool, batch: int) -> None:
     """Raise UserError for sizes and batches that no file is made for."""
-    least, most = (2 * STEP, MOST_STEPS * STEP) if dynamic else (STEP, MOST_STEPS * STEP)
+    least, most = LEAST_STEPS * STEP if dynamic else STEP, MOST_STEPS * STEP
     if not all(least <= side <= most for side in size):
         raise UserError(f'--size: expected sides from {least} to {most}, got {size[0]} x {size[1]}')
     if dynamic and any(side % STEP for side in size):
         raise UserError(f'--size with --dynamic: expected multiples of {STEP}, got {size[0]} x {size[1]}')
     if not 1 <= batch <= _MOST_BATCH:
         raise UserError(f'--batch: expected 1 to {_MOST_BATCH}, got {batch}')
+
+
+def check_smallest(smallest: int, size: tuple[int, int], format: str) -> None:
+    """Raise UserError where a file for any size does not take the one that was asked for."""
+    if min(size) < smallest:
+        raise UserError(
+            f'--size: a {format} file of this model for any size takes sides from {smallest} on, got {size[0]} x '
+            f'{size[1]}'
+        )
 
 
 def check_options(deployed: Deployed, format: str, precision: str, dynamic: bool, pasted: bool, logits: bool) -> None:
@@ -68,6 +82,41 @@ def check_options(deployed: Deployed, format: str, precision: str, dynamic: bool
             'export: DINO is exported for one size, as onnx, openvino or torchscript: mmdet splits its maps by sizes '
             'that a graph for any size does not know'
         )
+
+
+@contextmanager
+def stating(model: nn.Module) -> Iterator[None]:
+    """Tell in one message that a model has no exported form, where stating it fails on a part that it does not know."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f'export: {type(model).__name__} has no exported form: {type(error).__name__}: {one_line(error)}'
+        ) from error
+
+
+def check_runs(model: nn.Module, deployed: Deployed, batch: int, size: tuple[int, int]) -> None:
+    """Run a model's exported form on noise of a size.
+
+    Raises:
+        UserError: If it fails: the model itself may fail on such images, too, or only what is exported of it.
+    """
+    inputs = example_inputs(deployed, batch, *size)
+    try:
+        with torch.no_grad():
+            deployed(*inputs)
+    except Exception as error:
+        why = f'{type(error).__name__}: {one_line(error)}'
+        try:
+            predict(model, deployed.kind, inputs[0].numpy(), np.array([size] * batch))
+        except Exception:  # noqa: BLE001  whatever it is, the first one is told
+            raise UserError(
+                f'--size: the model does not run on images of {size[0]} x {size[1]}: {why}\n'
+                'Sides that are multiples of 32 and not too small suit every model.'
+            ) from error
+        raise UserError(f'export: {type(model).__name__} has no exported form that runs: {why}') from error
 
 
 @contextmanager

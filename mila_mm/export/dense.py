@@ -30,7 +30,7 @@ class Candidates(nn.Module):
         super().__init__()
         name = type(head).__name__
         base = BaseDenseHead if by_class else RPNHead
-        for method in ('predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'):
+        for method in ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'):
             if getattr(type(head), method, None) is not getattr(base, method):
                 raise UserError(f'export: {name} predicts in a way of its own ({method}), which has no exported form')
         if getattr(head.loss_cls, 'custom_cls_channels', False) or getattr(head.loss_cls, 'custom_activation', False):
@@ -123,6 +123,7 @@ class DenseDetector(nn.Module):
         super().__init__()
         self.model = model
         self.candidates = Candidates(model.bbox_head)
+        self.classes = model.bbox_head.num_classes
         cfg = self.candidates.cfg
         self.suppress = Suppression(cfg.get('nms'), type(model.bbox_head).__name__)
         self.most = most_of(cfg, type(model.bbox_head).__name__)

@@ -27,6 +27,7 @@ class Deployed(nn.Module):
         kind: 'detector', 'segmentor' or 'classifier'.
         input_names: 'image', uint8 RGB (B, H, W, 3), and for a detector 'size', int64 (B, 2): height and width of the
             content at the top left; the rest is taken for padding.
+        classes: How many classes it tells apart.
         fixed: Whether it can only be traced, for one size and in fp32.
         output_names: Of the results, in their order.
 
@@ -46,6 +47,7 @@ class Deployed(nn.Module):
         super().__init__()
         source = deployable(model)
         self.kind, self.core = _core(source, pasted, logits)
+        self.classes = int(self.core.classes)
         self.fixed = bool(getattr(self.core, 'fixed', False))
         preprocessor = source.data_preprocessor
         self.preprocess = Preprocess(preprocessor, _divisor(preprocessor), multiple)
@@ -95,7 +97,7 @@ def _detector(model: nn.Module, pasted: bool) -> nn.Module:
 
     from mila_mm.export import dense, dino, two_stage
 
-    if isinstance(model, TwoStageDetector) and type(model).forward is TwoStageDetector.forward:
+    if isinstance(model, TwoStageDetector) and type(model).predict is TwoStageDetector.predict:
         if not model.with_rpn:
             raise UserError(f'export: {type(model).__name__} has no RPN, and no exported form without one')
         return two_stage.TwoStageDetector(model, pasted)

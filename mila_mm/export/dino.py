@@ -29,6 +29,7 @@ class DINODetector(nn.Module):
         if type(head) is not DINOHead or not head.loss_cls.use_sigmoid:
             raise UserError(f'export: the head {type(head).__name__} of {type(model).__name__} has no exported form')
         self.model = model
+        self.classes = head.num_classes
         self.most = int(head.test_cfg.get('max_per_img', model.num_queries))
 
     def forward(self, x: Tensor, size: Tensor) -> dict[str, Tensor]:

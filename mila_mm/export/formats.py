@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import logging
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from mila_mm.ops.common import only_plain_operators
 METADATA_KEY = 'mila_mm'
 # The sides of a file for several sizes are multiples of the last stage's stride: its graph then has short sizes.
 STEP = 32
-MOST_STEPS = 512
+LEAST_STEPS, MOST_STEPS = 2, 512
 # What a graph for any size is recorded with. Where a level of a pyramid had one cell, torch would keep that for all
 # sizes: these have 3 x 4 cells at 1/128, different numbers, so that none passes for the other.
 _EXAMPLE = (320, 448)
 
+Metadata = Mapping[str, Any]
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -41,13 +43,14 @@ class Format:
     Attributes:
         suffix: Which files of it end with.
         packages: What writing and checking need beyond torch.
-        write: Writes a file from a model, its inputs, whether any size is to do, and metadata.
+        write: Writes a file from a model, its inputs, whether any size is to do, and metadata; returns what
+            :func:`smallest_side` says of it, which is in the file's metadata, too.
         load: Opens a file and returns a function from inputs to results by name.
     """
 
     suffix: str
     packages: tuple[str, ...]
-    write: Callable[[Path, Deployed, tuple[Tensor, ...], bool, str], None]
+    write: Callable[[Path, Deployed, tuple[Tensor, ...], bool, Metadata], int | None]
     load: Callable[[Path, Deployed, int], Run]
 
 
@@ -92,10 +95,33 @@ def program(model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool) -> Expor
     shapes = None
     if dynamic:
         inputs = example_inputs(model, inputs[0].shape[0], *_EXAMPLE)
-        height, width = (Dim(name, min=2, max=MOST_STEPS) for name in ('height', 'width'))
+        height, width = (Dim(name, min=LEAST_STEPS, max=MOST_STEPS) for name in ('height', 'width'))
         shapes = ({1: STEP * height, 2: STEP * width}, *([None] * (len(inputs) - 1)))
     with torch.no_grad(), only_plain_operators(), _quiet():
         return torch.export.export(model, inputs, dynamic_shapes=shapes)
+
+
+def smallest_side(run: Callable[..., Any], model: Deployed, batch: int, dynamic: bool) -> int | None:
+    """Find the smallest side of images that a model for any size takes, None of one for a single size.
+
+    Args:
+        run: The model, or a graph of it. Torch writes into a graph that each map had more than one cell where it was
+            recorded, and checks that in every run.
+        model: What is exported.
+        batch: Images of one call.
+        dynamic: Whether any size is to do.
+    """
+    if not dynamic:
+        return None
+    for side in range(LEAST_STEPS * STEP, min(_EXAMPLE), STEP):
+        with suppress(AssertionError, RuntimeError, ValueError), torch.no_grad(), _quiet():
+            run(*example_inputs(model, batch, side, side))
+            return side
+    return min(_EXAMPLE)
+
+
+def _text(metadata: Metadata, smallest: int | None) -> str:
+    return json.dumps({**metadata, 'smallest_side': smallest})
 
 
 def check_pools(recorded: ExportedProgram) -> None:
@@ -117,18 +143,23 @@ def check_pools(recorded: ExportedProgram) -> None:
             )
 
 
-def _write_onnx(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+def _write_onnx(
+    path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: Metadata
+) -> int | None:
     names = {'input_names': list(model.input_names), 'output_names': list(model.output_names)}
+    smallest = smallest_side(model, model, len(inputs[0]), dynamic)
+    text = _text(metadata, smallest)
     if model.fixed:
-        _write_trace(path, model, inputs, metadata, names)
-        return
+        _write_trace(path, model, inputs, text, names)
+        return smallest
     recorded = program(model, inputs, dynamic)
     if dynamic:
         check_pools(recorded)
     with _quiet():
         graph = torch.onnx.export(recorded, dynamo=True, verbose=False, **names)
-        graph.model.metadata_props[METADATA_KEY] = metadata
+        graph.model.metadata_props[METADATA_KEY] = text
         graph.save(path, external_data=False)
+    return smallest
 
 
 def _write_trace(
@@ -154,11 +185,16 @@ def _load_onnx(path: Path, model: Deployed, threads: int) -> Run:
     return lambda inputs: dict(zip(model.output_names, session.run(None, dict(inputs)), strict=True))
 
 
-def _write_pt2(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+def _write_pt2(
+    path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: Metadata
+) -> int | None:
     content = io.BytesIO()  # torch's writer of archives ends the process where a disk is full
+    recorded = program(model, inputs, dynamic)
     with _quiet():
-        torch.export.save(program(model, inputs, dynamic), content, extra_files={METADATA_KEY: metadata})
+        smallest = smallest_side(recorded.module(), model, len(inputs[0]), dynamic)
+        torch.export.save(recorded, content, extra_files={METADATA_KEY: _text(metadata, smallest)})
     path.write_bytes(content.getbuffer())
+    return smallest
 
 
 def _load_pt2(path: Path, model: Deployed, threads: int) -> Run:
@@ -166,15 +202,19 @@ def _load_pt2(path: Path, model: Deployed, threads: int) -> Run:
         return _tensors_in_and_out(torch.export.load(file).module(), model)
 
 
-def _write_aoti(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+def _write_aoti(
+    path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: Metadata
+) -> int | None:
     from torch._inductor import aoti_compile_and_package
 
-    configs = {'aot_inductor.metadata': {METADATA_KEY: metadata}}
     content = io.BytesIO()
+    recorded = program(model, inputs, dynamic)
     with _quiet():
-        recorded = program(model, inputs, dynamic)
+        smallest = smallest_side(recorded.module(), model, len(inputs[0]), dynamic)
+        configs = {'aot_inductor.metadata': {METADATA_KEY: _text(metadata, smallest)}}
         aoti_compile_and_package(recorded, package_path=content, inductor_configs=configs)
     path.write_bytes(content.getbuffer())
+    return smallest
 
 
 def _load_aoti(path: Path, model: Deployed, threads: int) -> Run:
@@ -203,13 +243,17 @@ class _Checked(nn.Module):
         return self.model(image.reshape(self.batch, image.shape[1], image.shape[2], 3), *rest)
 
 
-def _write_torchscript(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+def _write_torchscript(
+    path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: Metadata
+) -> int | None:
     batch, height, width = inputs[0].shape[:3]
+    smallest = smallest_side(model, model, batch, dynamic)
     checked = _Checked(model, batch, None if dynamic else (height, width))
     with torch.no_grad(), _quiet():
         traced = torch.jit.trace(checked, inputs, check_trace=False)
         with path.open('wb') as file:
-            torch.jit.save(traced, file, _extra_files={METADATA_KEY: metadata})
+            torch.jit.save(traced, file, _extra_files={METADATA_KEY: _text(metadata, smallest)})
+    return smallest
 
 
 def _load_torchscript(path: Path, model: Deployed, threads: int) -> Run:
@@ -226,18 +270,21 @@ def _tensors_in_and_out(module: Callable[..., Any], model: Deployed) -> Run:
     return run
 
 
-def _write_openvino(path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: str) -> None:
+def _write_openvino(
+    path: Path, model: Deployed, inputs: tuple[Tensor, ...], dynamic: bool, metadata: Metadata
+) -> int | None:
     import openvino
 
     draft = path.with_suffix('.onnx')
-    _write_onnx(draft, model, inputs, dynamic, metadata)
+    smallest = _write_onnx(draft, model, inputs, dynamic, metadata)
     converted = openvino.convert_model(str(draft))
-    if dynamic:
-        sides = (STEP, MOST_STEPS * STEP)
+    if smallest is not None:
+        sides = (smallest, MOST_STEPS * STEP)
         converted.reshape({'image': [inputs[0].shape[0], sides, sides, 3]})
-    converted.set_rt_info(metadata, [METADATA_KEY])
+    converted.set_rt_info(_text(metadata, smallest), [METADATA_KEY])
     openvino.save_model(converted, str(path), compress_to_fp16=model.half_precision)
     draft.unlink()
+    return smallest
 
 
 def _load_openvino(path: Path, model: Deployed, threads: int) -> Run:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.segmentors import EncoderDecoder
 from torch import Tensor, nn
 
@@ -17,23 +18,28 @@ class Segmentor(nn.Module):
 
     Args:
         model: An ``EncoderDecoder``, in eval mode.
-        logits: Whether to return the logits as well.
+        logits: Whether to return the logits as well; of a single channel its sigmoid, as mmseg does.
 
     Raises:
-        UserError: If it is another kind of segmentor.
+        UserError: If it is another kind of segmentor, or its head predicts in a way of its own.
     """
 
     def __init__(self, model: nn.Module, logits: bool = False) -> None:
         super().__init__()
-        if type(model) is not EncoderDecoder or not hasattr(model.decode_head, 'predict_by_feat'):
+        if type(model) is not EncoderDecoder:
             raise UserError(f'export: the segmentor {type(model).__name__} has no exported form')
-        if hasattr(model.decode_head, 'pixel_decoder'):
-            raise UserError(f'export: the head {type(model.decode_head).__name__} has no exported form')
+        head = model.decode_head
+        if any(
+            getattr(type(head), name, None) is not getattr(BaseDecodeHead, name)
+            for name in ('predict', 'predict_by_feat')
+        ):
+            raise UserError(
+                f'export: the head {type(head).__name__} has no exported form: it predicts in a way of its own'
+            )
         self.model = model
         self.logits = logits
-        classes = model.decode_head.num_classes
-        self.dtype = torch.uint8 if classes <= 256 else torch.int32
-        self.threshold = getattr(model.decode_head, 'threshold', None) or 0.3
+        self.classes = head.num_classes
+        self.dtype = torch.uint8 if self.classes <= 256 else torch.int32
 
     def forward(self, x: Tensor, shape: Any) -> dict[str, Tensor]:
         """Segment images (B, 3, H', W') and crop to ``shape``, height and width of the content."""
@@ -41,7 +47,11 @@ class Segmentor(nn.Module):
         logits = head(self.model.extract_feat(x)).float()
         logits = F.interpolate(logits, size=x.shape[2:], mode='bilinear', align_corners=head.align_corners)
         logits = logits[:, :, : shape[0], : shape[1]]
-        labels = logits.argmax(dim=1) if logits.shape[1] > 1 else logits[:, 0].sigmoid() > self.threshold
+        if logits.shape[1] == 1:
+            logits = logits.sigmoid()
+            labels = logits[:, 0] > head.threshold
+        else:
+            labels = logits.argmax(dim=1)
         results = {'labels': labels.to(self.dtype)}
         return {**results, 'logits': logits} if self.logits else results
 
@@ -52,6 +62,7 @@ class Classifier(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.classes = model.num_classes
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Classify images (B, 3, H, W)."""

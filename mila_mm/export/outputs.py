@@ -14,5 +14,5 @@ DESCRIPTIONS = {
     'count': 'int64 (batch,): detections of each image',
     'masks': 'float32 (batch, most, 28, 28): probability in a grid over the box, to be pasted and compared with '
     'mask_threshold; or, pasted, bool (batch, most, height, width)',
-    'logits': 'float32 (batch, classes, height, width)',
+    'logits': 'float32 (batch, classes, height, width); of a head with one channel its sigmoid',
 }

@@ -35,6 +35,9 @@ class TwoStageDetector(nn.Module):
                 f'export: the RoI head {type(head).__name__} has no exported form; '
                 'expected StandardRoIHead or CascadeRoIHead'
             )
+        if head.with_shared_head:
+            kind = type(head.shared_head).__name__
+            raise UserError(f'export: the RoI head has the shared_head {kind}, which has no exported form')
         self.model = model
         self.proposals = Candidates(model.rpn_head, by_class=False)
         cfg = model.rpn_head.test_cfg
@@ -43,6 +46,7 @@ class TwoStageDetector(nn.Module):
         self.box_heads = _stages(head.bbox_head)
         for box_head in self.box_heads:
             _check_box_head(box_head)
+        self.classes = self.box_heads[-1].num_classes
         self.box_features = nn.ModuleList([RoIFeatures(x) for x in _stages(head.bbox_roi_extractor)])
         cfg = head.test_cfg
         self.threshold, self.most = float(cfg.score_thr), most_of(cfg, 'roi_head')
@@ -56,6 +60,8 @@ class TwoStageDetector(nn.Module):
             self.mask_features = nn.ModuleList([RoIFeatures(x) for x in extractors])
         self.pasted = pasted
         self.mask_threshold = float(cfg.get('mask_thr_binary', 0.5))
+        if self.mask_threshold < 0:
+            raise UserError('export: roi_head gives masks in grey; set mask_thr_binary in its test_cfg to 0 or more')
 
     def forward(self, x: Tensor, size: Tensor) -> dict[str, Tensor]:
         """Detect in images (B, 3, H, W) with content of ``size`` (B, 2)."""
@@ -167,5 +173,8 @@ def _check_box_head(head: nn.Module) -> None:
 
 def _check_mask_head(head: nn.Module) -> None:
     name = type(head).__name__
-    if type(head)._predict_by_feat_single is not FCNMaskHead._predict_by_feat_single:
+    if any(
+        getattr(type(head), method, None) is not getattr(FCNMaskHead, method)
+        for method in ('predict_by_feat', '_predict_by_feat_single')
+    ):
         raise UserError(f'export: the mask head {name} predicts in a way of its own, which has no exported form')

@@ -64,6 +64,12 @@ MODELS = {
         bbox_head=dict(
             num_classes=classes, in_channels=32, feat_channels=32, stacked_convs=1, norm_cfg=dict(type='BN'))""",
     ),
+    'fcos': (
+        'swapped/retinanet_mila_t_1x',
+        f"""{PYRAMID}, bbox_head=dict(_delete_=True, type='FCOSHead', num_classes=classes, in_channels=32,
+            feat_channels=64, stacked_convs=1, strides=[8, 16, 32, 64, 128], norm_on_bbox=True,
+            centerness_on_reg=True), test_cfg=dict(nms_pre=200, max_per_img=30)""",
+    ),
     'dino': (
         'swapped/dino_mila_t_12e',
         f"""num_queries=40, {BACKBONE.format(norm='')}, neck=dict(in_channels=[64, 128, 256]),
@@ -203,7 +209,7 @@ def awaken(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 2, generator=generator)
-    scores = ('retina_cls', 'atss_cls.', 'rtm_cls', 'rpn_cls', 'fc_cls', 'cls_branches', 'conv_seg')
+    scores = ('retina_cls', 'atss_cls.', 'rtm_cls', 'conv_cls', 'rpn_cls', 'fc_cls', 'cls_branches', 'conv_seg')
     for name, parameter in model.named_parameters():
         if any(part in name for part in scores) and 'weight' in name:
             parameter.data.mul_(0.5 / (parameter.data.std() * parameter[0].numel() ** 0.5))
@@ -212,22 +218,33 @@ def awaken(model: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope='session')
-def ready(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Callable[[str], Trained]:
+def fresh(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Callable[..., tuple[str, torch.nn.Module]]:
+    """A config of a model of ``MODELS`` by its name, and the model with overrides, not trained, but with results."""
+
+    def make(name: str, *options: str) -> tuple[str, torch.nn.Module]:
+        config = tmp_path_factory.mktemp(name) / f'{name}.py'
+        config.write_text(_text(name, SHAPES, 1, data=str(shapes), names=CLASSES), encoding='utf-8')
+        cfg = load_config(str(config), options)
+        init_default_scope(scope_of(cfg))
+        torch.manual_seed(1)
+        model = REGISTRY.build(cfg.model)
+        awaken(model)
+        return str(config), model.eval()
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def ready(fresh: Callable[..., tuple[str, torch.nn.Module]], shapes: Path) -> Callable[[str], Trained]:
     """A model of ``MODELS`` by its name, not trained, but with results to compare."""
     done: dict[str, Trained] = {}
 
     def make(name: str) -> Trained:
         if name not in done:
-            folder = tmp_path_factory.mktemp(name)
-            config = folder / f'{name}.py'
-            config.write_text(_text(name, SHAPES, 1, data=str(shapes), names=CLASSES), encoding='utf-8')
-            cfg = load_config(str(config))
-            init_default_scope(scope_of(cfg))
-            torch.manual_seed(1)
-            model = REGISTRY.build(cfg.model)
-            awaken(model)
-            torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'model.pth')
-            done[name] = Trained(str(config), str(folder / 'model.pth'), str(shapes / 'images' / 'training'))
+            config, model = fresh(name)
+            weights = Path(config).with_name('model.pth')
+            torch.save({'state_dict': model.state_dict(), 'meta': {}}, weights)
+            done[name] = Trained(config, str(weights), str(shapes / 'images' / 'training'))
         return done[name]
 
     return make

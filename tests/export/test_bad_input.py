@@ -48,6 +48,8 @@ def test_a_checkpoint_that_does_not_exist(ready, refused):
     ('flags', 'words'),
     [
         (['--size', '16', '128'], ['--size', 'from 32', '16 x 128']),
+        (['--size', '-96', '128'], ['--size', 'from 32', '-96 x 128']),
+        (['--size', '96', '0'], ['--size', 'from 32', '96 x 0']),
         (['--size', '32', '128', '--dynamic'], ['--size', 'from 64', '32 x 128']),
         (['--size', '100', '128', '--dynamic'], ['multiples of 32', '100 x 128']),
         (['--size', '99999', '128'], ['--size', '16384', '99999 x 128']),
@@ -219,8 +221,12 @@ def test_a_file_that_was_there_stays_as_it_was(ready, tmp_path, monkeypatch):
     made = ready('retinanet')
     old = tmp_path / 'model.pt2'
     old.write_bytes(b'old')
+
+    def write(path, *_):
+        path.write_bytes(b'new')
+
     monkeypatch.setattr(api, 'compare', lambda *args: args[-1].faults.append('a fault'))
-    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', (), lambda path, *_: path.write_bytes(b'new'), lambda *_: dict))
+    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', (), write, lambda *_: dict))
     with pytest.raises(UserError, match='a fault'):
         api.export_model(made.config, made.checkpoint, format='pt2', size=(96, 128), out=str(old))
     assert old.read_bytes() == b'old'

@@ -6,12 +6,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
 
 from mila_mm.engine import load_config, scope_of
 from mila_mm.errors import UserError
-from mila_mm.export.api import _class_names, _classes_of, _without_pretrained
+from mila_mm.export.api import _without_pretrained
+from mila_mm.export.checks import stating
 from mila_mm.export.deployed import Deployed
+from mila_mm.export.metadata import class_names
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 ALL = sorted(str(x.relative_to(CONFIGS)) for x in CONFIGS.rglob('*.py') if '_base_' not in x.parts)
@@ -37,23 +38,51 @@ OTHERS = {
     'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py': 'YOLOXHead predicts in a way of its own',
     'mmdet::point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py': 'the RoI head PointRendRoIHead has no exported form',
     'mmdet::detr/detr_r50_8xb2-150e_coco.py': 'the detector DETR has no exported form',
+    'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py': 'the detector PanopticFPN has no exported form',
+    'mmdet::faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py': 'the RoI head has the shared_head ResLayer',
+    'mmdet::htc/htc-without-semantic_r50_fpn_1x_coco.py': 'the RoI head HybridTaskCascadeRoIHead has no exported form',
+    'mmdet::yolact/yolact_r50_1xb8-55e_coco.py': 'the detector YOLACT has no exported form',
+    'mmdet::cornernet/cornernet_hourglass104_8xb6-210e-mstest_coco.py': 'CornerHead predicts in a way of its own',
+    'mmdet::gfl/gfl_r50_fpn_1x_coco.py': 'GFLHead predicts in a way of its own',
+    'mmseg::danet/danet_r50-d8_4xb4-80k_ade20k-512x512.py': 'the head DAHead has no exported form',
+    'mmseg::encnet/encnet_r50-d8_4xb4-80k_ade20k-512x512.py': 'the head EncHead has no exported form',
+    'mmseg::ocrnet/ocrnet_hr18_4xb4-80k_ade20k-512x512.py': 'the segmentor CascadeEncoderDecoder has no exported',
     'mmseg::maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512.py': 'the head MaskFormerHead has no exported form',
 }
 
 
-def built(name):
+def built(name, options=()):
     """Build a config's model without memory: shapes are enough."""
-    cfg = load_config(name)
+    cfg = load_config(name, options)
     init_default_scope(scope_of(cfg))
     _without_pretrained(cfg.model)
     with torch.device('meta'):
         return MODELS.build(cfg.model).eval()
 
 
-@pytest.mark.parametrize('name', OTHERS)
+QUICK_OTHERS = ('rtmdet', 'yolox', 'panoptic_fpn', 'faster_rcnn', 'gfl', 'encnet')
+
+
+@pytest.mark.parametrize(
+    'name', [x if any(y in x for y in QUICK_OTHERS) else pytest.param(x, marks=pytest.mark.slow) for x in OTHERS]
+)
 def test_heads_of_other_libraries_without_an_exported_form_are_refused_by_name(name):
     with pytest.raises(UserError, match=f'^export: .*{OTHERS[name]}'):
         Deployed(built(name))
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (['model.test_cfg.rcnn.mask_thr_binary=-1'], 'roi_head gives masks in grey'),
+        (['model.test_cfg.rpn.nms.max_num=5'], 'rpn_head suppresses boxes with'),
+        (['model.test_cfg.rcnn=None'], 'MaskRCNN has no exported form: AttributeError'),
+    ],
+)
+def test_settings_that_nothing_states_are_refused(options, words):
+    model = built(str(CONFIGS / 'mask_rcnn_mila_t_1x.py'), options)
+    with pytest.raises(UserError, match=f'^export: {words}'), stating(model):
+        Deployed(model)
 
 
 @pytest.mark.parametrize('name', [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in ALL])
@@ -81,14 +110,34 @@ def test_a_file_knows_the_names_of_the_classes(name, count, first):
         pytest.importorskip('mmpretrain', reason="needs mmpretrain: pip install 'mila-mm[classify]'")
     cfg = load_config(str(CONFIGS / name))
     init_default_scope(scope_of(cfg))
-    classes = _classes_of(cfg.test_dataloader.dataset)
-    assert len(classes) == count and classes[0].startswith(first)
+    classes = class_names(cfg, {}, count)
+    assert classes is not None and classes[0].startswith(first)
 
 
-@pytest.mark.parametrize(('count', 'expected'), [(2, ['a', 'b']), (3, None), (None, ['a', 'b'])])
-def test_names_of_another_number_than_the_heads_have_are_left_out(count, expected):
-    cfg = Config(dict(test_dataloader=dict(dataset=dict(metainfo=dict(classes=('a', 'b'))))))
-    model = nn.ModuleDict(dict(head=nn.Identity()))
-    if count is not None:
-        model['head'].num_classes = count
-    assert _class_names(cfg, model) == expected
+SAVED, TOP, GIVEN = (dict(classes=(letter * 1, letter * 2)) for letter in 'abc')
+
+
+@pytest.mark.parametrize(
+    ('saved', 'top', 'given', 'count', 'expected'),
+    [
+        (SAVED, TOP, GIVEN, 2, ['a', 'aa']),
+        ({}, TOP, GIVEN, 2, ['b', 'bb']),
+        ({}, None, GIVEN, 2, ['c', 'cc']),
+        ({}, None, None, 2, None),
+        (dict(classes=('a',)), None, GIVEN, 2, ['c', 'cc']),
+        (SAVED, TOP, GIVEN, 3, None),
+        (dict(classes='ab'), None, None, 1, ['ab']),
+        ({}, None, None, 80, 80),
+    ],
+)
+def test_names_are_the_checkpoints_else_the_configs_and_as_many_as_the_head_has(saved, top, given, count, expected):
+    cfg = Config(
+        dict(
+            default_scope='mmdet',
+            model=dict(type='RetinaNet'),
+            **({} if top is None else dict(metainfo=top)),
+            test_dataloader=dict(dataset=dict(type='CocoDataset', **({} if given is None else dict(metainfo=given)))),
+        )
+    )
+    names = class_names(cfg, saved, count)
+    assert (len(names), names[0]) == (80, 'person') if expected == 80 else names == expected

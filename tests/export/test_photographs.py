@@ -12,10 +12,11 @@ import pytest
 from mila_mm.engine import load_config
 from mila_mm.errors import UserError
 from mila_mm.export import export_model
-from mila_mm.export.api import _settings, load_model
-from mila_mm.export.compare import TOLERANCES, Comparison, compare
+from mila_mm.export.api import load_model
+from mila_mm.export.compare import TOLERANCES, Comparison, Tolerance, compare
 from mila_mm.export.deployed import Deployed
 from mila_mm.export.formats import FORMATS
+from mila_mm.export.metadata import settings_of
 from mila_mm.export.samples import contents, find_images, inputs_of, load_images, predict
 
 pytest.importorskip('onnxscript', reason='the extra [export] is not installed')
@@ -27,6 +28,11 @@ SIZE = (96, 128)
 OTHERS = [(128, 96), (64, 192), (160, 96), (64, 448)]
 DETECTORS = ['mask_rcnn', 'faster_rcnn', 'cascade_mask_rcnn', 'cascade_rcnn', 'retinanet', 'atss', 'rtmdet', 'dino']
 FAMILIES = [*DETECTORS, 'upernet', 'segformer', 'deeplabv3plus', 'classifier']
+# For what may compute in bf16
+LOOSE = Tolerance(boxes=8.0, scores=0.1, masks=0.5, pixels=0.9, logits=1.0, unmatched=1.0)
+# Where a graph of torch keeps that a map had more than one cell: at 1/64, at 1/128
+LEAST_OF_PT2 = dict.fromkeys(('mask_rcnn', 'faster_rcnn', 'cascade_mask_rcnn', 'cascade_rcnn'), 96)
+LEAST_OF_PT2 |= dict.fromkeys(('retinanet', 'atss'), 160)
 # Scores that a model has only of what it was trained on; those of RTMDet start low
 SURE, SURE_OF_RTMDET = 0.2, 0.05
 
@@ -45,12 +51,13 @@ def check(made, path, options, shapes=(), record=None):
         sizes = contents(deployed, batch, *shape)
         expected = predict(model, deployed.kind, images, sizes)
         results = run(inputs_of(deployed, images, sizes))
-        compare(deployed.kind, results, expected, sizes, TOLERANCES[precision], _settings(deployed), found)
+        compare(deployed.kind, results, expected, sizes, TOLERANCES[precision], settings_of(deployed), found)
         assert not found.faults, shape
         if deployed.kind == 'detector':
             best = max(best, *(float(x['scores'].max(initial=0)) for x in expected))
         if pasted:
             assert results['masks'].shape[2:] == shape
+    assert precision == 'fp16' or not found.unpaired
     least = SURE_OF_RTMDET if 'rtmdet' in made.config else SURE
     assert deployed.kind != 'detector' or (found.detections >= 3 and best > least)
     # Of grey a trained detector finds nothing, or next to nothing.
@@ -58,7 +65,7 @@ def check(made, path, options, shapes=(), record=None):
     sizes = contents(deployed, batch, *options['size'])
     results, expected = run(inputs_of(deployed, grey, sizes)), predict(model, deployed.kind, grey, sizes)
     bare = Comparison()
-    compare(deployed.kind, results, expected, sizes, TOLERANCES[precision], _settings(deployed), bare)
+    compare(deployed.kind, results, expected, sizes, TOLERANCES[precision], settings_of(deployed), bare)
     assert not bare.faults
     if record is not None:  # --junitxml keeps it
         record('found', found.summary(deployed.kind))
@@ -66,13 +73,14 @@ def check(made, path, options, shapes=(), record=None):
 
 
 def export(made, folder, **options):
-    """Export with the options' size, on the photographs; returns the path and the options."""
+    """Export with the options' size, on the photographs; returns the path, the options and what was said of it."""
     options = {'size': SIZE, **options}
     path = folder / f'model{FORMATS[options.get("format", "onnx")].suffix}'
     exported = export_model(made.config, made.checkpoint, out=str(path), images=[made.images], **options)
     assert [x.name for x in folder.iterdir() if x.suffix != '.bin'] == [path.name]
     assert exported.kind != 'detector' or exported.comparison.detections
-    return path, options
+    assert (exported.smallest is not None) == options.get('dynamic', False)
+    return path, options, exported
 
 
 def refuses(run, deployed, shape, batch=1):
@@ -90,7 +98,8 @@ def refuses(run, deployed, shape, batch=1):
 def test_every_family_at_five_sizes(trained, name, batch, tmp_path, record_property):
     made = trained(name)
     dynamic = name != 'dino'
-    path, options = export(made, tmp_path, dynamic=dynamic, batch=batch)
+    path, options, exported = export(made, tmp_path, dynamic=dynamic, batch=batch)
+    assert exported.smallest == (64 if dynamic else None)
     run, deployed = check(made, path, options, OTHERS if dynamic else (), record_property)
     for shape in ((100, 128), (96, 130), (33, 64), (128, 127)):
         assert refuses(run, deployed, shape, batch), shape
@@ -102,7 +111,7 @@ def test_every_family_at_five_sizes(trained, name, batch, tmp_path, record_prope
 def test_sizes_that_are_no_multiples(trained, name, size, tmp_path, record_property):
     made = trained(name)
     masks = 'image' if 'mask' in name else 'box'
-    path, options = export(made, tmp_path, size=size, masks=masks)
+    path, options, _ = export(made, tmp_path, size=size, masks=masks)
     run, deployed = check(made, path, options, record=record_property)
     assert refuses(run, deployed, size[::-1]) and refuses(run, deployed, (128, 128))
 
@@ -111,7 +120,7 @@ def test_sizes_that_are_no_multiples(trained, name, size, tmp_path, record_prope
 @pytest.mark.parametrize(
     'options',
     [
-        dict(format='pt2', dynamic=True),
+        dict(format='pt2', dynamic=True, size=(160, 192)),
         dict(format='torchscript'),
         dict(format='torchscript', dynamic=True, batch=2),
         dict(format='openvino', dynamic=True),
@@ -134,17 +143,21 @@ def test_other_formats(trained, name, options, tmp_path, record_property):
             export(made, tmp_path, **options)
         assert list(tmp_path.iterdir()) == []
         return
-    path, options = export(made, tmp_path, **options)
-    run, deployed = check(made, path, options, OTHERS if options.get('dynamic') else (), record_property)
+    path, options, exported = export(made, tmp_path, **options)
+    smallest = exported.smallest or 0
+    others = [shape for shape in OTHERS if min(shape) >= smallest] if smallest else ()
+    run, deployed = check(made, path, options, others, record_property)
+    assert smallest <= LEAST_OF_PT2.get(name, 64) if options.get('format') == 'pt2' else smallest in (0, 64)
+    assert all(refuses(run, deployed, (side, 192), batch=1) for side in range(64, smallest, 32))
     if options.get('format') != 'aoti':  # its packages check their inputs only where the environment says so
-        assert refuses(run, deployed, (100, 130)) and refuses(run, deployed, SIZE, batch=3)
+        assert refuses(run, deployed, (100, 130)) and refuses(run, deployed, options['size'], batch=3)
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn', 'segformer'])
 def test_what_openvinos_own_precision_changes(trained, name, tmp_path, record_property):
     openvino = pytest.importorskip('openvino')
     made = trained(name)
-    path, _ = export(made, tmp_path, format='openvino')
+    path, _, _ = export(made, tmp_path, format='openvino')
     cfg = load_config(made.config)
     model, _ = load_model(cfg, made.checkpoint)
     deployed = Deployed(model).eval()
@@ -154,6 +167,9 @@ def test_what_openvinos_own_precision_changes(trained, name, tmp_path, record_pr
     results = openvino.Core().compile_model(str(path), 'CPU')(inputs_of(deployed, images, sizes))
     named = {key: np.array(results[i]) for i, key in enumerate(deployed.output_names)}
     expected = predict(model, deployed.kind, images, sizes)
-    compare(deployed.kind, named, expected, sizes, TOLERANCES['fp16'], _settings(deployed), found)
+    compare(deployed.kind, named, expected, sizes, LOOSE, settings_of(deployed), found)
     record_property('found', found.summary(deployed.kind))
-    assert (found.scores or 0) < 0.1 and (found.pixels is None or found.pixels > 0.97)
+    if name == 'segformer':
+        assert found.pixels > 0.97
+    else:
+        assert found.detections >= 3 and found.unpaired <= 0.2 * found.detections

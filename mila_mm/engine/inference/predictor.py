@@ -13,12 +13,13 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import BaseDataElement
 
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.config.prepare import configure_weights
+from mila_mm.engine.inference.classes import config_meta, saved_meta
 from mila_mm.engine.inference.drawing import SupervisionDrawing, VisualizerDrawing, has_supervision
 from mila_mm.engine.inference.sources import read_picture
 from mila_mm.engine.runner.find_checkpoint import check_checkpoint_file
@@ -168,16 +169,7 @@ def _test_pipeline(cfg: Config) -> list[dict[str, Any]]:
 
 def _dataset_meta(cfg: Config, scope: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the names and colours of the classes: the checkpoint's, else the config's, else the data set's."""
-    saved = checkpoint.get('meta') or {}
-    meta = saved.get('dataset_meta') or {'classes': saved.get('CLASSES'), 'palette': saved.get('PALETTE')}
-    meta = {str(key).lower(): value for key, value in meta.items() if value is not None}
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while isinstance(dataset.get('dataset'), dict) and 'metainfo' not in dataset:
-        dataset = dataset['dataset']
-    kind = dataset.get('type')
-    if isinstance(kind, str):
-        kind = DATASETS.get(kind if '.' in kind else f'{scope}.{kind}')
-    known = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+    meta, known = saved_meta(checkpoint), config_meta(cfg, scope)
     for key in ('classes', 'palette'):
         if meta.get(key) is None and known.get(key) is not None:
             meta[key] = known[key]
