@@ -4,7 +4,7 @@ Importing the package is quick and imports neither torch nor mmengine. It does s
 stands in for ``mmcv._ext`` where mmcv has no compiled ops, it lets ``mmseg::`` and ``mmpretrain::``
 configs resolve whichever distribution is installed, and ``mila_mm::`` ones as well, it has every
 reader of checkpoints in mmengine, mmdet, mmseg and mmpretrain read them without running code, of
-pickled predictions as well, it tells timm the names of the classifiers, and it has readers of
+pickled predictions and of YAML as well, it tells timm the names of the classifiers, and it has readers of
 COCO's files compute an absent area or iscrowd.
 """
 
@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from mila_mm.compat import coco_fields, finder, lineage, model_zoo, pickles
+from mila_mm.compat import coco_fields, finder, lineage, model_zoo, pickles, yaml_files
 from mila_mm.compat.import_hook import when_imported
 from mila_mm.version import __version__
 
@@ -61,6 +61,7 @@ finder.install()
 lineage.install()
 model_zoo.install()
 pickles.install()
+yaml_files.install()
 coco_fields.install()
 when_imported('mmengine.utils.dl_utils', _fetch_checkpoints_safely)
 when_imported('mmengine.runner.checkpoint', _read_checkpoints_safely)

@@ -2,7 +2,8 @@
 
 mmengine reads ``.pkl`` files with :mod:`pickle`, and through it every tool of mmdet and mmseg that takes predictions.
 Here such a file may name what data are made of (numbers, containers, arrays, tensors, samples of OpenMMLab) and nothing
-else. :func:`install` puts this in mmengine's place as soon as mmengine is imported.
+else, and no array, tensor or mask in it may be larger than what the file holds of it. :func:`install` puts this in the
+place of mmengine's reader, and of those of the few data sets that unpickle by themselves, as soon as they are imported.
 """
 
 from __future__ import annotations
@@ -11,25 +12,24 @@ import functools
 import io
 import os
 import pickle
-from types import ModuleType
+from numbers import Integral
+from types import ModuleType, SimpleNamespace
 from typing import Any, BinaryIO
 
 from mila_mm.compat.import_hook import when_imported
 from mila_mm.errors import UserError, printable, printable_path
 
 TRUST = 'MILA_MM_TRUST_PICKLES'
+_ADVICE = f'If you trust where it comes from, {TRUST}=1 reads it all the same.'
+_MAX_PIXELS = 2**30
 
 _DATA = frozenset(
     {
         *(f'{module}.{name}' for module in ('builtins', '__builtin__') for name in ('complex', 'set', 'frozenset')),
         *(f'collections.{name}' for name in ('OrderedDict', 'defaultdict')),
-        *(f'numpy.{name}' for name in ('ndarray', 'dtype')),
-        *(
-            f'numpy.{core}.{name}'
-            for core in ('core', '_core')
-            for name in ('multiarray._reconstruct', 'multiarray.scalar', 'numeric._frombuffer')
-        ),
-        *(f'torch._utils.{name}' for name in ('_rebuild_tensor_v2', '_rebuild_parameter')),
+        'numpy.dtype',
+        *(f'numpy.{core}.numeric._frombuffer' for core in ('core', '_core')),
+        'torch._utils._rebuild_parameter',
         *(f'torch.{name}' for name in ('Size', 'device')),
     }
 )
@@ -61,8 +61,7 @@ class DataUnpickler(pickle.Unpickler):
             if own or type(found).__name__ == 'dtype':
                 return found
         raise UnsafePickleError(
-            f'this pickle is not read, as it holds more than data: it asks for {printable(full)}. '
-            f'If you trust where it comes from, {TRUST}=1 reads it all the same.'
+            f'this pickle is not read, as it holds more than data: it asks for {printable(full)}. {_ADVICE}'
         )
 
 
@@ -70,16 +69,127 @@ def load(file: BinaryIO, **options: Any) -> Any:
     """Read a pickle as :func:`pickle.load` does, if it holds data and nothing else.
 
     Raises:
-        UnsafePickleError: If it asks for anything else, and ``MILA_MM_TRUST_PICKLES`` is not set.
+        UnsafePickleError: If it asks for anything else, or for more than it holds, and ``MILA_MM_TRUST_PICKLES`` is
+            not set.
     """
     if os.environ.get(TRUST) == '1':
         return pickle.load(file, **options)
-    return DataUnpickler(file, **options).load()
+    content = DataUnpickler(file, **options).load()
+    check_masks(content)
+    return content
 
 
 def loads(data: bytes, **options: Any) -> Any:
     """Read a pickle as :func:`pickle.loads` does; see :func:`load`."""
     return load(io.BytesIO(data), **options)
+
+
+def load_array(file: BinaryIO) -> Any:
+    """Read an array as ``numpy.load(file, allow_pickle=True)`` does, with the objects in it as :func:`load` reads them.
+
+    Raises:
+        UnsafePickleError: As :func:`load` does.
+    """
+    import numpy as np
+
+    magic = np.lib.format.MAGIC_PREFIX
+    start = file.read(len(magic))
+    file.seek(0)
+    if start != magic:
+        return load(file)
+    old = np.lib.format.read_magic(file) == (1, 0)
+    shape, _, kind = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(file)
+    if kind.hasobject:
+        return load(file).reshape(shape)
+    file.seek(0)
+    return np.load(file, allow_pickle=False)
+
+
+class _Array:
+    """Stands for ``numpy.ndarray``, which would make an array of any size from a number."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        raise _unfilled('an array without content')
+
+
+def _array(kind: Any, shape: Any, code: Any) -> Any:
+    """Make the empty array that numpy's pickles begin with; its shape comes with its bytes, which numpy compares."""
+    import numpy as np
+
+    if kind is not _Array or shape != (0,) or code not in (b'b', 'b'):
+        raise _unfilled(f'an array of shape {shape}')
+    return np.ndarray((0,), 'b')
+
+
+def _scalar(kind: Any, data: Any = b'') -> Any:
+    """Make a number of numpy's from its bytes, which old pickles hold as text."""
+    import numpy as np
+
+    data = data.encode('latin1') if isinstance(data, str) else data
+    whole = isinstance(kind, np.dtype) and not kind.hasobject and isinstance(data, bytes)
+    if not whole or len(data) != kind.itemsize:
+        raise _unfilled('a number of numpy')
+    return np.frombuffer(data, kind)[0]
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
+    """Make a tensor from its storage, which torch would enlarge to whatever the sizes say."""
+    import torch
+
+    whole = all(isinstance(part, tuple) and all(type(n) is int and n >= 0 for n in part) for part in (size, stride))
+    if not (isinstance(storage, torch.storage.TypedStorage) and type(offset) is int and offset >= 0 and whole):
+        raise _unfilled('a tensor')
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=False))
+    if len(size) != len(stride) or (0 not in size and last >= storage._size()) or offset > storage._size():
+        raise _unfilled(f'a tensor of shape {size}')
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *rest)
+
+
+def _unfilled(what: str) -> UnsafePickleError:
+    return UnsafePickleError(
+        f'this pickle is not read, as a size in it is wrong: it asks for {printable(what)}, of which it holds less, or '
+        f'which no file of data holds; damaged? {_ADVICE}'
+    )
+
+
+def check_masks(content: Any) -> None:
+    """Check the sizes of run-length encoded masks, at which pycocotools takes memory without looking.
+
+    Args:
+        content: Data of containers and samples, however nested.
+
+    Raises:
+        UnsafePickleError: If a mask's ``size`` is not two whole numbers, of 2**30 pixels at most (OpenCV reads no
+            larger image), or its ``counts`` are no runs.
+    """
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if value.keys() >= {'size', 'counts'}:
+                _check_mask(value)
+                continue
+            parts = value.values()
+        elif isinstance(value, (list, tuple)):
+            parts = value
+        elif type(value).__module__.startswith(_LIBRARIES):
+            parts = vars(value).values()
+        else:
+            continue
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(parts)
+
+
+def _check_mask(mask: dict[str, Any]) -> None:
+    size, counts = mask['size'], mask['counts']
+    whole = isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, Integral) and n >= 0 for n in size)
+    if not whole or size[0] * size[1] > _MAX_PIXELS:
+        raise _unfilled(f'a mask of size {size!r}')
+    if not isinstance(counts, (bytes, str)) and not (
+        isinstance(counts, list) and all(isinstance(n, Integral) and n >= 0 for n in counts)
+    ):
+        raise _unfilled(f'a mask with {type(counts).__name__} for counts')
 
 
 def _encode(text: str, *_: str) -> bytes:
@@ -104,6 +214,10 @@ _REPLACED = {
     'builtins.bytes': _empty,
     '__builtin__.bytes': _empty,
     'torch.storage._load_from_bytes': _storage,
+    'torch._utils._rebuild_tensor_v2': _tensor,
+    'numpy.ndarray': _Array,
+    **{f'numpy.{core}.multiarray._reconstruct': _array for core in ('core', '_core')},
+    **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
 }
 
 
@@ -130,7 +244,28 @@ def _name_the_file(module: ModuleType) -> None:
     module.load = load_named
 
 
+def _unpickle_data_only(module: ModuleType) -> None:
+    """Replace :mod:`pickle` in a module that reads data with it."""
+    module.pickle = SimpleNamespace(load=load, loads=loads)
+
+
+def _read_hierarchy(module: ModuleType) -> None:
+    """Replace how Open Images' challenge set reads the matrix of its classes, with pickled objects allowed."""
+
+    def _get_relation_matrix(self: Any, hierarchy_file: str) -> Any:
+        with module.get_local_path(hierarchy_file, backend_args=self.backend_args) as path, open(path, 'rb') as file:
+            try:
+                return load_array(file)[1:, 1:]
+            except UnsafePickleError as error:
+                raise UnsafePickleError(f'{printable_path(hierarchy_file)}: {error}') from error
+
+    module.OpenImagesChallengeDataset._get_relation_matrix = _get_relation_matrix
+
+
 def install() -> None:
-    """Patch mmengine as soon as it is imported."""
+    """Patch mmengine, and what else reads pickles of data, as soon as they are imported."""
     when_imported('mmengine.fileio.handlers.pickle_handler', _take_data_only)
     when_imported('mmengine.fileio.io', _name_the_file)
+    when_imported('mmseg.utils.io', _unpickle_data_only)
+    when_imported('mmpretrain.datasets.cifar', _unpickle_data_only)
+    when_imported('mmdet.datasets.openimages', _read_hierarchy)

@@ -131,3 +131,96 @@ def test_a_tool_is_refused_in_one_line(
     assert command.main(words) == 2
     assert 'results.pkl: this pickle is not read' in capsys.readouterr().err
     assert not (tmp_path / 'executed').exists()
+
+
+def spoilt() -> dict[str, object]:
+    """Return data with sizes that nothing in the file fills."""
+    storage = torch.ones(4).untyped_storage()
+    typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+
+    def tensor(*layout: object) -> Call:
+        return Call(torch._utils._rebuild_tensor_v2, typed, *layout, False, OrderedDict())
+
+    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float32(1).__reduce__()[0]
+    return {
+        'a tensor larger than its storage': tensor(0, (10**9,), (1,)),
+        'a tensor that begins behind it': tensor(4, (1,), (1,)),
+        'a tensor that begins before it': tensor(-1, (2,), (1,)),
+        'a tensor of negative size': tensor(0, (-2,), (1,)),
+        'a tensor of large strides': tensor(0, (2, 2), (2, 3)),
+        'a tensor of a size in words': tensor(0, ('4',), (1,)),
+        'a tensor with fewer strides': tensor(0, (4, 1), (1,)),
+        'a tensor of no storage': Call(torch._utils._rebuild_tensor_v2, 'x', 0, (1,), (1,), False, OrderedDict()),
+        'an array from a number': Call(np.ndarray, (10**9,)),
+        'an array begun large': Call(reconstruct, np.ndarray, (10**9,), b'b'),
+        'a number without bytes': Call(scalar, np.dtype('S100000000')),
+        'a number of an object': Call(scalar, np.dtype('O'), 'x'),
+        'a mask as large as memory': [{'masks': [{'size': [10**6, 10**6], 'counts': b'11'}]}],
+        'a mask of negative size': ({'size': [-4, 5], 'counts': b'P'},),
+        'a mask of a size in words': {'a': {'size': ['4', 5], 'counts': b'P'}},
+        'a mask of one side': {'size': [4], 'counts': b'P'},
+        'a mask of a size that is a number': {'size': 4, 'counts': b'P'},
+        'a mask without runs': {'size': [4, 5], 'counts': None},
+        'a mask of negative runs': {'size': [4, 5], 'counts': [-3, 23]},
+        'a mask in a sample': Setting({'masks': [{'size': [4, 5.5], 'counts': b'P'}]}),
+    }
+
+
+@pytest.mark.parametrize('name', list(spoilt()))
+def test_sizes_that_nothing_fills_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / 'results.pkl'
+    path.write_bytes(pickle.dumps(spoilt()[name], protocol=4))
+    with pytest.raises(UnsafePickleError, match=r'results\.pkl: .* a size in it is wrong'):
+        mmengine.load(path)
+
+
+def test_torch_and_pycocotools_would_take_these_sizes() -> None:
+    """Otherwise the test above shows nothing: torch makes up a million numbers from a file of four."""
+    large = spoilt()['a tensor larger than its storage']
+    storage, _, _, *rest = large.call[1]  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(Call(large.call[0], storage, 0, (10**6,), *rest))).numel() == 10**6  # type: ignore[attr-defined]
+
+
+def test_masks_of_data_come_through(tmp_path: Path) -> None:
+    masks = [
+        {'size': [np.int64(4), 5], 'counts': b'P'},
+        {'size': (0, 5), 'counts': ''},
+        {'size': [4, 5], 'counts': [3, 17], 'area': 17},
+    ]
+    round_trip: list = [masks]
+    round_trip.append(round_trip)  # a circle
+    (tmp_path / 'a.pkl').write_bytes(pickle.dumps(round_trip))
+    assert mmengine.load(tmp_path / 'a.pkl')[0] == masks
+
+
+def test_other_readers_of_pickles_take_data_only(tmp_path: Path) -> None:
+    from mmseg.utils import datafrombytes
+
+    scan = np.arange(6.0).reshape(1, 2, 3)
+    assert np.array_equal(datafrombytes(pickle.dumps(scan), backend='pickle'), scan)
+    with pytest.raises(UnsafePickleError, match='more than data'):
+        datafrombytes(pickle.dumps(Call(os.mkdir, str(tmp_path / 'executed'))), backend='pickle')
+    cifar = pytest.importorskip('mmpretrain.datasets.cifar')
+    assert cifar.pickle.loads(pickle.dumps({'data': scan}, protocol=2), encoding='latin1')['data'].shape == scan.shape
+    with pytest.raises(UnsafePickleError, match='more than data'):
+        cifar.pickle.loads(pickle.dumps(Call(os.mkdir, str(tmp_path / 'executed'))))
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_the_classes_of_open_images_are_data(tmp_path: Path) -> None:
+    from mmdet.datasets import OpenImagesChallengeDataset
+
+    dataset = object.__new__(OpenImagesChallengeDataset)
+    dataset.backend_args = None
+    tree, path = np.arange(9.0).reshape(3, 3), tmp_path / 'hierarchy.np'
+    for content in (tree, tree.astype(object)):
+        with path.open('wb') as file:
+            np.save(file, content, allow_pickle=True)
+        assert np.array_equal(dataset._get_relation_matrix(str(path)), tree[1:, 1:])
+    path.write_bytes(pickle.dumps(tree))
+    assert np.array_equal(dataset._get_relation_matrix(str(path)), tree[1:, 1:])
+    with path.open('wb') as file:
+        np.save(file, np.array([[1, Call(os.mkdir, str(tmp_path / 'executed'))]], dtype=object), allow_pickle=True)
+    with pytest.raises(UnsafePickleError, match=r'hierarchy\.np: .* more than data'):
+        dataset._get_relation_matrix(str(path))
+    assert not (tmp_path / 'executed').exists()
