@@ -113,7 +113,7 @@ def test_gelu_backward_in_several_splits(monkeypatch: pytest.MonkeyPatch) -> Non
     h, grad = torch.randn(2, 50, 48, generator=torch.Generator().manual_seed(0))
     want = gelu_backward(h, grad)
     monkeypatch.setattr(configs, 'column_rows_per_split', lambda rows, channels: 8)
-    monkeypatch.setattr(configs, 'GELU_BACKWARD', configs.Launch(4, 16, 4))
+    monkeypatch.setattr(configs, 'GELU_BACKWARD_FP32', configs.Launch(4, 16, 4))
     for got, whole in zip(gelu_backward(h, grad), want, strict=True):
         torch.testing.assert_close(got, whole, rtol=1e-6, atol=1e-5)
 

@@ -88,7 +88,7 @@ class Plan:
         self.key_value = self.attention.key_value_backward((*one, *two, *one))
         self.lepe, lepe_parts = stencils.depthwise_weight_launch(*self._map, (*one, *one), shape.dtype)
         self.columns, column_parts = column_parts_launch(self.rows, 2 * c, 2 * c, 2)
-        self.gelu, hidden_parts = gelu_backward_launch(self.rows, shape.hidden)
+        self.gelu, hidden_parts = gelu_backward_launch(self.rows, shape.hidden, shape.dtype)
         parts = Parts(norm_parts, stencil_parts, lepe_parts, column_parts, hidden_parts)
         self.scratch = scratch_of(shape, parts)
         block = configs.LEPE_CHANNELS if c % configs.LEPE_CHANNELS == 0 else 16

@@ -32,9 +32,9 @@ def mlp_launch(
     )  # fmt: skip
 
 
-def gelu_backward_launch(rows: int, hidden: int) -> tuple[Launch, int]:
-    """Takes h, its activation's gradient and parts, of which there are so many."""
-    setting = configs.GELU_BACKWARD
+def gelu_backward_launch(rows: int, hidden: int, dtype: torch.dtype) -> tuple[Launch, int]:
+    """For h in ``dtype``; takes h, its activation's gradient and parts, of which there are so many."""
+    setting = configs.GELU_BACKWARD_FP32 if dtype == torch.float32 else configs.GELU_BACKWARD
     run = configs.column_rows_per_split(rows, hidden)
     splits = -(-rows // run)
     launch = Launch(
@@ -95,7 +95,7 @@ def gelu_backward_(h: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     if h.numel() == 0:
         return torch.zeros(hidden, dtype=dtype, device=h.device)
     total = torch.empty(hidden, dtype=dtype, device=h.device)
-    launch, splits = gelu_backward_launch(h.numel() // hidden, hidden)
+    launch, splits = gelu_backward_launch(h.numel() // hidden, hidden, h.dtype)
     parts = fp32_like(h, splits, hidden)
     with on_device(h):
         launch(h, grad, parts)

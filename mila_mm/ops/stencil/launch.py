@@ -42,7 +42,7 @@ def dwc_silu_launch(
     batch: int, channels: int, height: int, width: int, strides: tuple[int, ...], dtype: torch.dtype, backward: bool
 ) -> Launch:
     """For x and then du, of ``strides`` (B, N, B, N) in ``dtype``; takes x, weight, bias, du, and u or g."""
-    setting, blocks = configs.strip(dtype, aligned(channels)), _blocks(channels)
+    setting, blocks = configs.strip(dtype, aligned(channels), backward), _blocks(channels)
     grid, rows = _runs(setting, batch, blocks, height, width)
     return Launch(
         stencil_kernels, 'dwc_silu_kernel', grid, (*strides, channels, height, width, blocks, rows),

@@ -246,6 +246,9 @@ class Strip:
 
 STRIP, STRIP_OF_16_BITS = Strip(16, 4), Strip(16, 4, 128)
 """How the stencils walk that keep nine weights or ten sums: 16 bits leave room for more programs at a time."""
+STRIP_OF_16_BITS_BACKWARD = Strip(8, 2, 136)
+"""Of `dwc_silu`: what it keeps besides spills at 128 by the ptxas of Triton 3.8. Half as many threads at 136 registers
+leave room for seven programs of 64, where four warps would leave it for three of 128."""
 STRIP_UNALIGNED = Strip(8, 4)
 STRIP_BACKWARD = Strip(8, 4)
 """Nine weights, ten sums and four rows of x: two channels of a pair a thread are what registers hold."""
@@ -256,11 +259,13 @@ STRIP_DOWN_BACKWARD_UNALIGNED = Strip(4, 4, 168)
 """Of the convolution of stride 2, where twice ``groups`` columns of the result are what a program has."""
 
 
-def strip(dtype: torch.dtype, aligned: bool) -> Strip:
+def strip(dtype: torch.dtype, aligned: bool, silu_backward: bool = False) -> Strip:
     """How the stencils walk over activations of a dtype; unaligned tokens are loaded channel by channel."""
     if not aligned:
         return STRIP_UNALIGNED
-    return STRIP if dtype == torch.float32 else STRIP_OF_16_BITS
+    if dtype == torch.float32:
+        return STRIP
+    return STRIP_OF_16_BITS_BACKWARD if silu_backward else STRIP_OF_16_BITS
 
 
 def rows_per_run(height: int, programs: int) -> int:
@@ -311,7 +316,8 @@ def column_rows_per_split(rows: int, channels: int) -> int:
 
 MLP_WIDTHS = (64, 96, 128)
 """Channels at which the MLP's forward is one kernel. Wider ones are bound by their products, which cuBLAS does best."""
-GELU_BACKWARD = Launch(32, 64, 4)
+GELU_BACKWARD, GELU_BACKWARD_FP32 = Launch(32, 64, 4), Launch(32, 64, 4, registers=96)
+"""ptxas by itself would rather spill two numbers of fp32 on sm_100, by Triton 3.8, and take no more for it."""
 
 
 def mlp_launch(channels: int) -> Launch:
