@@ -30,7 +30,13 @@ _NOISE = (
     'The prefix is not set in metric class',
     'Failed to search registry with scope',
     'init_weights of ',
+    'Since `metrics` is an empty dict',
 )
+# What the libraries say as an error, with their own file and line, and what it means to who trains.
+_REWORDED = {
+    'The testing results of the whole dataset is empty': 'nothing was found in any image: no score reached the '
+    "model's threshold, which is usual at the start of a training",
+}
 # What pycocotools prints while it reads annotations and evaluates.
 _CHATTER = (
     'loading annotations',
@@ -112,13 +118,18 @@ class Screen(logging.Filter):
 
 
 class _WithRate(logging.Formatter):
-    """Adds images per second to the lines of training."""
+    """Adds images per second to the lines of training, and says what a library means."""
 
     def __init__(self, inner: logging.Formatter, screen: Screen) -> None:
         super().__init__()
         self._inner, self._screen = inner, screen
 
     def format(self, record: logging.LogRecord) -> str:
+        said = record.getMessage()
+        for theirs, ours in _REWORDED.items():
+            if said.startswith(theirs):
+                warning = {'msg': ours, 'args': (), 'levelno': logging.WARNING, 'levelname': 'WARNING'}
+                record = logging.makeLogRecord({**vars(record), **warning})
         text = self._inner.format(record)
         batch = self._screen.batch
         if batch is None or '(train)' not in text:

@@ -4,8 +4,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+
+from mila_mm.cli import command as whole
 
 TRAIN, TEST = 'train.py', 'test.py'
 
@@ -51,6 +55,30 @@ def test_nothing_runs(way, command, refused, detector, hostile, canary) -> None:
     }
     refused(ways[way](), 'stranger.pth', 'posix.mkdir')
     assert not canary.exists()
+
+
+COMMANDS = {
+    'predict': 'predict upernet_mila_nano_shapes {file} picture.png --device cpu',
+    'train --pretrained': 'train upernet_mila_nano_shapes --pretrained {file} --work-dir out',
+    'analyze': 'analyze upernet_mila_nano_shapes {file} --out out',
+    'export': 'export upernet_mila_nano_shapes {file} --size 64 64 --format pt2',
+    'weights inspect': 'weights inspect {file}',
+    'weights strip': 'weights strip {file} out.pth',
+    'weights export': 'weights export {file} out.pth',
+    'run publish_model': 'run mmdet publish_model {file} out.pth',
+}
+
+
+@pytest.mark.parametrize('way', list(COMMANDS))
+def test_no_command_runs_it(way, hostile, canary, shapes, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/shapes').symlink_to(shapes)
+    cv2.imwrite('picture.png', np.zeros((48, 64, 3), np.uint8))
+    assert whole.main(COMMANDS[way].format(file=hostile).split()) == 2
+    said = capsys.readouterr().err
+    assert 'stranger.pth' in said and 'posix.mkdir' in said
+    assert not canary.exists() and not Path('out.pth').exists()
 
 
 def test_weights_as_safetensors_and_by_name(command, detector, trained_detector, tmp_path, monkeypatch) -> None:

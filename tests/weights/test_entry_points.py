@@ -1,14 +1,19 @@
 """After a bare ``import mila_mm``, no reader of checkpoints in OpenMMLab runs what a stranger wrote into one."""
 
+import io
 import json
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,7 +41,10 @@ def weights() -> OrderedDict:
 
 
 def hostile(canary: str) -> dict[str, Callable[[Path], None]]:
-    """Return writers of 14 files by name: those that 'pickle' runs, those whose text a program would run."""
+    """Return writers of 22 files by name: those that 'pickle' runs, those whose text a program would run, and others.
+
+    The others are of forms that a reader may pass on to one that runs code.
+    """
     make = Call(os.mkdir, canary)
     code = f'import os; os.mkdir({canary!r})'
 
@@ -45,6 +53,38 @@ def hostile(canary: str) -> dict[str, Callable[[Path], None]]:
 
     def saved(content: object, **options: object) -> Callable[[Path], None]:
         return lambda path: torch.save(content, path, **options)
+
+    def tar(path: Path) -> None:
+        with tarfile.open(path, 'w') as archive:
+            for name in ('storages', 'tensors', 'pickle'):
+                data = pickle.dumps(make, protocol=2)
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+    def nested(path: Path) -> None:
+        torch.save({'state_dict': weights()}, path)
+        with zipfile.ZipFile(path, 'a', zipfile.ZIP_STORED) as archive:
+            archive.writestr(f'{path.stem}/inner/data.pkl', pickle.dumps(make, protocol=2))
+
+    def in_the_place_of_a_tensor(path: Path) -> None:
+        torch.save({'state_dict': weights()}, path)
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        records[f'{path.stem}/data/0'] = pickle.dumps(make, protocol=2)
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as archive:
+            for name, data in records.items():
+                archive.writestr(name, data)
+
+    def long_header(path: Path) -> None:
+        path.write_bytes(struct.pack('<Q', 2**60) + b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}')
+
+    def script(path: Path) -> None:
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as archive:
+            for name, content in (('data', make), ('constants', ())):
+                archive.writestr(f'{path.stem}/{name}.pkl', pickle.dumps(content, protocol=2))
+            archive.writestr(f'{path.stem}/code/__torch__.py', code)
+            archive.writestr(f'{path.stem}/version', '3')
 
     return {
         'pickle at the top': saved(make),
@@ -57,6 +97,14 @@ def hostile(canary: str) -> dict[str, Callable[[Path], None]]:
         'pickle in the legacy format': saved({'state_dict': {'a': make}}, _use_new_zipfile_serialization=False),
         'pickle of protocol 4': saved({'state_dict': {'a': make}}, pickle_protocol=4),
         'pickle without torch': bare,
+        'pickle of os.system': saved({'state_dict': weights(), 'meta': Call(os.system, f'mkdir {canary}')}),
+        'pickle of eval': saved({'state_dict': weights(), 'meta': Call(eval, f'__import__("os").mkdir({canary!r})')}),
+        'pickle of a partial': saved({'state_dict': weights(), 'meta': Call(partial(os.mkdir, canary))}),
+        'pickle in a tar': tar,
+        'program as a TorchScript archive': script,
+        'archive with a pickle inside': nested,
+        'archive with a pickle for a tensor': in_the_place_of_a_tensor,
+        'safetensors with a long header': long_header,
         'config in meta cfg': saved({'state_dict': weights(), 'meta': {'cfg': CONFIG.format(canary=canary)}}),
         'config in meta config': saved(
             {'state_dict': weights(), 'meta': {'epoch': 1, 'iter': 1, 'config': CONFIG.format(canary=canary)}}
@@ -99,6 +147,7 @@ def outcomes(imports: str, folder: Path) -> dict[str, dict[str, str]]:
 
 # the download refuses what is no checkpoint at all, an inferencer without a model refuses before it reads
 REFUSED = re.compile(r'refused: ((Unsafe)?Checkpoint|Download|User)Error')
+READ = re.compile(r'read$|refused: (AssertionError: backbone\. is not in|KeyError: .PackInputs is not in)')
 MUST = {
     *(
         'load_checkpoint',
@@ -122,9 +171,11 @@ def check(found: dict[str, dict[str, str]], expected: set[str]) -> None:
     executed = {(way, file) for way, files in found.items() for file, what in files.items() if what == 'EXECUTED'}
     assert not executed
     for way, said in found.items():
-        assert len(said) >= 12
-        pickles = {name: what for name, what in said.items() if name.startswith('pickle')}
+        assert len(said) >= 22
+        pickles = {name: what for name, what in said.items() if name.startswith(('pickle', 'program', 'safetensors'))}
         assert all(REFUSED.match(what) for what in pickles.values()), (way, pickles)
+        # and it did get as far as the files: what holds weights is read, whatever else is made of it later
+        assert 'without a model' in way or READ.match(said['config-in-meta-config']), (way, said)
         if 'without a model' in way:
             assert all('model=CONFIG' in said[name] for name in said if name.startswith('config'))
 
