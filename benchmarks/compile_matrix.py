@@ -78,9 +78,11 @@ KERNELS = (
     (down_kernels, 'relu_dwc_relu_backward_kernel'),
     (mlp_kernels, 'mlp_kernel'),
     (mlp_kernels, 'gelu_backward_kernel'),
+    (mlp_kernels, 'hidden_backward_kernel'),
     (row_kernels, 'column_parts_kernel'),
     (row_kernels, 'column_reduce_kernel'),
     (block_kernels, 'block_reduce_kernel'),
+    (block_kernels, 'weight_gradients_kernel'),
 )
 STENCIL_CHANNELS = (32, 64, 72, 96, 128, 192, 256, 384, 512, 768, 1024)
 

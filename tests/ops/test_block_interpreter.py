@@ -158,6 +158,8 @@ def identify(value: object) -> str | None:
     [
         pytest.param(2, (7, 11), 64, 2, marks=pytest.mark.slow),
         (1, (5, 9), 48, 1),
+        (1, (2, 3), 64, 2),
+        (2, (1, 3), 80, 5),
         (2, (3, 2), 32, 2),
         (1, (1, 1), 32, 1),
     ],
@@ -183,6 +185,38 @@ def test_other_dtypes_widths_and_stochastic_depth(options: dict[str, Any]) -> No
 
 def test_several_splits_of_the_tokens() -> None:
     Problem(1, (13, 20), 16, 1, FP32).check()
+
+
+@pytest.mark.parametrize('master', [FP32, FP16], ids=identify)
+def test_matrices_from_parts_of_the_rows(master: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mila_mm.ops.block import plan
+    from mila_mm.ops.triton import configs
+
+    plan.find.cache_clear()
+    monkeypatch.setattr(configs, 'weight_rows_per_split', lambda rows, channels: 10)
+    Problem(2, (3, 4), 32, 2, FP16, master=master).check()
+    plan.find.cache_clear()
+
+
+def test_matrices_from_products_where_those_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mila_mm.ops.block import plan
+    from mila_mm.ops.triton import configs
+
+    plan.find.cache_clear()
+    monkeypatch.setattr(configs, 'WEIGHT_GRADIENTS_FLOP', 0)
+    Problem(2, (3, 4), 32, 2, FP16, scaled=True).check()
+    plan.find.cache_clear()
+
+
+def test_runs_of_rows_cover_them_and_only_long_ones_are_split() -> None:
+    from mila_mm.ops.triton import configs
+
+    for channels in (16, 64, 96, 256, 1024):
+        for rows in (1, 63, 1000, 2047, 8000, 128000, 10**6 + 1):
+            run = configs.weight_rows_per_split(rows, channels)
+            splits = -(-rows // run)
+            assert run > 0 and (splits == 1 or run >= max(1024, 8 * channels)), (channels, rows)
+            assert splits <= configs.MAX_GRID
 
 
 def test_the_same_bits_twice_and_in_less_memory_without_a_backward() -> None:

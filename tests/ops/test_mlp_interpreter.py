@@ -118,6 +118,34 @@ def test_gelu_backward_in_several_splits(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(got, whole, rtol=1e-6, atol=1e-5)
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    ('rows', 'channels', 'hidden', 'run'), [(70, 64, 80, 100), (1, 16, 64, 1), (33, 96, 48, 20)], ids=str
+)
+def test_hidden_backward_equals_fp64(
+    rows: int, channels: int, hidden: int, run: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mila_mm.ops.feed_forward import launch
+    from mila_mm.ops.triton import configs
+
+    monkeypatch.setattr(configs, 'column_rows_per_split', lambda rows, channels: run)
+    x, w1, b1, w2, _, grad, _ = draw(1, rows, channels, hidden, dtype)
+    results = []
+    for _ in range(2):
+        start, count = launch.hidden_backward_launch(rows, channels, hidden)
+        made = *(torch.empty(rows, hidden, dtype=dtype) for _ in range(2)), torch.empty(count, hidden)
+        start(x, grad, w1, b1, w2, *made)
+        results.append(made)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and count == -(-rows // run)
+    h = F.linear(x[0].double(), w1.double(), b1.double()).requires_grad_()
+    activated = F.gelu(h)
+    (of_h,) = torch.autograd.grad(activated, h, grad[0].double() @ w2.double())
+    got, got_of_h, parts = results[0]
+    assert relative(got, activated.detach()) <= LIMITS[dtype]
+    assert relative(got_of_h, of_h) <= LIMITS[dtype]
+    assert relative(parts.sum(0), of_h.sum(0)) <= 5e-6  # summed before it is rounded
+
+
 def test_nothing() -> None:
     assert forward(*draw(0, 9, 16, 64, FP32)).shape == (0, 9, 16)
     assert not gelu_backward(torch.empty(0, 64), torch.empty(0, 64))[2].any()

@@ -48,7 +48,7 @@ STENCILS = {
     )
 }
 
-OF_16_BITS = {'mlp_kernel'}
+OF_16_BITS = {'mlp_kernel', 'hidden_backward_kernel', 'weight_gradients_kernel'}
 
 
 @pytest.fixture(scope='module')

@@ -1,8 +1,9 @@
-"""The last stage of a block's sums over tokens: gradients of all parameters that are no matrices, in one launch.
+"""A block's sums over tokens: gradients of several matrices in one launch, and those of all other parameters in one.
 
 ======================  ====================  ==============================================
 kernel                  reads                 writes
 ======================  ====================  ==============================================
+weight_gradients        dy and x, thrice      (parts of) dy^T x
 block_reduce            all parts             gradients of biases, norms and stencils
 ======================  ====================  ==============================================
 """
@@ -10,7 +11,52 @@ block_reduce            all parts             gradients of biases, norms and ste
 import triton
 import triton.language as tl
 
+from mila_mm.ops.feed_forward.kernels import add_product
+
 SIZES = ['norm_parts', 'stencil_parts', 'lepe_parts', 'column_parts', 'hidden_parts']
+
+
+@triton.jit(do_not_specialize=['rows', 'rows_per_split'])
+def weight_gradients_kernel(
+    grad1_ptr, grad2_ptr, grad3_ptr, x1_ptr, x2_ptr, x3_ptr, out_ptr,
+    height1, width1, height2, width2, height3, width3, first, distance, rows, rows_per_split,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """grad^T x of three pairs grad (rows, height) and x (rows, width), contiguous, for a run of rows.
+
+    The results (height, width) lie one behind the other from ``out_ptr + first`` on, those of each split ``distance``
+    numbers behind those of the one before. A height of 0 is a pair less. Grid: blocks of all results, splits.
+    """
+    tile = tl.program_id(0)
+    begin2 = tl.cdiv(height1, BLOCK) * tl.cdiv(width1, BLOCK)
+    begin3 = begin2 + tl.cdiv(height2, BLOCK) * tl.cdiv(width2, BLOCK)
+    second, third = tile >= begin2, tile >= begin3
+    height = tl.where(third, height3, tl.where(second, height2, height1))
+    width = tl.where(third, width3, tl.where(second, width2, width1))
+    grad_ptr = tl.where(third, grad3_ptr, tl.where(second, grad2_ptr, grad1_ptr))
+    x_ptr = tl.where(third, x3_ptr, tl.where(second, x2_ptr, x1_ptr))
+    before = tl.where(third, height1 * width1 + height2 * width2, tl.where(second, height1 * width1, 0))
+    tile -= tl.where(third, begin3, tl.where(second, begin2, 0))
+
+    across = tl.cdiv(width, BLOCK)
+    row = tile // across * BLOCK + tl.arange(0, BLOCK)
+    column = tile % across * BLOCK + tl.arange(0, BLOCK)
+    row_live, column_live = row < height, column < width
+    split = tl.program_id(1).to(tl.int64)
+    begin = split * rows_per_split
+    count = tl.minimum(rows_per_split, rows - begin).to(tl.int32)
+    grad_ptr += begin * height
+    x_ptr += begin * width
+    dtype = grad_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in tl.range(0, count, ROWS, num_stages=STAGES):
+        local = start + tl.arange(0, ROWS)
+        live = (local < count)[:, None]
+        grad = tl.load(grad_ptr + local[:, None] * height + row[None, :], mask=live & row_live[None, :], other=0.0)
+        x = tl.load(x_ptr + local[:, None] * width + column[None, :], mask=live & column_live[None, :], other=0.0)
+        total = add_product(total, tl.trans(grad), x, LOW, dtype)
+    target = out_ptr + split * distance + first + before + row[:, None] * width + column[None, :]
+    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=row_live[:, None] & column_live[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)

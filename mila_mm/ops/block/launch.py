@@ -132,20 +132,31 @@ class _Backward:
         self.taps = taps
         self.results = Results(*self.way.places(plan.results, self.buffer))
         self.at = Scratch(*self.way.places(plan.scratch, self.scratch))
-        self.matrices = self.scratch if plan.casts else self.flat
+        # Where the gradients of matrices are written to: by kernels, and by products.
+        self.place = self.at.matrices if plan.matrices.sums is not None else self.way.of(self.flat)[0]
+        self.matrices = self.scratch if plan.matrices.casts else self.flat
 
     def feed_forward(self, grad: Tensor, weights: Sequence[Tensor], scale: Tensor | None) -> None:
         """From the gradient of the result: those of x2, into ``grad_x``, and of the MLP; the hidden map anew."""
         plan, way, at, kept = self.plan, self.way, self.at, self.results
         fc1_weight, fc1_bias, fc2_weight = weights
-        branch, y2 = _branch_gradient(grad, scale, plan.shape.dtype, plan.rows), self.buffer.as_strided(*plan.y2)
-        hidden, grad_hidden = self.scratch.as_strided(*plan.hidden), self.scratch.as_strided(*plan.grad_hidden)
-        torch.addmm(fc1_bias, y2, fc1_weight.t(), out=hidden)
-        torch.mm(branch, fc2_weight, out=grad_hidden)
-        way.run(plan.gelu, at.hidden, at.grad_hidden, at.fc1)
+        branch = _branch_gradient(grad, scale, plan.shape.dtype, plan.rows)
+        grad_hidden = self.scratch.as_strided(*plan.grad_hidden)
+        (of_branch,) = way.of(branch)
+        if plan.by_hidden:
+            way.run(plan.hidden_back, kept.y2, of_branch, *way.of(*weights), at.hidden, at.grad_hidden, at.fc1)
+        else:
+            hidden = self.scratch.as_strided(*plan.hidden)
+            torch.addmm(fc1_bias, self.buffer.as_strided(*plan.y2), fc1_weight.t(), out=hidden)
+            torch.mm(branch, fc2_weight, out=grad_hidden)
+            way.run(plan.hidden_back, at.hidden, at.grad_hidden, at.fc1)
         grad_y2 = torch.mm(grad_hidden, fc1_weight)
-        self._matrix(3, grad_hidden, y2)
-        self._matrix(4, branch, hidden)
+        if plan.matrices.mlp is None:
+            self._matrix(3, grad_hidden, self.buffer.as_strided(*plan.y2))
+            self._matrix(4, branch, self.scratch.as_strided(*plan.hidden))
+        else:
+            grads = at.grad_hidden, of_branch, of_branch
+            way.run(plan.matrices.mlp, *grads, kept.y2, at.hidden, at.hidden, self.place)
 
         conv, _, gamma, _ = self.params[8:]
         given, of_y, x2, grad_x = way.of(grad, grad_y2, self.x2, self.grad_x)
@@ -164,18 +175,21 @@ class _Backward:
         conv, _, gamma, _, dwc, dwc_bias = self.params[:6]
         branch = _branch_gradient(self.grad_x, scale, plan.shape.dtype, plan.rows)
         grad_a = torch.mm(branch, out_weight)
-        self._matrix(2, branch, buffer.as_strided(*plan.a))
         grad_qk, grad_joint = self.scratch.as_strided(*plan.grad_qk), self.scratch.as_strided(*plan.grad_joint)
         u0, gate = way.halves(self.joint)
         grad_u0, grad_gate = way.halves(grad_joint)
         self._attention(grad_a, gate, grad_gate)
         self.scratch.as_strided(*plan.grad_u).addmm_(grad_qk, qk_weight)
-        self._matrix(1, grad_qk, buffer.as_strided(*plan.u))
         way.run(plan.dwc_back, u0, dwc, dwc_bias, at.grad_u, at.grad_out)
         way.run(plan.dwc_conv, at.grad_out, u0, dwc, grad_u0, at.dwc)
         way.run(plan.columns, at.grad_products, at.products)
         grad_y1 = torch.mm(grad_joint, joint_weight)
-        self._matrix(0, grad_joint, buffer.as_strided(*plan.y1))
+        if plan.matrices.mix is None:
+            for index, (grad, rows) in enumerate(((grad_joint, plan.y1), (grad_qk, plan.u), (branch, plan.a))):
+                self._matrix(index, grad, buffer.as_strided(*rows))
+        else:
+            grads = way.of(grad_joint, grad_qk, branch)
+            way.run(plan.matrices.mix, *grads, kept.y1, kept.u, kept.a, self.place)
         given, of_y, x = way.of(self.grad_x, grad_y1, self.x)
         factor = gamma if scale is None else way.of(scale)[0]
         way.run(plan.norm1, given, of_y, kept.x1, kept.mean1, kept.rstd1, gamma, factor, at.grad_conv, at.norm1)
@@ -197,9 +211,11 @@ class _Backward:
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Sum the parts, and cast the matrices' gradients."""
-        plan = self.plan
-        self.way.run(plan.sums, self.at.norm1, *self.way.of(self.flat))
-        if plan.casts:
-            self.flat[plan.vectors :].copy_(self.scratch.as_strided(*plan.matrices))
+        plan, way = self.plan, self.way
+        way.run(plan.sums, self.at.norm1, *way.of(self.flat))
+        if plan.matrices.sums is not None:
+            way.run(plan.matrices.sums, self.place, *way.of(*[self.flat[plan.vectors :]] * 2))
+        elif plan.matrices.casts:
+            self.flat[plan.vectors :].copy_(self.scratch.as_strided(*plan.all_matrices))
         plan.settle(True)
         return self.grad_x, self.flat

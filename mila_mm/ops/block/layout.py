@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mila_mm.ops.block.gradients import gradient_sizes
 from mila_mm.ops.triton import configs
 
 _LINE = 256  # bytes; what tensors begin at multiples of
@@ -125,7 +124,7 @@ class Scratch(NamedTuple):
     grad_out: Any  # of the attention before its gate
     grad_u: Any
     grad_conv: Any  # of the result of cpe2, then of cpe1
-    matrices: Any
+    matrices: Any  # in the dtype of the products, or parts of them
     grad_state: Any
     grad_mean: Any
     state_parts: Any
@@ -202,8 +201,11 @@ def parts_of(shape: Shape, parts: Parts) -> list[int]:
     return [3 * c * parts.norm] * 2 + stencils + [2 * c * parts.column] * 2 + [shape.hidden * parts.hidden]
 
 
-def scratch_of(shape: Shape, parts: Parts) -> Layout:
-    """Where :class:`Scratch` lies: what the attention's part writes where the MLP's hidden maps have been."""
+def scratch_of(shape: Shape, parts: Parts, matrices: tuple[torch.dtype, int]) -> Layout:
+    """Where :class:`Scratch` lies: what the attention's part writes where the MLP's hidden maps have been.
+
+    ``matrices`` are the dtype and the number of what there is of the matrices' gradients.
+    """
     layout, fp32 = Layout(), torch.float32
     rows, c, hidden = shape.batch * shape.tokens, shape.channels, shape.hidden
     d, splits = c // shape.heads, -(-shape.tokens // configs.tokens_per_split(shape.tokens))
@@ -214,9 +216,7 @@ def scratch_of(shape: Shape, parts: Parts) -> Layout:
     offsets.append(later.add(shape.residual, rows, c))
     for offset, (_, sizes, dtype) in zip(offsets, later.slots, strict=True):
         layout.add(dtype, *sizes, at=offset)
-    layout.add(
-        shape.dtype, sum(gradient_sizes(shape.channels, shape.hidden)[-6:]) if shape.master != shape.dtype else 0
-    )
+    layout.add(*matrices)
     state = layout.add(fp32, shape.batch, shape.heads, d, d)
     mean = layout.add(fp32, shape.batch, shape.heads, d)
     _add_parts(layout, shape, splits, offsets[3], state, mean)

@@ -11,8 +11,9 @@ from mila_mm.ops.attention.geometry import Geometry
 from mila_mm.ops.block import kernels
 from mila_mm.ops.block.gradients import gradient_sizes
 from mila_mm.ops.block.layout import RESULT, SCRATCH, Parts, Shape, results_of, scratch_of
+from mila_mm.ops.block.matrices import Matrices
 from mila_mm.ops.block.ways import ByAddress, ByTensors, Way
-from mila_mm.ops.feed_forward.launch import gelu_backward_launch, mlp_launch
+from mila_mm.ops.feed_forward.launch import gelu_backward_launch, hidden_backward_launch, mlp_launch
 from mila_mm.ops.rows.launch import column_parts_launch, norm_backward_launch
 from mila_mm.ops.stencil import launch as stencils
 from mila_mm.ops.triton import capability, configs, kept
@@ -88,16 +89,22 @@ class Plan:
         self.key_value = self.attention.key_value_backward((*one, *two, *one))
         self.lepe, lepe_parts = stencils.depthwise_weight_launch(*self._map, (*one, *one), shape.dtype)
         self.columns, column_parts = column_parts_launch(self.rows, 2 * c, 2 * c, 2)
-        self.gelu, hidden_parts = gelu_backward_launch(self.rows, shape.hidden, shape.dtype)
+        # The hidden map anew, its gradient and the GELU's: by one kernel where the forward is, else after two products.
+        self.by_hidden = self.mlp is not None
+        if self.by_hidden:
+            self.hidden_back, hidden_parts = hidden_backward_launch(self.rows, c, shape.hidden)
+        else:
+            self.hidden_back, hidden_parts = gelu_backward_launch(self.rows, shape.hidden, shape.dtype)
         parts = Parts(norm_parts, stencil_parts, lepe_parts, column_parts, hidden_parts)
-        self.scratch = scratch_of(shape, parts)
+        self.matrices = Matrices(shape)
+        self.scratch = scratch_of(shape, parts, self.matrices.place)
         block = configs.LEPE_CHANNELS if c % configs.LEPE_CHANNELS == 0 else 16
         self.sums = Launch(
             kernels, 'block_reduce_kernel', (50 * c // block + -(-shape.hidden // block),), (c, shape.hidden, *parts),
             ROWS=configs.REDUCE_ROWS, CHANNELS=block, num_warps=configs.REDUCE_WARPS,
         )  # fmt: skip
         self._last = [self.norm1, self.norm2, self.conv, self.dwc_conv, self.dwc_back, self.gate, self.query]
-        self._last += [self.key_value, self.lepe, self.columns, self.gelu, self.sums]
+        self._last += [self.key_value, self.lepe, self.columns, self.hidden_back, self.sums, *self.matrices.launches]
         self._last += [self.reduce] if self.attention.splits > 1 else []
 
     def _views(self) -> None:
@@ -113,14 +120,9 @@ class Plan:
         sizes, strides, offset = scratch.strided(SCRATCH.grad_products)
         self.grad_qk = sizes[1:], strides[1:], offset
         self.grad_joint = sizes[1:], strides[1:], offset + strides[0]
-        # Matrices' gradients are cast in one call from where they have the dtype of the products, if need be.
-        self.casts = shape.master != shape.dtype
-        self.matrices = (
-            (sum(self.sizes[-6:]),),
-            (1,),
-            scratch.strided(SCRATCH.matrices)[2] if self.casts else self.vectors,
-        )
-        hidden, begin = shape.hidden, self.matrices[2]
+        # Where products write gradients, and all these at once.
+        hidden, begin = shape.hidden, scratch.strided(SCRATCH.matrices)[2] if self.matrices.casts else self.vectors
+        self.all_matrices = (sum(self.sizes[-6:]),), (1,), begin
         self.matrix_grads = []
         for sizes in ((2 * c, c), (2 * c, c), (c, c), (hidden, c), (c, hidden)):
             self.matrix_grads.append((sizes, (sizes[1], 1), begin))
@@ -131,10 +133,12 @@ class Plan:
 
         ``tensors`` are those whose memory is not ours.
         """
-        bound = self._ages.get(backward) is kept.age() and not kept.watched()
-        if bound and not any(x.data_ptr() % 16 for x in tensors):
-            return ByAddress(kept.current_stream())
-        return ByTensors()
+        if self._ages.get(backward) is not kept.age() or kept.watched():
+            return ByTensors()
+        bits = 0
+        for x in tensors:
+            bits |= x.data_ptr()
+        return ByTensors() if bits % 16 else ByAddress(kept.current_stream())
 
     def settle(self, backward: bool) -> None:
         """Say after a pass by tensors that later ones may go by address, if all launches have been bound."""

@@ -5,10 +5,12 @@ kernel                  reads                 writes
 ======================  ====================  ==============================================
 mlp                     x (, shortcut)        y
 gelu_backward           h, da                 a, dh, parts of db1
+hidden_backward         x, dy                 a, dh, parts of db1
 ======================  ====================  ==============================================
 
 `mlp` takes the hidden units chunk by chunk: neither h nor a is in memory. The backward computes h again with an
 ordinary matrix product; `gelu_backward` then turns h into a and da into dh = da (Phi(h) + h phi(h)) where they are.
+`hidden_backward` takes these two products as well: h and da are not in memory either.
 """
 
 import triton
@@ -83,6 +85,12 @@ def mlp_kernel(
     tl.store(target, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def gelu_slope(h, phi):
+    """The derivative of the GELU, of which ``phi`` is the distribution function at ``h``."""
+    return phi + h * (power_of_2(h * h * -0.72134752044448170368) * 0.39894228040143267794)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def gelu_backward_kernel(
     h_ptr, grad_ptr, parts_ptr, hidden, rows, rows_per_split, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
@@ -105,9 +113,54 @@ def gelu_backward_kernel(
         h = widen(tl.load(h_ptr + offset, mask=mask, other=0.0))
         grad = widen(tl.load(grad_ptr + offset, mask=mask, other=0.0))
         phi = normal_cdf(h)
-        density = power_of_2(h * h * -0.72134752044448170368) * 0.39894228040143267794
-        grad *= phi + h * density
+        grad *= gelu_slope(h, phi)
         total += grad
         tl.store(h_ptr + offset, (h * phi).to(h_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=mask)
     tl.store(parts_ptr + tl.program_id(1).to(tl.int64) * hidden + unit, tl.sum(total, axis=0), mask=live)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def hidden_backward_kernel(
+    x_ptr, grad_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, activated_ptr, grad_hidden_ptr, parts_ptr,
+    hidden, rows, rows_per_split,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """From x and the gradient of y, both (rows, CHANNELS): gelu(h) and the gradient of h, (rows, hidden).
+
+    And parts (splits, hidden) of the sum of the latter. All matrices are contiguous. Grid: chunks of hidden units,
+    splits.
+    """
+    unit = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    unit_live = unit < hidden
+    channel = tl.arange(0, PADDED)
+    live = channel < CHANNELS
+    first = tl.program_id(1).to(tl.int64) * rows_per_split
+    count = tl.minimum(rows_per_split, rows - first).to(tl.int32)
+    x_ptr += first * CHANNELS
+    grad_ptr += first * CHANNELS
+    activated_ptr += first * hidden
+    grad_hidden_ptr += first * hidden
+    dtype = x_ptr.dtype.element_ty
+    source, weight_live = unit[:, None] * CHANNELS + channel[None, :], unit_live[:, None] & live[None, :]
+    fc1 = tl.load(fc1_weight_ptr + source, mask=weight_live, other=0.0)
+    source, weight_live = channel[:, None] * hidden + unit[None, :], live[:, None] & unit_live[None, :]
+    fc2 = tl.load(fc2_weight_ptr + source, mask=weight_live, other=0.0)
+    bias = tl.load(fc1_bias_ptr + unit, mask=unit_live, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK, CHUNK), tl.float32)
+    for begin in tl.range(0, count, BLOCK, num_stages=1):
+        row = begin + tl.arange(0, BLOCK)
+        row_live = (row < count)[:, None]
+        offset = row[:, None] * CHANNELS + channel[None, :]
+        x = tl.load(x_ptr + offset, mask=row_live & live[None, :], other=0.0)
+        grad = tl.load(grad_ptr + offset, mask=row_live & live[None, :], other=0.0)
+        h = add_product(tl.zeros((BLOCK, CHUNK), tl.float32), x, tl.trans(fc1), LOW, dtype) + bias[None, :]
+        of_h = add_product(tl.zeros((BLOCK, CHUNK), tl.float32), grad, fc2, LOW, dtype)
+        phi = normal_cdf(h)
+        of_h *= gelu_slope(h, phi)
+        total += of_h
+        offset = row[:, None] * hidden + unit[None, :]
+        mask = row_live & unit_live[None, :]
+        tl.store(activated_ptr + offset, (h * phi).to(dtype), mask=mask)
+        tl.store(grad_hidden_ptr + offset, of_h.to(dtype), mask=mask)
+    tl.store(parts_ptr + tl.program_id(1).to(tl.int64) * hidden + unit, tl.sum(total, axis=0), mask=unit_live)

@@ -44,6 +44,22 @@ def gelu_backward_launch(rows: int, hidden: int, dtype: torch.dtype) -> tuple[La
     return launch, splits
 
 
+def hidden_backward_launch(rows: int, channels: int, hidden: int) -> tuple[Launch, int]:
+    """Takes x, y's gradient, fc1's weight and bias, fc2's weight, gelu(h), h's gradient and parts, so many.
+
+    All of 16 bits, but the parts, and at one of ``configs.MLP_WIDTHS``.
+    """
+    setting = configs.hidden_backward_launch(channels)
+    run = configs.column_rows_per_split(rows, hidden)
+    splits = -(-rows // run)
+    launch = Launch(
+        mlp_kernels, 'hidden_backward_kernel', (-(-hidden // setting.columns), splits), (hidden, rows, run),
+        CHANNELS=channels, PADDED=configs.padded_width(channels), BLOCK=setting.rows, CHUNK=setting.columns,
+        LOW=not configs.interpreted(), **setting.options(),
+    )  # fmt: skip
+    return launch, splits
+
+
 def mlp_forward(
     x: Tensor,
     fc1_weight: Tensor,

@@ -323,3 +323,30 @@ GELU_BACKWARD, GELU_BACKWARD_FP32 = Launch(32, 64, 4), Launch(32, 64, 4, registe
 def mlp_launch(channels: int) -> Launch:
     """The settings of the MLP's kernel: tokens and hidden units of a step, for 16-bit operands."""
     return Launch(128, 64, 8, 2) if padded_width(channels) <= 64 else Launch(64, 64, 4, 2)
+
+
+def hidden_backward_launch(channels: int) -> Launch:
+    """The settings of the kernel of its backward: rows of a step, and hidden units of a program."""
+    return Launch(64, 64, 8)
+
+
+WEIGHT_GRADIENTS_FLOP = 2**36
+"""Arithmetic up to which one kernel writes the gradients of several of a block's matrices: some 0.15 ms of a GPU.
+
+Beyond that a product each, by cuBLAS, which does large ones best. An estimate, not yet a measurement."""
+_WEIGHT_GRADIENT_PROGRAMS = 320
+
+
+def weight_gradients_launch(channels: int) -> Launch:
+    """The settings of that kernel: rows of a step, and the side of the block of a result that a program sums."""
+    return Launch(64, 64, 4, 3) if channels <= 64 else Launch(32, 128, 8, 3)
+
+
+def weight_rows_per_split(rows: int, channels: int) -> int:
+    """Rows that one program of it takes: programs for any GPU, in runs so long that the parts are a fraction of what is
+    read.
+    """
+    setting = weight_gradients_launch(channels)
+    tiles = 5 * (-(-channels // setting.columns)) ** 2  # of the smaller of two launches
+    splits = max(1, min(-(-_WEIGHT_GRADIENT_PROGRAMS // tiles), rows // max(1024, 8 * channels)))
+    return -(-rows // (splits * setting.rows)) * setting.rows
