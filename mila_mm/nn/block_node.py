@@ -20,18 +20,17 @@ plan kept for the shape; elsewhere the parts above are an op each.
 from __future__ import annotations
 
 from contextlib import suppress
-from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from mila_mm.nn.nodes import FirstOrderOnly, direct_ops
 from mila_mm.ops.block import op as whole
 from mila_mm.ops.block.gradients import in_order
 from mila_mm.ops.block.op import EPS, ROPE_BASE
-from mila_mm.ops.common import IMPLEMENTATIONS, as_written
+from mila_mm.ops.common import as_written
 from mila_mm.ops.linear.op import add_branch
 from mila_mm.ops.triton.configs import KernelFailed
 
@@ -83,19 +82,11 @@ class Setting(NamedTuple):
     dtype: torch.dtype
 
 
-def _ops() -> Any:
-    """The ops as functions; what watches calls (a counter of operations, say) sees the registered ones instead."""
-    return torch.ops.mila_mm if is_in_torch_dispatch_mode() else _DIRECT
-
-
-_DIRECT = SimpleNamespace(**IMPLEMENTATIONS)
-
-
 def mix(
     x: Tensor, weights: Products, params: tuple[Tensor, ...], scale: Tensor | None, setting: Setting
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The first half: x2, and what its backward needs."""
-    ops, size = _ops(), setting[:2]
+    ops, size = direct_ops(), setting[:2]
     x1, y1, mean, rstd = ops.cpe_norm_forward(x, *params[:4], *size, setting.eps1, setting.dtype)
     joint = F.linear(y1, weights.joint_weight, weights.joint_bias)
     u0, gate = joint.chunk(2, dim=-1)
@@ -111,7 +102,7 @@ def feed_forward(
     x: Tensor, weights: Products, params: tuple[Tensor, ...], scale: Tensor | None, setting: Setting
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The second half: the block's result, and what its backward needs."""
-    ops = _ops()
+    ops = direct_ops()
     x3, y2, mean, rstd = ops.cpe_norm_forward(x, *params[16:20], *setting[:2], setting.eps2, setting.dtype)
     return ops.mlp_forward(y2, *weights[6:10], x3, scale), (x, x3, mean, rstd, y2)
 
@@ -136,7 +127,7 @@ def _mix_backward(
     Those of weights are in the dtype of the products, for the caller to cast, those of biases in ``master``, that of
     the parameters. ``weights`` are those of joint, qk and out, ``params`` of cpe1, norm1, dwc and lepe.
     """
-    ops, size = _ops(), setting[:2]
+    ops, size = direct_ops(), setting[:2]
     x, x1, mean, rstd, y1, joint, u, qk, a, state, key_mean = saved
     u0, gate = joint.chunk(2, dim=-1)
     channels = u.shape[-1]
@@ -164,7 +155,7 @@ def _feed_forward_backward(
     setting: Setting,
 ) -> tuple[Tensor, ...]:
     """Gradients of x2, of stencil and norm (``params``), and of the MLP in its weights' dtype, from the result's."""
-    ops = _ops()
+    ops = direct_ops()
     x, x3, mean, rstd, y2 = saved
     grad_y2, *grads_mlp = ops.mlp_backward(grad, y2, *weights, scale)
     grad_x, *grads_cpe = ops.cpe_norm_backward(grad, grad_y2, x, *params, x3, mean, rstd, *setting[:2])
@@ -175,7 +166,7 @@ def _in_order(first: list[Tensor], last: list[Tensor], master: torch.dtype) -> t
     """Gradients of all parameters in their order and dtype, from those of the two halves."""
     casts = [first[4], first[8], first[12], *last[4:8]]
     if casts[0].dtype != master:
-        casts = _ops().cast_all(casts, master)
+        casts = direct_ops().cast_all(casts, master)
     joint, qk, out, *mlp = casts
     channels = joint.shape[1]
     halves = (*joint.split(channels), *first[5].split(channels))
@@ -203,20 +194,6 @@ class Call(NamedTuple):
         if self.taps is None:
             return None
         return whole.find(x, self.weights.fc1_weight.shape[0], master, self.scales, keep, self.setting)
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """The identity of its first argument, which cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        raise RuntimeError(
-            "MILA: expected one differentiation, got a second; build the model with attn_backend='reference' for it"
-        )
 
 
 class BlockNode(torch.autograd.Function):
@@ -254,7 +231,7 @@ class BlockNode(torch.autograd.Function):
         with torch.no_grad(), as_written(grad):
             grads = _gradients(ctx, grad.contiguous(), saved[:7], saved[7:9], params, saved[21:])
         if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(_FirstOrderOnly.apply(each, given, x, *params) for each in grads)
+            grads = tuple(FirstOrderOnly.apply(each, given, x, *params) for each in grads)
         return grads[0], None, *grads[1:]
 
 

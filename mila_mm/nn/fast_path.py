@@ -16,9 +16,10 @@ from torch.nn.modules import module as module_globals
 from mila_mm.nn import block_node
 from mila_mm.nn.inspection import Watch, layers_of, parameters_of
 from mila_mm.nn.layers import Block, Downsample, LinearAttention, Stage, Stem
+from mila_mm.nn.nodes import NormNode
 from mila_mm.nn.plain import why_not_plain
-from mila_mm.nn.step_weights import Castable, Casted, Taps
-from mila_mm.ops import layer_norm, why_not_triton_stencil
+from mila_mm.nn.step_weights import Castable, CastConvolutions, Parameters, Taps
+from mila_mm.ops import why_not_triton_stencil
 from mila_mm.ops.common import as_written, autocast_dtype, transformed
 from mila_mm.ops.rope import to_device
 
@@ -53,13 +54,13 @@ class Chosen(NamedTuple):
 
     Attributes:
         blocks: Those that are a node each, with their parameters in its order.
-        convolutions: See :class:`Pass`; uncast.
+        convolutions: For stem and downsamplings, by their id, weights and biases of their convolutions in their order.
         castable: All of these weights.
         taps: Those of the blocks' attentions.
     """
 
     blocks: list[tuple[nn.Module, tuple[Tensor, ...]]]
-    convolutions: dict[int, list[tuple[Tensor, Tensor | None]]]
+    convolutions: dict[int, list[Parameters]]
     castable: Castable
     taps: Taps
 
@@ -67,7 +68,7 @@ class Chosen(NamedTuple):
     def of(
         cls,
         blocks: list[tuple[nn.Module, tuple[Tensor, ...]]],
-        convolutions: dict[int, list[tuple[Tensor, Tensor | None]]],
+        convolutions: dict[int, list[Parameters]],
     ) -> Chosen:
         """Gather the weights."""
         parts = [part for _, params in blocks for part in _products_of(params)]
@@ -81,21 +82,21 @@ class Pass:
     Args:
         dtype: That products and convolutions are computed in.
         blocks: For each block that is a node, by its id, what it takes.
-        convolutions: For stem and downsamplings, by their id, weights and biases of their convolutions in their order.
+        convolutions: For stem and downsamplings, by their id, their convolutions.
     """
 
     def __init__(
         self,
         dtype: torch.dtype,
         blocks: dict[int, Prepared],
-        convolutions: dict[int, list[tuple[Tensor, Tensor | None]]],
+        convolutions: dict[int, CastConvolutions],
     ) -> None:
         self._dtype = dtype
         self._blocks = blocks
         self._convolutions = convolutions
 
-    def convolutions_of(self, module: nn.Module | None) -> list[tuple[Tensor, Tensor | None]] | None:
-        """What the layers of a stem or a downsampling take in place of their convolutions' parameters."""
+    def convolutions_of(self, module: nn.Module | None) -> CastConvolutions | None:
+        """What a stem or a downsampling takes in place of its convolutions' parameters."""
         return self._convolutions.get(id(module))
 
     def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class Pass:
         assert isinstance(norm, nn.LayerNorm)
         if type(norm.weight) is not nn.Parameter or type(norm.bias) is not nn.Parameter:
             return norm(x)
-        return layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+        return NormNode.apply(x, norm.weight, norm.bias, norm.eps, self._dtype)
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, height: int, width: int) -> Tensor:
         """Send tokens (B, N, C) through blocks."""
@@ -168,7 +169,7 @@ class FastPath:
             for (block, params), rest in zip(chosen.blocks, zip(products, scales, taps, strict=True), strict=True)
         }
         others = iter(values[width * len(chosen.blocks) :])
-        return Pass(dtype, blocks, {key: _casted(params, others) for key, params in chosen.convolutions.items()})
+        return Pass(dtype, blocks, {key: _values(params, others) for key, params in chosen.convolutions.items()})
 
     def _choose(self, trunk: Walked, image: Tensor, dtype: torch.dtype, casts: bool) -> Chosen:
         """What runs as a node, as in the pass before where nothing has changed since; convolutions if ``casts``."""
@@ -233,7 +234,7 @@ def _products_of(params: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     return [params[4:6], params[6:8], *((p,) for p in (*params[10:12], *params[14:16], *params[20:24]))]
 
 
-def _convolutions_of(trunk: Walked) -> dict[int, list[tuple[Tensor, Tensor | None]]]:
+def _convolutions_of(trunk: Walked) -> dict[int, list[Parameters]]:
     """Weights and biases of the convolutions of stem and downsamplings, of those that nobody has changed."""
     found = {}
     parts: list[tuple[nn.Module | None, type[nn.Module]]] = [(trunk.patch_embed, Stem)]
@@ -245,14 +246,9 @@ def _convolutions_of(trunk: Walked) -> dict[int, list[tuple[Tensor, Tensor | Non
     return found
 
 
-def _casted(pairs: list[tuple[Tensor, Tensor | None]], values: Iterator[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """The next of ``values`` in place of the parameters, with gradients for those."""
-    params = [p for pair in pairs for p in pair if p is not None]
-    taken = [next(values) for _ in params]
-    if torch.is_grad_enabled() and any(p.requires_grad for p in params):
-        taken = Casted.apply(taken, *params)
-    given = iter(taken)
-    return [(next(given), None if bias is None else next(given)) for _, bias in pairs]
+def _values(pairs: list[Parameters], values: Iterator[Tensor]) -> CastConvolutions:
+    """The next of ``values`` for the parameters of a module's convolutions."""
+    return CastConvolutions([(next(values), None if bias is None else next(values)) for _, bias in pairs], pairs)
 
 
 def _scales(blocks: list[nn.Module], image: Tensor, dtype: torch.dtype) -> list[tuple[Tensor | None, Tensor | None]]:

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mila_mm.nn import down_node
 from mila_mm.nn.plain import why_not_plain
 from mila_mm.nn.precision import full_precision
+from mila_mm.nn.step_weights import CastConvolutions, Parameters
 from mila_mm.ops import cpe_norm, dwc_silu, layer_norm, mila_attention, relu_dwc_relu, why_not_triton_stencil
 from mila_mm.ops.common import to_image, to_tokens
 from mila_mm.ops.stencil.down import by_triton
 
 NormLayer = Callable[[int], nn.Module]
-Parameters = tuple[Tensor, Tensor | None]  # weight and bias
 FUSIONS = ('cpe_norm', 'dwc_silu', 'projections')
 
 
@@ -159,33 +160,31 @@ class Downsample(nn.Module):
         )
 
     def forward(
-        self,
-        x: Tensor,
-        height: int,
-        width: int,
-        recompute: bool = False,
-        params: Sequence[Parameters] | None = None,
+        self, x: Tensor, height: int, width: int, recompute: bool = False, params: CastConvolutions | None = None
     ) -> tuple[Tensor, int, int]:
         """Return the tokens and their grid (H', W').
 
-        ``recompute`` stores nothing of the wide part for the backward; ``params`` as for :class:`Stem`.
+        ``recompute`` stores nothing of the wide part for the backward; ``params`` are casts of what convolutions have.
         """
         # The padding comes before the 1x1 convolution, whose bias and ReLU make it non-zero: the published weights
         # were trained so.
         x = pad_to_multiple(to_image(x, height, width), 2)
+        if params is not None and down_node.fits(self.conv, x, params):
+            return down_node.downsample(self.conv, x, params, recompute)
+        cast = None if params is None else params.with_gradients()
 
         def widen(x: Tensor) -> Tensor:
-            return self.conv[:2](x) if params is None else self._widen(x, params)
+            return self.conv[:2](x) if cast is None else self._widen(x, cast)
 
         # Without the last layer: its BatchNorm would count the batch twice.
         if recompute:
             x = checkpoint(widen, x, use_reentrant=False)
-        elif params is not None:
+        elif cast is not None:
             x = widen(x)
         else:
             x = self.conv(x)
             return to_tokens(x), x.shape[2], x.shape[3]
-        x = self.conv[2](x) if params is None else self.conv[2](x, params[2])
+        x = self.conv[2](x) if cast is None else self.conv[2](x, cast[2])
         return to_tokens(x), x.shape[2], x.shape[3]
 
     def _widen(self, x: Tensor, params: Sequence[Parameters]) -> Tensor:

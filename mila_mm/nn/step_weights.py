@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,3 +126,27 @@ class Casted(torch.autograd.Function):
         ]
         torch._foreach_copy_([piece for piece in results if piece is not None], given)
         return None, *results
+
+
+Parameters = tuple[Tensor, Tensor | None]
+"""Weight and bias of a convolution."""
+
+
+class CastConvolutions(NamedTuple):
+    """The convolutions of a stem or a downsampling, in their order.
+
+    Attributes:
+        values: Their parameters in the dtype of a pass, without gradients.
+        params: The parameters themselves.
+    """
+
+    values: list[Parameters]
+    params: list[Parameters]
+
+    def with_gradients(self) -> list[Parameters]:
+        """The values, with gradients for the parameters."""
+        params = [p for pair in self.params for p in pair if p is not None]
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in params):
+            return self.values
+        given = iter(Casted.apply([value for pair in self.values for value in pair if value is not None], *params))
+        return [(next(given), None if bias is None else next(given)) for _, bias in self.params]

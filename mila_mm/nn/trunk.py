@@ -99,7 +99,7 @@ class Trunk(nn.Module):
     def embed(self, x: Tensor, prepared: Pass | None = None) -> tuple[Tensor, int, int]:
         """Images to tokens and their grid (H, W)."""
         params = None if prepared is None else prepared.convolutions_of(self.patch_embed)
-        return self.patch_embed(x) if params is None else self.patch_embed(x, params)
+        return self.patch_embed(x) if params is None else self.patch_embed(x, params.with_gradients())
 
     def downsample(
         self, stage: Stage, x: Tensor, height: int, width: int, prepared: Pass | None = None

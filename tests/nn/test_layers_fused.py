@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mila_mm import MILA
 from mila_mm.nn import layers
 from mila_mm.nn.layers import FUSIONS
+from mila_mm.nn.step_weights import CastConvolutions
 
 SMALL = dict(arch=dict(embed_dim=16, depths=(1, 2), num_heads=(1, 2)), out_indices=(0, 1))
 CHOICES = [*((name,) for name in FUSIONS), True]
@@ -137,7 +138,8 @@ def test_a_downsampling_in_one_pass_equals_its_layers(
         return True
 
     monkeypatch.setattr(layers, 'by_triton', yes)
-    params = [(layer.conv.weight, layer.conv.bias) for layer in ours.conv]
+    pairs = [(layer.conv.weight, layer.conv.bias) for layer in ours.conv]
+    params = CastConvolutions([(weight.detach(), bias.detach()) for weight, bias in pairs], pairs)
     (y, *grid), (want, *want_grid) = ours(x, *size, recompute, params), plain(x, *size)
     assert asked and all(side % 2 == 0 for side in asked[0])
     assert grid == want_grid and y.shape == want.shape
