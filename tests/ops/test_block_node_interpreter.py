@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mila_mm.models import MILATrunk
+from mila_mm.nn import down_node
 from mila_mm.ops.block import op
 from mila_mm.ops.triton import capability
 from mila_mm.ops.triton.configs import KernelFailed
@@ -83,3 +84,25 @@ def test_a_kernel_that_does_not_work_hands_over(direction: str, monkeypatch: pyt
         got = step(node, torch.float32)
     assert capability.has_given_up(torch.device('cpu'))
     assert_near(got, step(plain, torch.float64))
+
+
+@pytest.mark.parametrize(
+    'low', [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=['fp16', 'bf16']
+)
+def test_a_training_step_in_16_bits(low: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the downsampling as a node as well, whose weights are cast with those of the blocks."""
+    calls = []
+    original = down_node.run
+    monkeypatch.setattr(down_node, 'run', lambda *a: calls.append(1) or original(*a))
+    node, plain = pair()
+    node.train()
+    plain.train()
+    with torch.autocast('cpu', low):
+        got = step(node, torch.float32)
+    want = step(plain, torch.float64)
+    assert calls == [1]
+    scale = max(value.norm().item() / value.numel() ** 0.5 for value in want.values())
+    for name, value in want.items():
+        size = value.norm().item() + 3e-2 * scale * value.numel() ** 0.5
+        assert (got[name].double() - value).norm().item() <= 0.15 * size, name
+        assert name.isdigit() or got[name].dtype == torch.float32, name
