@@ -27,7 +27,7 @@ import triton
 from triton.backends.nvidia import compiler as nvidia
 
 from benchmarks import compile_matrix as matrix
-from benchmarks import measure
+from benchmarks import kernel_launches, measure
 from mila_mm.ops.triton import configs
 
 TOKENS = 64000
@@ -64,7 +64,7 @@ class Line:
     bytes: int
 
 
-def disassemble(item: matrix.Launch, capability: int) -> str:
+def disassemble(item: kernel_launches.Launch, capability: int) -> str:
     """The machine code of a launch, with the lines of its source."""
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(matrix.compile_launch(item, capability).asm['cubin'])
@@ -113,7 +113,7 @@ def issued(text: str, trips: int) -> list[Line]:
     ]
 
 
-def work(item: matrix.Launch) -> tuple[int, float]:
+def work(item: kernel_launches.Launch) -> tuple[int, float]:
     """How often the loop of a kernel runs, and the elements of one tensor that a thread then has taken care of."""
     constants = dict(item.constants)
     name = item.kernel.removesuffix('_kernel')
@@ -168,7 +168,7 @@ def into_docs(rows: dict[str, dict[str, float]], page: Path) -> None:
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--mode', choices=[mode for mode, *_ in matrix.MODES], default='bf16')
+    parser.add_argument('--mode', choices=[mode for mode, *_ in kernel_launches.MODES], default='bf16')
     parser.add_argument('--capability', type=int, choices=matrix.CAPABILITIES, default=90)
     parser.add_argument('--head-width', type=int, choices=configs.HEAD_WIDTHS, default=32)
     parser.add_argument('--channels', type=int, default=64, help='of the stencils')
@@ -184,9 +184,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Print the table; write the JSON and the page."""
     args = arguments()
-    dtype, dots = next((dtype, dots) for mode, dtype, dots in matrix.MODES if mode == args.mode)
-    items = matrix.record(args.mode, dtype, dots, args.head_width, 2, True, True, capability=args.capability)
-    items += matrix.record_stencils(args.mode, dtype, args.channels, capability=args.capability)
+    dtype, dots = next((dtype, dots) for mode, dtype, dots in kernel_launches.MODES if mode == args.mode)
+    items = kernel_launches.record(args.mode, dtype, dots, args.head_width, 2, True, True, capability=args.capability)
+    items += kernel_launches.record_stencils(args.mode, dtype, args.channels, capability=args.capability)
     lanes = args.sms * 128 * args.ghz * 1e9
     rows = {}
     if args.lines is None:

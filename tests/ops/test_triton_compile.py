@@ -69,7 +69,7 @@ def test_no_binary_depends_on_the_size(tmp_path: Path) -> None:
     script = tmp_path / 'sizes.py'
     script.write_text("""
 import torch
-from benchmarks import compile_matrix as matrix
+from benchmarks import kernel_launches as matrix
 for channels, heads in ((24, 1), (72, 3), (48, 2), (64, 2)):
     binaries = [[*matrix.record('bf16', torch.bfloat16, 'low', channels // heads, heads, True, True, size),
                  *matrix.record_stencils('bf16', torch.bfloat16, channels, size)]
@@ -87,13 +87,13 @@ for channels, heads in ((24, 1), (72, 3), (48, 2), (64, 2)):
 def test_operands_of_tf32_products_are_rounded() -> None:
     """Triton hands fp32 over as it is, and the matrix units cut off what they do not take: a bias of 3e-4."""
     script = """
-from benchmarks import compile_matrix as matrix
-for mode, dtype, dots in matrix.MODES:
+from benchmarks import compile_matrix, kernel_launches
+for mode, dtype, dots in kernel_launches.MODES:
     if dots == 'tf32':
         for capability in (80, 90):
-            launches = matrix.record(mode, dtype, dots, 32, 2, False, False, capability=capability)
+            launches = kernel_launches.record(mode, dtype, dots, 32, 2, False, False, capability=capability)
             for item in (item for item in launches if item.kernel in ('state_kernel', 'output_kernel')):
-                assert 'cvt.rna.tf32' in matrix.compile_launch(item, capability).asm['ptx'], item
+                assert 'cvt.rna.tf32' in compile_matrix.compile_launch(item, capability).asm['ptx'], item
 """
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     run = subprocess.run([sys.executable, '-c', script], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
