@@ -49,7 +49,7 @@ def hidden_backward_launch(rows: int, channels: int, hidden: int) -> tuple[Launc
 
     All of 16 bits, but the parts, and at one of ``configs.MLP_WIDTHS``.
     """
-    setting = configs.hidden_backward_launch(channels)
+    setting = configs.HIDDEN_BACKWARD
     run = configs.column_rows_per_split(rows, hidden)
     splits = -(-rows // run)
     launch = Launch(

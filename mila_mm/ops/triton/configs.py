@@ -316,6 +316,7 @@ def column_rows_per_split(rows: int, channels: int) -> int:
 
 MLP_WIDTHS = (64, 96, 128)
 """Channels at which the MLP's forward is one kernel. Wider ones are bound by their products, which cuBLAS does best."""
+HIDDEN_BACKWARD = Launch(64, 64, 8)
 GELU_BACKWARD, GELU_BACKWARD_FP32 = Launch(32, 64, 4), Launch(32, 64, 4, registers=96)
 """ptxas by itself would rather spill two numbers of fp32 on sm_100, by Triton 3.8, and take no more for it."""
 
@@ -323,11 +324,6 @@ GELU_BACKWARD, GELU_BACKWARD_FP32 = Launch(32, 64, 4), Launch(32, 64, 4, registe
 def mlp_launch(channels: int) -> Launch:
     """The settings of the MLP's kernel: tokens and hidden units of a step, for 16-bit operands."""
     return Launch(128, 64, 8, 2) if padded_width(channels) <= 64 else Launch(64, 64, 4, 2)
-
-
-def hidden_backward_launch(channels: int) -> Launch:
-    """The settings of the kernel of its backward: rows of a step, and hidden units of a program."""
-    return Launch(64, 64, 8)
 
 
 WEIGHT_GRADIENTS_FLOP = 2**36
