@@ -1,11 +1,14 @@
 """Names of this package's configs in mmengine's functions, and inferencers that run no config out of a checkpoint.
 
 ``_base_ = 'mila_mm::mask_rcnn_mila_t_3x.py'``, ``mmengine.hub.get_config('mila_mm::mask_rcnn_mila_t_3x')`` and
-``DetInferencer('mask_rcnn_mila_t_3x')`` find what :mod:`mila_mm.zoo` finds.
+``DetInferencer('mask_rcnn_mila_t_3x')`` find what :mod:`mila_mm.zoo` finds. A base of another package is found without
+reading that package's metafiles.
 """
 
 import functools
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,10 +28,26 @@ def resolve_bases(module: ModuleType) -> None:
         # No scope: the types in our configs name theirs.
         if cfg_path.startswith(zoo.SCHEME):
             return str(zoo.require_config(cfg_path)), None
+        scope, sign, inner = cfg_path.partition('::')
+        shipped = _shipped_config(scope, inner) if sign else None
+        if shipped is not None:
+            return str(shipped), scope
         found: tuple[str, str | None] = original(cfg_path, filename)
         return found
 
     module.Config._get_cfg_path = staticmethod(get_cfg_path)
+
+
+def _shipped_config(package: str, name: str) -> Path | None:
+    """Find a config that lies where the packages of OpenMMLab put theirs, None where it does not.
+
+    mmengine reads all of a package's metafiles for each base, a second's work, and finds the same file.
+    """
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / '.mim' / 'configs' / name
+    return path if path.is_file() else None
 
 
 def resolve_names(module: ModuleType) -> None:

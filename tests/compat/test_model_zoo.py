@@ -50,6 +50,19 @@ def test_base_keeps_the_scopes_of_its_types(tmp_path: Path) -> None:
     assert cfg.train_cfg.max_epochs == get_config('mila_mm::mask_rcnn_mila_t_1x').train_cfg.max_epochs
 
 
+def test_a_base_of_another_package_costs_no_metafile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mmengine looks for each through all metafiles of the package, and finds the same file."""
+    (tmp_path / 'child.py').write_text(
+        "_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'\nagain = {{_base_.model}}\n"
+    )
+    whole = Config._get_cfg_path.__wrapped__('mmdet::_base_/models/retinanet_r50_fpn.py', '')
+    monkeypatch.setattr('mmengine.config.config._get_external_cfg_path', None)
+    cfg = Config.fromfile(tmp_path / 'child.py')
+    assert cfg.model.type == 'RetinaNet' and cfg.again._scope_ == 'mmdet'
+    path, scope = Config._get_cfg_path('mmdet::_base_/models/retinanet_r50_fpn.py', '')
+    assert (Path(path).resolve(), scope) == (Path(whole[0]).resolve(), whole[1])
+
+
 def test_misspelt_name_lists_the_nearest() -> None:
     with pytest.raises(UserError, match=r'did you mean mask_rcnn_mila_t_3x'):
         get_config('mila_mm::mask_rcn_mila_t_3x')
