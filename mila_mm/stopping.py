@@ -9,6 +9,7 @@ import select
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,14 +91,17 @@ class SignalWatch:
                     deadline = self._heard(signum)
 
 
-def _deaf() -> None:
-    # A forked helper has the pipe as well, and what it hears is not for the parent.
+def _begin_child() -> None:
+    # A forked helper has the pipe as well, and what it hears is not for the parent. Those of multiprocessing.Pool, in
+    # which mmdet evaluates VOC, are ended by SIGTERM and then waited for.
     with contextlib.suppress(ValueError):
         signal.set_wakeup_fd(-1)
+    if any(frame.f_globals['__name__'] == 'multiprocessing.pool' for frame, _ in traceback.walk_stack(None)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_deaf)
+    os.register_at_fork(after_in_child=_begin_child)
 
 
 def _write(line: str) -> None:
@@ -324,11 +328,7 @@ class WorkerStart:
         self.inner = inner
 
     def __call__(self, worker_id: int) -> None:
-        """Prepare the worker.
-
-        Args:
-            worker_id: Number of the worker.
-        """
+        """Prepare the worker."""
         for signum in SIGNALS:
             if signum != signal.SIGTERM:
                 signal.signal(signum, signal.SIG_IGN)
