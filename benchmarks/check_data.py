@@ -41,9 +41,9 @@ def write_annotations(path: Path) -> None:
 def check(path: Path) -> dict[str, float]:
     """Check the file as the start of a training does, and return what it cost."""
     import mila_mm  # noqa: F401
+    from mila_mm.datasets.checks.cache import cache_folder
     from mila_mm.datasets.checks.findings import Report
     from mila_mm.engine.config.load import load_config
-    from mila_mm.engine.data.check import cache_folder
     from mila_mm.engine.data.files import check_files
     from mila_mm.engine.data.splits import is_coco, splits_of
 

@@ -15,22 +15,20 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPP
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
+_ENGINE = ['mila_mm.engine.components']
+
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='mila_mm', locations=['mila_mm.models', 'mila_mm.study.model.backbone']
 )
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mila_mm', locations=['mila_mm.datasets'])
-DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mila_mm', locations=['mila_mm.engine'])
-LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mila_mm', locations=['mila_mm.engine'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mila_mm', locations=['mila_mm.engine'])
+DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mila_mm', locations=_ENGINE)
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mila_mm', locations=_ENGINE)
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mila_mm', locations=_ENGINE)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='mila_mm',
-    locations=['mila_mm.engine'],
+    locations=_ENGINE,
 )
-OPTIM_WRAPPERS = Registry(
-    'optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mila_mm', locations=['mila_mm.engine']
-)
-MODEL_WRAPPERS = Registry(
-    'model wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='mila_mm', locations=['mila_mm.engine']
-)
+OPTIM_WRAPPERS = Registry('optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mila_mm', locations=_ENGINE)
+MODEL_WRAPPERS = Registry('model wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='mila_mm', locations=_ENGINE)

@@ -39,6 +39,8 @@ _NOISE = (
     (UserWarning, r'The shape of value will convert from'),
     (UserWarning, r'Warning: The (bbox|polygon) is out of bounds'),
     (UserWarning, r'`reduce_zero_label` will be deprecated'),
+    (UserWarning, r'For binary segmentation, we suggest'),
+    (UserWarning, r'threshold is not defined for binary'),
     (UserWarning, r'``build_loss`` would be deprecated soon'),
 )
 
@@ -137,6 +139,23 @@ def export_local_rank(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
 
 
+def look_first(args: argparse.Namespace, *stages: str) -> None:
+    """Refuse what config and data show to be wrong before the imports of a run; a job leaves that to its whole check.
+
+    Args:
+        args: Parsed arguments with ``config``, ``cfg_options``, ``no_check`` and ``launcher``.
+        stages: Those that will run, of 'train', 'val', 'test'.
+
+    Raises:
+        UserError: If something is wrong.
+    """
+    if args.no_check or args.launcher != 'none':
+        return
+    from mila_mm.engine.data.first_look import first_look
+
+    first_look(args.config, args.cfg_options, stages)
+
+
 def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Run a command; turn the user's mistakes into one message and an exit status.
 
@@ -156,6 +175,7 @@ def execute(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
     if '--verbose' not in (sys.argv if argv is None else argv):
         for category, message in _NOISE:
             warnings.filterwarnings('ignore', message=message, category=category)
+        os.environ.setdefault('OPENCV_LOG_LEVEL', 'ERROR')  # what a file lacks is told once, with its name
     job.begin(owns_process=argv is None)
     try:
         return _execute(main, argv)

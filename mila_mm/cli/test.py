@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Test as the command line says."""
     args = cli.parse(add_arguments, argv, description='Test a detector (mmdet) or a segmentor (mmseg).')
     cli.export_local_rank(args)
+    cli.look_first(args, 'test')
     from mila_mm.engine import test
     from mila_mm.engine.config.environment import name_ranks
     from mila_mm.engine.screen import quiet

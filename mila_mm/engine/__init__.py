@@ -1,50 +1,48 @@
-"""Training and testing: mmengine's runner with what it lacks, for detectors and segmentors alike."""
+"""Training and testing: mmengine's runner with what it lacks, for detectors and segmentors alike.
 
-from mila_mm.engine.config.extras import EarlyStopHook, Extras
-from mila_mm.engine.config.load import load_config, scope_of
-from mila_mm.engine.hooks.checkpoint import CheckpointHook
-from mila_mm.engine.hooks.divergence import DivergenceHook
-from mila_mm.engine.hooks.draw_predictions import PredictionDrawHook
-from mila_mm.engine.hooks.identity import RunIdentityHook
-from mila_mm.engine.hooks.mesa import MESAHook
-from mila_mm.engine.hooks.nonfinite import NonFiniteHook
-from mila_mm.engine.hooks.resume_state import ResumeStateHook
-from mila_mm.engine.hooks.stop import StopHook
-from mila_mm.engine.inference.predict import predict
-from mila_mm.engine.inference.predictor import Predictor
-from mila_mm.engine.optimizers.amp import AmpOptimWrapper
-from mila_mm.engine.optimizers.layer_decay import LayerDecayOptimWrapperConstructor
-from mila_mm.engine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from mila_mm.engine.runner.runner import Runner, build_runner
-from mila_mm.engine.runner.sampler import ResumableBatchSampler
-from mila_mm.engine.runner.sharded_model import FullyShardedModel
-from mila_mm.engine.testing import DumpSegResults, test
-from mila_mm.engine.training import train
+The names are imported when they are first asked for (PEP 562): a look at a config and its files needs no torch, whose
+import takes longer than most mistakes should have to wait for their message.
+"""
 
-__all__ = [
-    'AmpOptimWrapper',
-    'CheckpointHook',
-    'DivergenceHook',
-    'DumpSegResults',
-    'EarlyStopHook',
-    'EpochBasedTrainLoop',
-    'Extras',
-    'FullyShardedModel',
-    'IterBasedTrainLoop',
-    'LayerDecayOptimWrapperConstructor',
-    'MESAHook',
-    'NonFiniteHook',
-    'PredictionDrawHook',
-    'Predictor',
-    'ResumableBatchSampler',
-    'ResumeStateHook',
-    'RunIdentityHook',
-    'Runner',
-    'StopHook',
-    'build_runner',
-    'load_config',
-    'predict',
-    'scope_of',
-    'test',
-    'train',
-]
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    'AmpOptimWrapper': 'optimizers.amp',
+    'CheckpointHook': 'hooks.checkpoint',
+    'DivergenceHook': 'hooks.divergence',
+    'DumpSegResults': 'testing',
+    'EarlyStopHook': 'config.extras',
+    'EpochBasedTrainLoop': 'runner.loops',
+    'Extras': 'config.extras',
+    'FullyShardedModel': 'runner.sharded_model',
+    'IterBasedTrainLoop': 'runner.loops',
+    'LayerDecayOptimWrapperConstructor': 'optimizers.layer_decay',
+    'MESAHook': 'hooks.mesa',
+    'NonFiniteHook': 'hooks.nonfinite',
+    'PredictionDrawHook': 'hooks.draw_predictions',
+    'Predictor': 'inference.predictor',
+    'ResumableBatchSampler': 'runner.sampler',
+    'ResumeStateHook': 'hooks.resume_state',
+    'RunIdentityHook': 'hooks.identity',
+    'Runner': 'runner.runner',
+    'StopHook': 'hooks.stop',
+    'build_runner': 'runner.runner',
+    'load_config': 'config.load',
+    'predict': 'inference.predict',
+    'scope_of': 'config.load',
+    'test': 'testing',
+    'train': 'training',
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,14 @@ from mila_mm.files import write_whole
 
 # Raised with every change of what is checked, so that results of older code are not taken for today's.
 VERSION = 2
+
+
+def cache_folder() -> Path:
+    """Return where results of checks are kept: ``$MILA_HOME/checks``, else below the user's cache."""
+    home = os.environ.get('MILA_HOME')
+    if home:
+        return Path(home).expanduser() / 'checks'
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mila_mm' / 'checks'
 
 
 def remembered(folder: Path | None, path: Path, question: Any, answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:

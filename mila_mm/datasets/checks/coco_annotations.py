@@ -13,7 +13,7 @@ from typing import Any
 
 from mila_mm.datasets.checks.coco_masks import check_mask
 from mila_mm.datasets.checks.faults import Faults, are_numbers, is_number
-from mila_mm.datasets.checks.findings import ERROR, Finding, brief, error, shown
+from mila_mm.datasets.checks.findings import ERROR, WARNING, Finding, brief, error, shown
 from mila_mm.datasets.checks.needs import Needs
 
 NO_IMAGES = "'images' is empty"
@@ -212,10 +212,10 @@ def _check_annotations(
         if absent:
             faults.add(f'annotation no {absent[0]}', f'annotations[{index}] has no {absent[0]!r}')
             continue
-        _check_id(index, annotation['id'], ids, faults)
+        _check_id(index, annotation['id'], ids, needs, faults)
         _check_references(index, annotation, images, categories, unknown, unknown_at, astray, faults)
         bbox = annotation['bbox']
-        if not are_numbers(bbox) or len(bbox) != 4:
+        if not are_numbers(bbox) or len(bbox) != 4 or bool in map(type, bbox):
             faults.add('bbox', f'annotations[{index}].bbox is {brief(bbox)}, expected [x, y, width, height]')
         if 'area' not in annotation:
             no_area.append(index)
@@ -233,7 +233,13 @@ def _check_annotations(
     _say_absent(no_area, no_crowd, len(annotations), faults)
 
 
-def _check_id(index: int, number: Any, ids: set[Any], faults: Faults) -> None:
+def _check_id(index: int, number: Any, ids: set[Any], needs: Needs, faults: Faults) -> None:
+    if number == 0 and needs.evaluation:  # which takes the id of what was found for whether something was
+        said = "COCO's evaluation never counts that object as found: number from 1"
+        faults.add('id 0', f'annotations[{index}].id is 0; {said}', WARNING)
+    if isinstance(number, str) and not number.isdecimal() and needs.evaluation:
+        said = "expected a number: COCO's evaluation computes with it"
+        faults.add('text id', f'annotations[{index}].id is {brief(number)}, {said}')
     if not isinstance(number, (int, str)) or isinstance(number, bool):
         faults.add('id', f'annotations[{index}].id is {brief(number)}, expected a number')
     elif number in ids:

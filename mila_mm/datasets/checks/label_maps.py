@@ -12,6 +12,8 @@ from mila_mm.datasets.checks.findings import Finding, error, note, shown, warnin
 
 # Above this share of ignored pixels a set is worth a line.
 _MOSTLY_IGNORED = 0.9
+# With reduce_zero_label, above this share of value 0 it may well be a class.
+_MUCH_OF_ZERO = 0.2
 # This many maps of a set speak for all.
 _ENOUGH = 16
 
@@ -42,7 +44,16 @@ class MapSummary:
             counter.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
 
 
-def fault_of_map(path: str, raw: np.ndarray, image_path: str, image_shape: Sequence[int] | None) -> Finding | None:
+def spread(total: int, wanted: int) -> list[int]:
+    """Return positions spread evenly over a set, all where ``wanted`` is 0 or there are no more."""
+    if wanted <= 0 or wanted >= total:
+        return list(range(total))
+    return sorted({round(i * (total - 1) / max(wanted - 1, 1)) for i in range(wanted)})
+
+
+def fault_of_map(
+    path: str, raw: np.ndarray, image_path: str, image_shape: Sequence[int] | None, lossy: bool = False
+) -> Finding | None:
     """Check one label map as its file holds it.
 
     Args:
@@ -50,6 +61,7 @@ def fault_of_map(path: str, raw: np.ndarray, image_path: str, image_shape: Seque
         raw: The decoded file, (H, W) or (H, W, channels).
         image_path: The file of the image that it belongs to.
         image_shape: Height and width of that image, None where it is not known.
+        lossy: Whether the file is a JPEG. Defaults to False.
     """
     if raw.ndim == 3 and raw.shape[-1] > 1:
         what = {2: 'grey and alpha', 3: 'RGB', 4: 'RGB and alpha'}.get(raw.shape[-1], 'several channels')
@@ -59,6 +71,8 @@ def fault_of_map(path: str, raw: np.ndarray, image_path: str, image_shape: Seque
             'class; a palette PNG has that too',
         )
     raw = raw.squeeze(-1) if raw.ndim == 3 else raw
+    if lossy:
+        return error(f'label map {path}', 'is a JPEG, which moves values along every edge: save label maps as PNG')
     if not np.issubdtype(raw.dtype, np.integer) and raw.dtype != bool:
         return error(f'label map {path}', f'holds {raw.dtype}, expected whole numbers')
     if raw.dtype.itemsize > 1 and raw.size and (raw.max() > 255 or raw.min() < 0):
@@ -114,7 +128,7 @@ def judge_maps(
         findings.append(warning(where, f'{looked}, {classes[found[0]]!r} is the only class that occurs: {_why(never)}'))
     elif never:
         findings.append(note(where, f'{looked}, {len(never)} of {len(classes)} classes never occur: {shown(never)}'))
-    if reduced and never == [classes[-1]] and summary.raw[0] > pixels / 2 and complete:
+    if reduced and never == [classes[-1]] and summary.raw[0] > _MUCH_OF_ZERO * pixels and complete:
         findings.append(
             warning(
                 where,

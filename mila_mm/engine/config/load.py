@@ -177,12 +177,10 @@ def _merge_cfg_options(cfg: Config, items: Sequence[str]) -> None:
     Raises:
         UserError: If an override does not parse or does not fit the config.
     """
-    options = parse_cfg_options(items)
-    known = _known_keys(cfg) if options else set()
-    for key, value in options.items():
+    for key, value in parse_cfg_options(items).items():
         top = key.partition('.')[0]
-        if top not in known:
-            close = difflib.get_close_matches(top, known, n=1)
+        if top not in cfg and top not in _known_keys(cfg):
+            close = difflib.get_close_matches(top, _known_keys(cfg), n=1)
             raise UserError(
                 f'--cfg-options {key}={value}: nothing reads an entry {top!r} of this config'
                 + (f'; did you mean {close[0]!r}?' if close else '')
@@ -256,7 +254,7 @@ def _install_hint() -> str:
 
 
 def _known_keys(cfg: Config) -> set[str]:
-    from mmengine.runner import Runner
+    from mmengine.runner import Runner  # and torch, a second's work that most overrides do without
 
     arguments = inspect.signature(Runner.__init__).parameters
     return set(cfg.keys()) | (set(arguments) - {'self', 'cfg'}) | set(_EXTRA_KEYS)

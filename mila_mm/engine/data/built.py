@@ -17,9 +17,10 @@ import cv2
 import numpy as np
 
 from mila_mm.datasets.checks.findings import Finding, brief, error, note, warning
+from mila_mm.datasets.checks.label_maps import spread
 from mila_mm.datasets.checks.voc_xml import check_object_names
 from mila_mm.engine.data.maps import check_label_maps, check_panoptic_maps
-from mila_mm.engine.data.samples import datasets_in, load_sample, many
+from mila_mm.engine.data.samples import datasets_in, has_own_transforms, load_sample, many
 from mila_mm.engine.data.splits import is_coco, reads_voc
 from mila_mm.errors import UserError
 
@@ -117,7 +118,7 @@ def _one(
     has_maps = load_map is not None and infos[0].get('seg_map_path')
     # A detector's semantic branch has classes of its own, which only the model knows.
     own = stuff if 'instances' in infos[0] else classes
-    if has_maps and own:
+    if has_maps and own and not has_own_transforms(leaf):
         looked.findings += check_label_maps(
             leaf, key, load_image, load_map, chosen, own, tuple(ignored), deadline, looked.counts
         )
@@ -126,13 +127,6 @@ def _one(
     _check_sizes(leaf, key, load_image, chosen, deadline, looked)
     if infos[0].get('segments_info') and infos[0].get('seg_map_path') and not looked.has_errors():
         looked.findings += check_panoptic_maps(leaf, load_image, chosen, deadline)
-
-
-def spread(total: int, wanted: int) -> list[int]:
-    """Return positions spread evenly over a set, all where ``wanted`` is 0 or there are no more."""
-    if wanted <= 0 or wanted >= total:
-        return list(range(total))
-    return sorted({round(i * (total - 1) / max(wanted - 1, 1)) for i in range(wanted)})
 
 
 def _loaders(leaf: Any) -> tuple[Any, Any]:
@@ -234,6 +228,12 @@ def _why_absent(path: Path) -> str:
         said = f'; there is {plain}: file names are paths with /, and not escaped'
     elif '\\' in path.name:
         said = '; its name has backslashes, which part no folders here: write file names with /'
+    elif path.name.startswith('.') and path.suffix == '':
+        said = '; a name in the list is empty: a blank line in ann_file?'
+    elif path.name.startswith('\ufeff'):
+        said = '; the list begins with a byte order mark: save it as UTF-8 without BOM'
+    elif path.with_suffix('').is_file() or (path.suffix in path.stem and ' ' in path.stem):
+        said = f'; each line of ann_file is one name without {path.suffix!r}, which is put behind it'
     elif path.parent.is_dir():
         near = [other.name for other in path.parent.glob(f'{glob.escape(path.stem)}.*')][:1]
         said = f'; there is {near[0]}' if near else ''

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
+from mila_mm.datasets.checks.cache import cache_folder
 from mila_mm.datasets.checks.findings import Finding, Report, error
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.checks import needed_paths
@@ -25,14 +24,6 @@ from mila_mm.engine.random_state import capture_random_state, restore_random_sta
 from mila_mm.errors import UserError
 
 
-def cache_folder() -> Path:
-    """Return where results of checks are kept: ``$MILA_HOME/checks``, else below the user's cache."""
-    home = os.environ.get('MILA_HOME')
-    if home:
-        return Path(home).expanduser() / 'checks'
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mila_mm' / 'checks'
-
-
 def check_before_building(cfg: Config, stages: Sequence[str], scope: str, remember: bool = True) -> Report:
     """Check what needs no data set to be built: the config and its annotation files in COCO's layout.
 
@@ -45,8 +36,9 @@ def check_before_building(cfg: Config, stages: Sequence[str], scope: str, rememb
     report = Report()
     if scope not in ('mmdet', 'mmseg'):
         return report
-    report.add(check_static(cfg, stages, scope))
-    check_files(cfg, splits_of(cfg, stages, scope), cache_folder() if remember else None, report)
+    splits = splits_of(cfg, stages, scope)
+    report.add(check_static(cfg, stages, scope, splits))
+    check_files(cfg, splits, cache_folder() if remember else None, report)
     return report
 
 

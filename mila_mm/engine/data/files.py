@@ -16,7 +16,7 @@ from mila_mm.datasets.checks.findings import ERROR, Finding, Report, error
 from mila_mm.datasets.checks.needs import Needs
 from mila_mm.datasets.checks.survival import Filter, count_survivors, judge_survivors
 from mila_mm.engine.data.metrics import COCO_METRICS, metrics_of
-from mila_mm.engine.data.splits import Split, filters_as_coco, is_coco, kind_name
+from mila_mm.engine.data.splits import Split, kind_name
 
 
 def check_files(cfg: Config, splits: Sequence[Split], cache: Path | None, report: Report) -> None:
@@ -29,13 +29,15 @@ def check_files(cfg: Config, splits: Sequence[Split], cache: Path | None, report
     """
     for split in splits:
         path = split.local_ann_file
-        if path is None or split.classes is None or not is_coco(split.kind) or not path.is_file():
+        if path is None or not split.reads_coco or not path.is_file():
             continue
-        needs, keep = _needs(cfg, split), _filter(split)
-        question = [asdict(needs), asdict(keep)]
+        if split.classes is None and split.kind is not None:
+            continue
+        needs, keep = _needs(cfg, split), None if split.classes is None else _filter(split)
+        question = [asdict(needs), None if keep is None else asdict(keep)]
         answer = remembered(cache, path, question, lambda p=path, n=needs, k=keep: _examine(p, n, k))  # type: ignore[misc]
         findings = [Finding(**finding) for finding in answer['findings']]
-        if answer['names'] is not None:
+        if answer['names'] is not None and split.classes is not None:
             findings += check_categories(_classes_key(split), str(path), split.classes, answer['names'])
         counts = answer['counts']
         if counts is not None:
@@ -51,7 +53,7 @@ def _classes_key(split: Split) -> str:
     return f'{split.key}.metainfo.classes' if named else f'{split.key} (classes of {kind_name(split.config)})'
 
 
-def _examine(path: Path, needs: Needs, keep: Filter) -> dict[str, Any]:
+def _examine(path: Path, needs: Needs, keep: Filter | None) -> dict[str, Any]:
     try:
         data = read_coco(path)
     except UnreadableError as fault:
@@ -64,7 +66,7 @@ def _examine(path: Path, needs: Needs, keep: Filter) -> dict[str, Any]:
     return {
         'findings': [asdict(finding) for finding in findings],
         'names': names,
-        'counts': count_survivors(data, keep) if sound else None,
+        'counts': count_survivors(data, keep) if sound and keep is not None else None,
     }
 
 
@@ -95,5 +97,5 @@ def _filter(split: Split) -> Filter:
         classes=tuple(split.classes or ()),
         min_size=config.get('min_size', 0),
         filter_empty=bool(config.get('filter_empty_gt', False)),
-        drop_images=bool(config) and not split.config.get('test_mode') and filters_as_coco(split.kind),
+        drop_images=bool(config) and not split.config.get('test_mode') and split.drops_as_coco,
     )

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mila_mm.datasets.checks.classes import check_names
 from mila_mm.datasets.checks.findings import Finding, error, shown, warning
 from mila_mm.engine.data.heads import default_of
-from mila_mm.engine.data.splits import Split, is_coco, kind_name
+from mila_mm.engine.data.splits import Split, kind_name
 
 # What mmdet 2 and mmseg 0 called the arguments of a data set.
 _OLD_DATASET_KEYS = {
@@ -63,13 +63,17 @@ _PARTS_OF_A_STAGE = {
 
 
 def check_stages(cfg: Config, stages: Sequence[str]) -> list[Finding]:
-    """Check that validation and test are complete or absent: mmengine wants all three parts or none.
+    """Check that there is one dataloader each, and validation and test are complete or absent, as mmengine wants them.
 
     Args:
         cfg: A config.
         stages: Those that will run; with a training goes its validation.
     """
-    findings = []
+    findings = [
+        error(f'{stage}_dataloader', 'is a list, expected one dataloader; a ConcatDataset in it joins data sets')
+        for stage in stages
+        if isinstance(cfg.get(f'{stage}_dataloader'), (list, tuple))
+    ]
     wanted = [stage for stage in ('val', 'test') if stage in stages or (stage == 'val' and 'train' in stages)]
     for stage in wanted:
         names = _PARTS_OF_A_STAGE[stage]
@@ -153,7 +157,7 @@ def _prefix(split: Split) -> list[Finding]:
 
 def _prefix_names(split: Split, prefix: dict[str, Any]) -> list[Finding]:
     """Name keys of ``data_prefix`` that are of the other library's data sets, where the own one is missing."""
-    if is_coco(split.kind) and 'seg' not in prefix:
+    if split.reads_coco and 'seg' not in prefix:
         own = 'img'
     elif _is_segmentation(split):
         own = 'img_path'
@@ -163,6 +167,8 @@ def _prefix_names(split: Split, prefix: dict[str, Any]) -> list[Finding]:
     if own in (prefix or (default if isinstance(default, dict) else {})):
         return []
     if not prefix:
+        if split.kind is None and own == 'img_path':
+            return []  # the default, which its class knows
         return [error(f'{split.key}.data_prefix', f'is missing: the folder of the images, dict({own}=...)')]
     given = next((name for name in prefix if name in _PREFIX_NAMES), next(iter(prefix)))
     return [
@@ -175,6 +181,8 @@ def _prefix_names(split: Split, prefix: dict[str, Any]) -> list[Finding]:
 
 
 def _is_segmentation(split: Split) -> bool:
+    if split.kind is None:
+        return kind_name(split.config) == 'BaseSegDataset'
     return any(
         'seg_map' in kind.__module__ or kind.__name__ == 'BaseSegDataset' for kind in getattr(split.kind, '__mro__', ())
     )

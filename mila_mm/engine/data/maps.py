@@ -15,7 +15,7 @@ from mmengine import fileio
 from mila_mm.datasets.checks.findings import Finding, error, note, shown, warning
 from mila_mm.datasets.checks.label_maps import MapSummary, fault_of_labels, fault_of_map, judge_maps
 from mila_mm.datasets.checks.panoptic import fault_of_panoptic
-from mila_mm.engine.data.samples import NamedTransform, load_sample, many
+from mila_mm.engine.data.samples import JPEG, NamedTransform, load_sample, many
 from mila_mm.errors import UserError
 
 _IMAGES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'})
@@ -93,7 +93,8 @@ def _look(
         return None
     content = fileio.get(path, backend_args=load_map.backend_args)
     raw = mmcv.imfrombytes(content, flag='unchanged', backend=load_map.imdecode_backend)
-    fault = fault_of_map(path, raw, str(info.get('img_path')), None if image is None else image['img_shape'][:2])
+    shape = None if image is None else image['img_shape'][:2]
+    fault = fault_of_map(path, raw, str(info.get('img_path')), shape, lossy=content.startswith(JPEG))
     if fault is not None:
         return fault
     raw = raw.squeeze()

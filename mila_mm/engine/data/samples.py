@@ -10,6 +10,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.engine.config.load import one_line
@@ -70,7 +71,9 @@ def name_failing_samples(dataset: Any) -> None:
         dataset: A dataset of mmengine's kind; one without ``pipeline`` is left as it is.
     """
     for inner in datasets_in(dataset):
-        transforms = getattr(getattr(inner, 'pipeline', None), 'transforms', None)
+        pipeline = getattr(inner, 'pipeline', None)
+        # MultiImageMixDataset keeps a list of its own
+        transforms = pipeline if isinstance(pipeline, list) else getattr(pipeline, 'transforms', None)
         if isinstance(transforms, list):
             for index, transform in enumerate(transforms):
                 if not isinstance(transform, NamedTransform):
@@ -85,6 +88,15 @@ def datasets_in(dataset: Any) -> Iterator[Any]:
         yield from datasets_in(child)
 
 
+def has_own_transforms(dataset: Any) -> bool:
+    """Tell whether a pipeline holds a transform of the user's, after which images and labels may be anything else."""
+    for transform in getattr(getattr(dataset, 'pipeline', None), 'transforms', None) or []:
+        inner = getattr(transform, 'transform_itself', transform)
+        if type(inner).__module__.partition('.')[0] not in _LIBRARIES:
+            return True
+    return False
+
+
 def load_sample(load: Any, info: dict[str, Any], index: int) -> dict[str, Any] | None:
     """Load an image with a transform of the pipeline.
 
@@ -92,6 +104,9 @@ def load_sample(load: Any, info: dict[str, Any], index: int) -> dict[str, Any] |
         UserError: If the file is at fault.
     """
     loaded = NamedTransform(load)({**info, 'sample_idx': index})
+    path = info.get('img_path')
+    if isinstance(path, (str, os.PathLike)) and Path(path).is_file() and _is_cut_short(Path(path)):
+        raise UserError(f'image {printable_path(path)} is cut short: OpenCV reads it, and leaves the rest grey')
     return loaded if isinstance(loaded, dict) and 'ori_shape' in loaded else None
 
 
@@ -124,5 +139,24 @@ def _fault_of_image(path: Path) -> str | None:
     return None
 
 
+def _is_cut_short(path: Path) -> bool:
+    """Tell whether a JPEG has no end. Some have something behind it; what has no end close to its own is decoded."""
+    with path.open('rb') as file:
+        if file.read(len(JPEG)) != JPEG:
+            return False
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        if _END in file.read():
+            return False
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except OSError:
+        return True
+    return False
+
+
+# How a JPEG begins and ends, and bytes among which its end is looked for.
+JPEG, _END, _TAIL = b'\xff\xd8\xff', b'\xff\xd9', 4096
+_LIBRARIES = frozenset({'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mmengine', 'mila_mm'})
 # Others, arrays and volumes, are read by transforms of their own.
 _IMAGES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.gif', ''})

@@ -53,6 +53,16 @@ class Split:
         return Path(root, name)
 
     @property
+    def reads_coco(self) -> bool:
+        """Whether it reads its file exactly as ``CocoDataset`` does; without its class, by its name."""
+        return is_coco(self.kind) if self.kind is not None else kind_name(self.config) == 'CocoDataset'
+
+    @property
+    def drops_as_coco(self) -> bool:
+        """Whether it drops images exactly as mmdet's ``CocoDataset`` does."""
+        return filters_as_coco(self.kind) if self.kind is not None else self.reads_coco
+
+    @property
     def reads_masks(self) -> bool:
         """Whether its pipeline reads instance masks."""
         return any(step.get('with_mask') for step in self.steps if kind_name(step) == 'LoadAnnotations')

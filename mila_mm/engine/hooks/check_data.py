@@ -14,10 +14,10 @@ from mila_mm.datasets.checks.findings import NOTE, Finding, Report, error
 from mila_mm.engine.config.environment import rank_of
 from mila_mm.engine.data.built import Effort
 from mila_mm.engine.data.check import check_before_building, judge_built
+from mila_mm.engine.data.first_look import HINT
 from mila_mm.engine.data.first_step import BatchNormWatch
 from mila_mm.engine.data.rehearsal import rehearse
 
-HINT = 'mila check-data CONFIG tells everything at once; --no-check starts anyway'
 # Images and label maps of a split that are opened at the start of a run, and seconds after which no more are.
 _SAMPLES, _SECONDS = 32, 10.0
 

@@ -67,8 +67,8 @@ def text_ids(content: dict[str, Any]) -> None:
 
 
 def from_zero(content: dict[str, Any]) -> None:
-    for number, annotation in enumerate(content['annotations']):
-        annotation.update(category_id=0, id=number)
+    for annotation in content['annotations']:
+        annotation['category_id'] = 0
     content['categories'][0]['id'] = 0
 
 
@@ -94,6 +94,9 @@ FAULTS = {
         one(bbox=[1, 2, 3, 4, 5]),
         'annotations[1].bbox is [1, 2, 3, 4, 5], expected [x, y, width, height]',
     ),
+    'a boolean': (one(bbox=[1, 2, True, 4]), 'annotations[1].bbox is [1, 2, True, 4]'),
+    'an id of 0': (one(id=0), "warning: own.json: annotations[1].id is 0; COCO's evaluation never counts"),
+    'an id of text': (one(id='x1'), "annotations[1].id is 'x1', expected a number"),
     'an object': (one(bbox=dict(x=1)), 'annotations[1].bbox'),
     'nested': (one(bbox=[[1, 2, 3, 4]]), 'annotations[1].bbox'),
     'no box': (one(bbox=None), 'annotations[1].bbox is None'),

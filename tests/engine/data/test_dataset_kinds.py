@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 from mila_mm.engine.data.check import check_everything
-from mila_mm.engine.data.splits import resolve
+from mila_mm.engine.data.splits import resolve, splits_of
 from mila_mm.engine.data.static import check_static
 
 SIZE = 40
@@ -188,6 +188,7 @@ def test_panoptic_classes_are_things_and_stuff() -> None:
     for number, errors in ((stuff, 0), (stuff - 1, 1)):
         head['num_stuff_classes'] = number
         cfg = Config(dict(model=dict(type='MaskFormer', panoptic_head=head), train_dataloader=dict(dataset=dataset)))
-        found = [finding for finding in check_static(cfg, ['train'], 'mmdet') if finding.level == 'error']
+        findings = check_static(cfg, ['train'], 'mmdet', splits_of(cfg, ['train'], 'mmdet'))
+        found = [finding for finding in findings if finding.level == 'error']
         assert len(found) == errors, found
         assert all('panoptic_head.num_stuff_classes is 52' in str(finding) for finding in found)

@@ -76,3 +76,20 @@ def test_ignored_labels(heads, padded, words) -> None:
     found = [str(finding) for finding in check_ignored(Config(dict(model=model)))]
     assert len(found) == (words is not None)
     assert all(words in line for line in found)
+
+
+def test_a_class_that_only_the_metric_ignores() -> None:
+    metric = dict(type='IoUMetric', ignore_index=0)
+    cfg = Config(dict(model=dict(decode_head=dict()), val_evaluator=metric))
+    assert [str(finding) for finding in check_ignored(cfg, ('road',))] == [
+        "val_evaluator.ignore_index: is 0, the label of 'road': that class is learnt, and its pixels are not judged"
+    ]
+
+
+def test_an_ignored_class() -> None:
+    cfg = Config(dict(model=dict(decode_head=dict(ignore_index=1))))
+    assert not check_ignored(cfg, ('road',))
+    found = check_ignored(cfg, ('road', 'car'))
+    assert [str(finding) for finding in found] == [
+        "model.decode_head.ignore_index: is 1, the label of 'car': that class is never learnt"
+    ]

@@ -1,0 +1,86 @@
+"""A first look at a config and its files, before torch, mmdet and mmseg are imported: most mistakes show by then.
+
+It knows the two data sets that people use for their own data by name, and does for them what the whole check does
+later for all, with the same functions: what it refuses that refuses too, and what it does not know it leaves alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.config import config as reading
+
+from mila_mm.datasets.checks.cache import cache_folder
+from mila_mm.datasets.checks.findings import Report
+from mila_mm.engine.config.checks import check_data
+from mila_mm.engine.config.load import load_config, scope_of
+from mila_mm.engine.data.files import check_files
+from mila_mm.engine.data.map_folders import check_map_folder
+from mila_mm.engine.data.splits import Split, leaf_datasets
+from mila_mm.engine.data.static import check_static
+
+HINT = 'mila check-data CONFIG tells everything at once; --no-check starts anyway'
+
+_KNOWN = {'mmdet': 'CocoDataset', 'mmseg': 'BaseSegDataset'}
+# Larger files take longer than the imports that this look goes before; they are read once, by the whole check.
+_LARGE = 20 << 20
+
+
+def first_look(config: str, cfg_options: Sequence[str], stages: Sequence[str]) -> None:
+    """Refuse what a config and its files show to be wrong by themselves.
+
+    Args:
+        config: Path or name, as :func:`mila_mm.engine.config.load.load_config` takes it.
+        cfg_options: Overrides as ``key.of.entry=value``.
+        stages: Those that will run, of 'train', 'val', 'test'; 'val' only counts where the config validates.
+
+    Raises:
+        UserError: If something is wrong.
+    """
+    with _silent():
+        cfg = load_config(config, cfg_options, import_custom_modules=False)
+    scope = scope_of(cfg)
+    stages = [stage for stage in stages if stage != 'val' or cfg.get('val_cfg')]
+    check_data(cfg, stages)
+    splits = _splits(cfg, stages, scope)
+    if not splits or cfg.get('custom_imports'):  # which may put other classes under these names
+        return
+    report = Report()
+    report.add(check_static(cfg, stages, scope, splits))
+    small = [split for split in splits if (_size(split.local_ann_file) or 0) <= _LARGE]
+    check_files(cfg, small, cache_folder(), report)
+    for split in splits if scope == 'mmseg' else []:
+        report.add(check_map_folder(cfg, split))
+    report.refuse(HINT)
+
+
+def _splits(cfg: Config, stages: Sequence[str], scope: str) -> list[Split]:
+    """Return the data sets of a config, none where one of them is of a kind that is not known."""
+    found = []
+    for stage in stages:
+        loader = cfg.get(f'{stage}_dataloader')
+        dataset = loader.get('dataset') if isinstance(loader, dict) else None
+        if not isinstance(dataset, dict):
+            return []
+        found += [
+            Split(stage, key, inner, None) for key, inner in leaf_datasets(dataset, f'{stage}_dataloader.dataset')
+        ]
+    known = (_KNOWN.get(scope), f'{scope}.{_KNOWN.get(scope)}')
+    return found if all(split.config.get('type') in known for split in found) else []
+
+
+def _size(path: Path | None) -> int | None:
+    return path.stat().st_size if path is not None and path.is_file() else None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Let mmengine not tell which variables it puts into a config: its logger imports torch, and it is told later."""
+    said, reading.print_log = reading.print_log, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        reading.print_log = said

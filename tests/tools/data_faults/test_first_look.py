@@ -1,0 +1,109 @@
+"""Most mistakes show before torch is imported, and what the first look does not know it leaves to the whole check."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mila_mm.engine.data.first_look import first_look
+from mila_mm.errors import UserError
+
+PROGRAM = """
+import sys
+from mila_mm.cli.command import main
+
+status = main(sys.argv[1:])
+print(status, sorted({'torch', 'mmdet', 'mmseg', 'mmcv', 'timm'} & set(sys.modules)))
+"""
+
+
+def start(config: Path, root: Path) -> tuple[str, str]:
+    """Start a training in a process of its own; return what it prints at the end, and its errors."""
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM, 'train', str(config), '--cfg-options', 'train_dataloader.batch_size=2'],
+        cwd=config.parent,
+        env={'PYTHONPATH': str(root), 'PATH': '', 'MILA_HOME': str(config.parent), 'IMAGES': str(config.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return done.stdout.strip().splitlines()[-1], done.stderr
+
+
+def empty_box(content: dict) -> None:
+    content['annotations'][1]['bbox'] = []
+
+
+def test_a_fault_of_a_file(detector_of, own, edit, root) -> None:
+    edit(own, empty_box)
+    ended, said = start(detector_of(own, "work_dir = '{{$IMAGES:.}}/run'"), root)
+    assert ended == '2 []', (ended, said)
+    assert 'annotations[1].bbox is []' in said
+
+
+def test_heads_of_another_number(detector_of, own, root) -> None:
+    ended, said = start(detector_of(own, 'model["roi_head"]["bbox_head"]["num_classes"] = 80'), root)
+    assert ended == '2 []', (ended, said)
+    assert 'bbox_head.num_classes is 80' in said
+
+
+def test_an_absent_file(detector_of, own, root) -> None:
+    (own / 'annotations/instances_val.json').unlink()
+    ended, said = start(detector_of(own), root)
+    assert ended == '2 []', (ended, said)
+    assert 'instances_val.json does not exist' in said
+
+
+def test_a_label_map(segmentor_of, maps, tmp_path, root) -> None:
+    folder = maps(tmp_path / 'maps', lambda labels, _: np.where(labels > 0, 77, 0).astype(np.uint8))
+    ended, said = start(segmentor_of(folder), root)
+    assert ended == '2 []', (ended, said)
+    assert 'has value 77' in said
+
+
+LEFT_ALONE = {
+    'another class of that name': "custom_imports = dict(imports=['own_data'])",
+    'another kind': "train_dataloader['dataset']['type'] = 'CityscapesDataset'",
+    'one of another kind beside it': (
+        "first = dict(type='CocoDataset', **train_dataloader['dataset'])\n"
+        "train_dataloader['dataset'] = dict(_delete_=True, type='ConcatDataset', "
+        "datasets=[first, {**first, 'type': 'CityscapesDataset'}])"
+    ),
+}
+
+
+@pytest.mark.parametrize('more', LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_what_is_not_known_is_left_alone(detector_of, own, edit, more) -> None:
+    edit(own, empty_box)
+    first_look(str(detector_of(own, more)), (), ('train',))
+    with pytest.raises(UserError, match='bbox'):
+        first_look(str(detector_of(own)), (), ('train',))
+
+
+def test_large_files_are_left_alone(detector_of, own, edit, monkeypatch) -> None:
+    edit(own, empty_box)
+    monkeypatch.setattr('mila_mm.engine.data.first_look._LARGE', 100)
+    first_look(str(detector_of(own)), (), ('train', 'val'))
+
+
+def test_sound_sets_pass(detector_of, segmentor_of, own, maps, tmp_path, capfd) -> None:
+    first_look(str(detector_of(own)), (), ('train', 'val'))
+    first_look(str(segmentor_of(maps(tmp_path / 'maps', lambda labels, _: labels))), (), ('train', 'val'))
+    assert capfd.readouterr() == ('', '')
+
+
+def test_classes_that_only_the_data_set_knows(detector_of, own) -> None:
+    """COCO's own names are those of the class, which is not imported: entries are checked, names are not."""
+    more = "for loader in (train_dataloader, val_dataloader):\n    loader['dataset'].pop('metainfo')\ndel loader"
+    config = str(detector_of(own, more))
+    first_look(config, (), ('train', 'val'))
+    path = own / 'annotations/instances_train.json'
+    content = json.loads(path.read_text())
+    empty_box(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r'annotations\[1\].bbox'):
+        first_look(config, (), ('train', 'val'))
