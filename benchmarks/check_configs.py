@@ -4,6 +4,7 @@
 
 Whatever is an error or a warning there is printed with its config; the end is a table of counts. The published configs
 are taken to be sound, so each line is either a false alarm or a fault of the library's config that the line must name.
+What cannot be read, fragments for ``_base_`` above all, is in the JSON file with the reason.
 """
 
 import argparse
@@ -21,18 +22,20 @@ STAGES = ('train', 'val', 'test')
 _PACKAGES = ('torch', 'onedl-mmdetection', 'mmdet', 'onedl-mmsegmentation', 'mmsegmentation')
 
 
-def alarms(name: str) -> list[str] | None:
-    """Return the errors and warnings of a config, None for a fragment or one that cannot be read here."""
+def alarms(name: str) -> list[str]:
+    """Return the errors and warnings of a config.
+
+    Raises:
+        UserError: For a fragment, or a config that cannot be read here.
+    """
     from mila_mm.engine.config.load import load_config, scope_of
+    from mila_mm.engine.data.splits import splits_of
     from mila_mm.engine.data.static import check_static
 
-    try:
-        cfg = load_config(name)
-        scope = scope_of(cfg)
-    except UserError:
-        return None
+    cfg = load_config(name)
+    scope = scope_of(cfg)
     stages = [stage for stage in STAGES if cfg.get(f'{stage}_dataloader')]
-    found = check_static(cfg, stages, scope)
+    found = check_static(cfg, stages, scope, splits_of(cfg, stages, scope))
     return [f'{finding.level}: {finding}' for finding in found if finding.level != 'note']
 
 
@@ -42,21 +45,24 @@ def sweep(libraries: Sequence[str], only: str) -> dict[str, Any]:
 
     counts: dict[str, Counter[str]] = {}
     told: dict[str, list[str]] = {}
+    unread: dict[str, str] = {}
     for library in libraries:
         count = counts[library] = Counter()
         for name in all_configs(library):
             if only not in name or '/_base_/' in name:
                 continue
-            found = alarms(name)
-            if found is None:
+            try:
+                found = alarms(name)
+            except UserError as reason:
                 count['not read'] += 1
+                unread[name] = str(reason)
                 continue
             count['checked'] += 1
             if found:
                 count['with an alarm'] += 1
                 told[name] = found
                 print(name, *found, sep='\n    ', flush=True)
-    return {'counts': {library: dict(count) for library, count in counts.items()}, 'alarms': told}
+    return {'counts': {library: dict(count) for library, count in counts.items()}, 'alarms': told, 'not read': unread}
 
 
 def versions() -> dict[str, str]:
