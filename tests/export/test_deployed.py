@@ -7,7 +7,8 @@ from mila_mm.engine import load_config
 from mila_mm.export.api import load_model
 from mila_mm.export.compare import TOLERANCES, Comparison, compare
 from mila_mm.export.deployed import Deployed, example_inputs
-from mila_mm.export.metadata import settings_of
+from mila_mm.export.formats import smallest_side
+from mila_mm.export.metadata import metadata, settings_of
 from mila_mm.export.samples import contents, find_images, inputs_of, load_images, predict
 
 DETECTORS = ['mask_rcnn', 'faster_rcnn', 'cascade_mask_rcnn', 'cascade_rcnn', 'retinanet', 'atss', 'rtmdet', 'dino']
@@ -44,6 +45,48 @@ def compared(model, config, images, logits=False):
     return comparison
 
 
+def test_a_preprocessor_at_the_top_of_a_config_is_used_as_in_training(ready):
+    made = ready('retinanet')
+    cfg = load_config(made.config)
+    cfg.data_preprocessor = cfg.model.pop('data_preprocessor')
+    model, _ = load_model(cfg, made.checkpoint)
+    assert Deployed(model).preprocess.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+
+
+def test_names_come_from_the_checkpoint(ready, tmp_path):
+    made = ready('retinanet')
+    names = ('ant', 'bee', 'cat', 'dog', 'eel', 'fox')
+    content = {**torch.load(made.checkpoint), 'meta': {'dataset_meta': {'classes': names, 'palette': None}}}
+    torch.save(content, tmp_path / 'named.pth')
+    cfg = load_config(made.config)
+    for checkpoint, first in ((made.checkpoint, 'circle'), (tmp_path / 'named.pth', 'ant')):
+        model, _ = load_model(cfg, str(checkpoint))
+        deployed = Deployed(model)
+        about = metadata(cfg, model.dataset_meta, deployed, made.config, settings_of(deployed), batch=1)
+        assert about['classes'][0] == first and about['config'] == 'retinanet.py' and about['batch'] == 1
+
+
+def test_a_segmentor_that_is_tested_in_windows_takes_whole_images_and_says_so(ready):
+    made = ready('segformer')
+    windows = ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=(64,64)', 'model.test_cfg.stride=(32,32)']
+    model, notes = load_model(load_config(made.config, windows), made.checkpoint)
+    assert notes == ['the config tests in sliding windows; the file takes each image as a whole']
+    assert compared(model, made.config, made.images).pixels > 0.999
+
+
+@pytest.mark.parametrize('least', [64, 160, 320, 1000])
+def test_the_smallest_side_is_the_first_that_a_graph_takes(ready, least):
+    made = ready('classifier')
+    deployed = Deployed(load_model(load_config(made.config), made.checkpoint)[0])
+
+    def run(image):
+        if image.shape[1] < least:
+            raise AssertionError('Guard failed')
+
+    assert smallest_side(run, deployed, 1, True) == min(least, 320)
+    assert smallest_side(run, deployed, 1, False) is None
+
+
 @pytest.mark.parametrize('name', [*DETECTORS, *SEGMENTORS, 'classifier'])
 def test_the_exported_form_is_the_model(ready, name):
     made = ready(name)
@@ -57,6 +100,12 @@ def test_the_exported_form_is_the_model(ready, name):
 
 
 ONE_CHANNEL = ['model.decode_head.num_classes=2', 'model.decode_head.out_channels=1', 'model.auxiliary_head=None']
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 SOFTMAX = 'model.bbox_head.loss_cls={"_delete_":True,"type":"CrossEntropyLoss"}'
 
 
@@ -68,19 +117,19 @@ SOFTMAX = 'model.bbox_head.loss_cls={"_delete_":True,"type":"CrossEntropyLoss"}'
         ('mask_rcnn', ['model.roi_head.mask_head.class_agnostic=True']),
         ('mask_rcnn', ['model.roi_head.bbox_head.num_classes=1', 'model.roi_head.mask_head.num_classes=1']),
         ('mask_rcnn', ['model.test_cfg.rcnn.max_per_img=3', 'model.test_cfg.rcnn.score_thr=0.0']),
-        ('mask_rcnn', ['model.test_cfg.rcnn.mask_thr_binary=0.3', 'model.test_cfg.rcnn.nms.class_agnostic=True']),
-        ('faster_rcnn', ['model.rpn_head.loss_cls.use_sigmoid=False', 'model.test_cfg.rpn.min_bbox_size=8']),
+        slow('mask_rcnn', ['model.test_cfg.rcnn.mask_thr_binary=0.3', 'model.test_cfg.rcnn.nms.class_agnostic=True']),
+        slow('faster_rcnn', ['model.rpn_head.loss_cls.use_sigmoid=False', 'model.test_cfg.rpn.min_bbox_size=8']),
         ('retinanet', ['model.bbox_head.num_classes=1']),
-        ('retinanet', [SOFTMAX]),
+        slow('retinanet', [SOFTMAX]),
         ('retinanet', [SOFTMAX, 'model.bbox_head.num_classes=1']),
         ('retinanet', ['model.test_cfg.max_per_img=2', 'model.test_cfg.min_bbox_size=20']),
-        ('atss', ['model.bbox_head.num_classes=1', 'model.test_cfg.nms_pre=5']),
-        ('dino', ['model.bbox_head.num_classes=1', 'model.test_cfg.max_per_img=7']),
+        slow('atss', ['model.bbox_head.num_classes=1', 'model.test_cfg.nms_pre=5']),
+        slow('dino', ['model.bbox_head.num_classes=1', 'model.test_cfg.max_per_img=7']),
         ('segformer', ONE_CHANNEL[:2]),
         ('segformer', [*ONE_CHANNEL[:2], 'model.decode_head.threshold=0.0']),
         ('upernet', [*ONE_CHANNEL, 'model.decode_head.threshold=0.6']),
-        ('segformer', ['model.decode_head.num_classes=300']),
-        ('upernet', ['model.decode_head.align_corners=True']),
+        slow('segformer', ['model.decode_head.num_classes=300']),
+        slow('upernet', ['model.decode_head.align_corners=True']),
     ],
     ids=lambda x: '-'.join(y.rpartition('.')[2] for y in x) if isinstance(x, list) else x,
 )
