@@ -29,15 +29,13 @@ def check_files(cfg: Config, splits: Sequence[Split], cache: Path | None, report
     """
     for split in splits:
         path = split.local_ann_file
-        if path is None or not split.reads_coco or not path.is_file():
+        if path is None or split.classes is None or not split.reads_coco or not path.is_file():
             continue
-        if split.classes is None and split.kind is not None:
-            continue
-        needs, keep = _needs(cfg, split), None if split.classes is None else _filter(split)
-        question = [asdict(needs), None if keep is None else asdict(keep)]
+        needs, keep = _needs(cfg, split), _filter(split)
+        question = [asdict(needs), asdict(keep)]
         answer = remembered(cache, path, question, lambda p=path, n=needs, k=keep: _examine(p, n, k))  # type: ignore[misc]
         findings = [Finding(**finding) for finding in answer['findings']]
-        if answer['names'] is not None and split.classes is not None:
+        if answer['names'] is not None:
             findings += check_categories(_classes_key(split), str(path), split.classes, answer['names'])
         counts = answer['counts']
         if counts is not None:
@@ -53,7 +51,7 @@ def _classes_key(split: Split) -> str:
     return f'{split.key}.metainfo.classes' if named else f'{split.key} (classes of {kind_name(split.config)})'
 
 
-def _examine(path: Path, needs: Needs, keep: Filter | None) -> dict[str, Any]:
+def _examine(path: Path, needs: Needs, keep: Filter) -> dict[str, Any]:
     try:
         data = read_coco(path)
     except UnreadableError as fault:
@@ -66,7 +64,7 @@ def _examine(path: Path, needs: Needs, keep: Filter | None) -> dict[str, Any]:
     return {
         'findings': [asdict(finding) for finding in findings],
         'names': names,
-        'counts': count_survivors(data, keep) if sound and keep is not None else None,
+        'counts': count_survivors(data, keep) if sound else None,
     }
 
 

@@ -1,6 +1,5 @@
 """Most mistakes show before torch is imported, and what the first look does not know it leaves to the whole check."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from mila_mm.engine.data.first_look import first_look
+from mila_mm.engine.data.splits import Split
 from mila_mm.errors import UserError
 
 PROGRAM = """
@@ -96,14 +96,11 @@ def test_sound_sets_pass(detector_of, segmentor_of, own, maps, tmp_path, capfd) 
     assert capfd.readouterr() == ('', '')
 
 
-def test_classes_that_only_the_data_set_knows(detector_of, own) -> None:
-    """COCO's own names are those of the class, which is not imported: entries are checked, names are not."""
+def test_classes_that_the_data_set_has_by_itself(detector_of, own) -> None:
+    """COCO's own names are those of its class, which is read and not imported."""
+    from mmdet.datasets import CocoDataset
+
     more = "for loader in (train_dataloader, val_dataloader):\n    loader['dataset'].pop('metainfo')\ndel loader"
-    config = str(detector_of(own, more))
-    first_look(config, (), ('train', 'val'))
-    path = own / 'annotations/instances_train.json'
-    content = json.loads(path.read_text())
-    empty_box(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r'annotations\[1\].bbox'):
-        first_look(config, (), ('train', 'val'))
+    assert Split('train', '', {'type': 'CocoDataset'}, None).classes == CocoDataset.METAINFO['classes']
+    with pytest.raises(UserError, match=r'bbox_head\.num_classes is 6.* has 80 classes'):
+        first_look(str(detector_of(own, more)), (), ('train', 'val'))
