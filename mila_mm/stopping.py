@@ -140,7 +140,7 @@ class StopRequest:
     """Whether a signal has asked this process to stop.
 
     Attributes:
-        signum: The first signal that came, None before.
+        signum: The first signal that came, None before; another takes the place of SIGINT.
         armed: Whether the training loop looks at ``signum`` by itself. While it does not, a signal ends the
             process at once: there is nothing to save.
         begun: Whether the loop has ever looked at it.
@@ -226,7 +226,7 @@ class StopRequest:
             return
         if signum == signal.SIGINT and not (first and self.armed):
             raise KeyboardInterrupt
-        if first:
+        if first or self.signum == signal.SIGINT:  # a scheduler's signal counts for more
             self.signum = signum
         self._answer(signum)
         if not self.armed:

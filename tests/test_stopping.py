@@ -142,6 +142,17 @@ def test_a_second_interrupt_ends_at_once(capfd) -> None:
     assert 'a second one ends at once' in capfd.readouterr().err
 
 
+def test_a_schedulers_signal_after_the_keyboards_counts(capfd) -> None:
+    with stop_signals() as request:
+        request.armed = True
+        for signum, noted in ((signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM)):
+            os.kill(os.getpid(), signum)
+            assert request.signum == noted
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.signum == signal.SIGTERM
+
+
 def test_handlers_are_given_back() -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with stop_signals():

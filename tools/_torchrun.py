@@ -51,7 +51,7 @@ def work_dir_in(argv: Sequence[str]) -> Path | None:
     for word, following in zip(argv, [*argv[1:], None], strict=False):
         name, joined, value = word.partition('=')
         if name in ('--work-dir', '--work_dir') and (joined or following):
-            return Path(value if joined else following).absolute()
+            return Path(value if joined else following).expanduser().absolute()
     return None
 
 
@@ -81,7 +81,7 @@ class Launcher:
         if not count:
             sys.stderr.write(self.nothing_begun())
             sys.stderr.flush()
-            os._exit(exit_code_of(signum))
+            os._exit(exit_code_of(self.reason()))
         if len(self.asked) == 1:  # a process that hangs cannot say so itself
             self.say(f'{self.name()}: passed on to {count} process{"es" if count > 1 else ""}')
         if signum != signal.SIGINT:
@@ -93,7 +93,7 @@ class Launcher:
         """End what has not ended by itself, which may be stopped or wait for another machine."""
         signal_children(signal.SIGKILL)
         self.say(f'stopped by {self.name()}, and a process did not end in time: --resume continues from the last save')
-        status = exit_code_of(self.asked[0])
+        status = exit_code_of(self.reason())
         # The processes leave the marker and count, unless none of them could do anything any more.
         if status == EXIT_REQUEUE and self._count is not None and not self._count.path.with_name(MARKER).exists():
             with suppress(OSError):
@@ -102,9 +102,13 @@ class Launcher:
                     status = EXIT_IN_VAIN
         os._exit(status)
 
+    def reason(self) -> int:
+        """Return the signal that decides: the first one that is not from the keyboard, where there is one."""
+        return next((signum for signum in self.asked if signum != signal.SIGINT), signal.SIGINT)
+
     def name(self) -> str:
-        """Return the name of the first signal."""
-        return signal.Signals(self.asked[0]).name
+        """Return the name of that signal."""
+        return signal.Signals(self.reason()).name
 
     def nothing_begun(self) -> str:
         """Return the line for a job that was stopped before any of it had anything to save."""
@@ -128,9 +132,9 @@ class Launcher:
         # ended the others by SIGTERM, which some of them take for an order to stop.
         if EXIT_REQUEUE in (codes.values() if self.asked else [codes[first]]):
             return EXIT_REQUEUE
-        if self.asked and all(code in (-self.asked[0], -signal.SIGTERM) for code in codes.values()):
+        if self.asked and {-code for code in codes.values()} <= {*self.asked, signal.SIGTERM}:
             sys.stderr.write(self.nothing_begun())  # it came before they could take it
-            return exit_code_of(self.asked[0])
+            return exit_code_of(self.reason())
         # The others end with an error of their own once one has been killed, or are ended by SIGTERM.
         rank = next((rank for rank, code in codes.items() if 0 > code != -signal.SIGTERM), first)
         if codes[rank] >= 0:
@@ -175,7 +179,7 @@ def main(argv: list[str]) -> int:
             raise
         # another machine of the job was quicker to end, and took the store with it
         launcher.say(f'stopped by {launcher.name()}: {type(error).__name__} after the end of another machine')
-        return exit_code_of(launcher.asked[0])
+        return exit_code_of(launcher.reason())
     return 0
 
 

@@ -43,6 +43,9 @@ TERM, KILL = -signal.SIGTERM, -signal.SIGKILL
         ([10], {0: -10, 1: -10}, 0, 75),  # before they could take it
         ([2], {0: -2, 1: TERM}, 0, 130),
         ([2], {0: 130, 1: 130}, 0, 130),
+        ([2, 15], {0: -2, 1: TERM}, 0, 75),  # a scheduler's signal counts for more than the keyboard's
+        ([2, 15], {0: 75, 1: 75}, 0, 75),
+        ([15, 15], {0: TERM, 1: 75}, 0, 75),
         ([], {0: 75, 1: 75}, 1, 75),  # a signal to the ranks alone
         ([], {0: 75, 1: KILL}, 0, 75),
         ([], {0: 2, 1: 75}, 0, 2),  # the second was ended by torchrun, with SIGTERM
@@ -58,6 +61,14 @@ def test_status_of_the_job(torchrun, capsys, asked, codes, first, status) -> Non
     launcher.asked = asked
     assert launcher.status(codes, first) == status
     assert ('was killed by SIGKILL' in capsys.readouterr().err) == (status == 137)
+
+
+@pytest.mark.parametrize('words', [['--work-dir', '~/run'], ['--work-dir=~/run'], ['--work_dir=/x/../run/']])
+def test_the_work_folder_is_the_training_s(torchrun, monkeypatch, words) -> None:
+    monkeypatch.setenv('HOME', '/home/me')
+    found = torchrun.work_dir_in(['config.py', *words, '--resume'])
+    assert str(found) == ('/x/../run' if '/x' in words[0] else '/home/me/run')
+    assert torchrun.work_dir_in(['config.py', '--work-dir']) is None
 
 
 @pytest.mark.parametrize('missing', ['MASTER_ADDR', 'NODE_RANK'])

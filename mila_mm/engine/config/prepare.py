@@ -1,5 +1,6 @@
 """What training and testing do to a config alike before a runner is built from it."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import timedelta
@@ -28,6 +29,7 @@ def set_work_dir(cfg: Config, work_dir: str | None) -> None:
         cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename).stem)
+    cfg.work_dir = os.path.expanduser(cfg.work_dir)  # a shell leaves the ~ in --work-dir=~/run as it is
 
 
 def check_folders(cfg: Config) -> None:
@@ -44,6 +46,7 @@ def check_folders(cfg: Config) -> None:
             unquote(out_dir.removeprefix('file://')) or '.'
         )  # mmengine has no such storage
     if isinstance(out_dir, str) and '://' not in out_dir:
+        out_dir = checkpoint['out_dir'] = os.path.expanduser(out_dir)
         check_work_dir(out_dir, 'default_hooks.checkpoint.out_dir')
 
 

@@ -49,8 +49,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         UserError: If it cannot be written; what was there before is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished, unfinished.open('wb') as file:
             _fill(file, content)
     except OSError as error:

@@ -151,6 +151,18 @@ def test_an_address_of_a_local_folder_is_one(tmp_path) -> None:
     assert cfg.default_hooks.checkpoint.out_dir == f'{tmp_path}/a b'
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch) -> None:
+    """A shell leaves the ~ in --work-dir=~/run and in a config as it is."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    cfg = Config(dict(default_hooks=dict(checkpoint=dict(out_dir='~/out'))))
+    prepare.set_work_dir(cfg, '~/run')
+    prepare.check_folders(cfg)
+    assert cfg.work_dir == f'{tmp_path}/run' and cfg.default_hooks.checkpoint.out_dir == f'{tmp_path}/out'
+    cfg = Config(dict(work_dir='~/other'))
+    prepare.set_work_dir(cfg, None)
+    assert cfg.work_dir == f'{tmp_path}/other'
+
+
 def test_a_disk_without_room_is_said_before_it_is_needed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
     with pytest.raises(UserError, match='No space left on device'):
