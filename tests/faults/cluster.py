@@ -27,7 +27,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from driver import differences, write_config  # noqa: E402
+from config import write_config  # noqa: E402
+from driver import differences  # noqa: E402
+from results import record  # noqa: E402
 from running import ROOT, check, say  # noqa: E402
 from surroundings import end, free_port, listens, stalling_server  # noqa: E402
 
@@ -97,6 +99,7 @@ class Cluster:
         port = str(free_port())
         if self.launcher == 'srun':
             env |= {'PATH': f'{self.bin()}:{os.environ["PATH"]}', 'GPUS': '2', 'MASTER_PORT': port}
+            env['FAULTS_FORK'] = '1'
             env |= {'REQUEUE': '1', 'SLURM_JOB_ID': '77', 'FAULTS_MISSING': '1' if phase == 'rendezvous' else ''}
             command = ['bash', ROOT / 'tools/slurm_train.sh', 'gpu', 'job', self.config, work_dir, '--resume', *more]
             return [self.launch(command, env, port)]
@@ -215,6 +218,7 @@ class Cluster:
 # The phase says what else a start does: it downloads, compiles, or saves in the background.
 ADDED = """
 custom_imports = dict(imports=['phases'])
+custom_hooks.insert(0, dict(type='PhaseHook'))
 import os
 if os.environ.get('FAULTS_URL'):
     model['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint=os.environ['FAULTS_URL'])
@@ -222,6 +226,7 @@ if os.environ.get('FAULTS_PHASE') == 'compile':
     compile_backbone = dict(backend='faults')
 """
 IN_PIECES = """
+custom_hooks = custom_hooks[:1]  # a model in pieces has no averaged copy
 model_wrapper_cfg = dict(type='mila_mm.FullyShardedModel')
 default_hooks['checkpoint'].update(sharded=True, in_background=os.environ.get('FAULTS_PHASE') == 'background')
 """
@@ -231,18 +236,18 @@ def prepare(folder: Path, iterations: int, sharded: bool = False) -> Path:
     """Write data and config."""
     folder.mkdir(parents=True)
     config = write_config(folder, 'seg', iterations)
-    text = config.read_text()
-    hooks = "custom_hooks = [dict(type='EMAHook', momentum=0.1)"
-    assert hooks in text
-    # a model in pieces has no averaged copy
-    text = text.replace(hooks, 'custom_hooks = [' if sharded else f'{hooks}, ')
-    text = text.replace('custom_hooks = [', "custom_hooks = [dict(type='PhaseHook'), ")
-    config.write_text(text + ADDED + (IN_PIECES if sharded else ''))
+    config.write_text(config.read_text() + ADDED + (IN_PIECES if sharded else ''))
     return config
 
 
-def run(folder: Path, launcher: str, phases: Sequence[str], iterations: int, sharded: bool = False) -> Cluster:
-    """Preempt a run in one phase after the other, let it finish, and compare it with one that was left alone."""
+def run(
+    folder: Path, launcher: str, phases: Sequence[str], iterations: int, sharded: bool = False, keep: bool = False
+) -> Cluster:
+    """Preempt a run in one phase after the other, let it finish, and compare it with one that was left alone.
+
+    Args:
+        keep: Whether what was seen goes into the results. Defaults to False.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     cluster = Cluster(folder, prepare(folder, iterations, sharded), launcher)
     cluster.finish('reference')
@@ -257,6 +262,13 @@ def run(folder: Path, launcher: str, phases: Sequence[str], iterations: int, sha
     cluster.finish('run')
     compare(folder, f'iter_{iterations}.pth', sharded)
     say(f'{launcher}: the end equals the undisturbed run bit for bit')
+    if keep:
+        job = f'{launcher} in pieces' if sharded else launcher
+        for phase in cluster.ends:
+            seconds = dict(answered=cluster.answers[phase], ended=cluster.ends[phase])
+            record(f'{job}: {phase}', kind='stop', job=job, phase=phase, **seconds)
+        named = ', '.join(cluster.ends)
+        record(f'{job}, {iterations} iterations', kind='end', disturbed=f'stopped in turn in: {named}')
     return cluster
 
 
@@ -284,11 +296,12 @@ def main() -> None:
     parser.add_argument('--phase', choices=dict.fromkeys((*PHASES, *SHARDED)), nargs='+')
     parser.add_argument('--sharded', action='store_true', help='a model in pieces, which saves in pieces')
     parser.add_argument('--iterations', type=int, default=40)
+    parser.add_argument('--keep', action='store_true', help='put what is seen into benchmarks/results/no_run_lost.json')
     parser.add_argument('--work-dir', default='work_dirs/faults_cluster')
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     folder, phases = Path(args.work_dir).absolute(), args.phase or (SHARDED if args.sharded else PHASES)
-    clusters = [run(folder / name, name, phases, args.iterations, args.sharded) for name in args.launcher]
+    clusters = [run(folder / name, name, phases, args.iterations, args.sharded, args.keep) for name in args.launcher]
     answers = [seconds for cluster in clusters for seconds in cluster.answers.values()]
     say(f'first byte of the answer: median {statistics.median(answers):.2f} s, longest {max(answers):.2f} s')
 

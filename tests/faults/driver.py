@@ -22,15 +22,17 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from config import write_config
+from results import record
 from running import KINDS, ROOT, Ended, Run, check, say, start
 
-HERE = Path(__file__).resolve().parent
 ORDER = ('step', 'write', 'eval', 'write')  # half of the kills hit the writing of a file
+DAMAGE = ('truncated', 'empty', 'garbage', 'one bit', 'header')
 # What differs between two runs that do the same; the dataloader's own generator counts how often it was started, and
 # nothing is drawn from it that a sample depends on.
 VOLATILE = {
@@ -138,9 +140,9 @@ class Faults:
         self.finish(work_dir, '--resume')
         compare(self.folder / 'reference', work_dir)
 
-    def damage(self) -> None:
+    def damage(self, kinds: Sequence[str]) -> None:
         """Damage the newest checkpoint of a finished run: the one before it is taken, and leads to the same."""
-        for kind in ('truncated', 'empty', 'garbage', 'one bit', 'header'):
+        for kind in kinds:
             work_dir = Path(shutil.copytree(self.folder / 'reference', self.folder / kind.replace(' ', '_')))
             path = newest(work_dir)
             content = bytearray(path.read_bytes())
@@ -284,25 +286,6 @@ def bits(value: Any) -> Any:
     return type(value), repr(value)
 
 
-def write_config(folder: Path, task: str, iterations: int) -> Path:
-    """Write the data and the config of a run of seconds.
-
-    Augmentation, stochastic depth, momentum, averaged weights, validation and the best checkpoint all carry state.
-    """
-    from mila_mm.datasets.shapes import write_shapes
-
-    write_shapes(folder / 'shapes', num_train=10, num_val=2, size=64, seed=0)
-    text = (HERE / f'{task}.config').read_text()
-    path = folder / f'{task}.py'
-    path.write_text(
-        text.replace('$ROOT', str(ROOT))
-        .replace('$DATA', str(folder / 'shapes'))
-        .replace('$ITERATIONS', str(iterations))
-        .replace('$EPOCHS', str(iterations // 5))
-    )
-    return path
-
-
 def test_faults(args: argparse.Namespace, task: str, kills: int) -> None:
     """Run all fault tests of a task."""
     folder = Path(args.work_dir).absolute() / task
@@ -315,10 +298,12 @@ def test_faults(args: argparse.Namespace, task: str, kills: int) -> None:
     faults.kills(kills)
     hits = ', '.join(f'{count} in {kind}' for kind, count in faults.hits.items())
     say(f'{task}: killed {kills} times ({hits}); the end equals the undisturbed run bit for bit')
+    if args.keep:
+        record(f'{task}, {args.iterations} iterations', kind='end', disturbed=f'killed {kills} times: {hits}')
     if args.kills_only:
         return
     faults.signals()
-    faults.damage()
+    faults.damage(args.damage)
     faults.nothing_readable()
     faults.full_disk(tmpfs=False)
     if args.tmpfs and may_mount(folder / 'mount'):
@@ -337,6 +322,8 @@ def main() -> None:
     parser.add_argument('--launch', choices=['exec', 'fork'], default='exec')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--kills-only', action='store_true', help='no signals, no damaged files, no full disk')
+    parser.add_argument('--damage', choices=DAMAGE, nargs='+', default=DAMAGE)
+    parser.add_argument('--keep', action='store_true', help='put what is seen into benchmarks/results/no_run_lost.json')
     parser.add_argument('--tmpfs', action='store_true', help='also fill a small tmpfs, where mounting is allowed')
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))

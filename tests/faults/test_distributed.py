@@ -12,10 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mila_mm.datasets.shapes import write_shapes
-
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = Path(__file__).with_name('seg.config')
 ITERATIONS = 12
 
 
@@ -24,7 +21,7 @@ class Job:
 
     def __init__(self, folder: Path, work_dir: str, *options: str) -> None:
         self.log, self.err = folder / f'{work_dir}.log', folder / f'{work_dir}.err'
-        command = ['bash', str(ROOT / 'tools/dist_train.sh'), 'config.py', '2', '--work-dir', work_dir, *options]
+        command = ['bash', str(ROOT / 'tools/dist_train.sh'), 'seg.py', '2', '--work-dir', work_dir, *options]
         env = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
         for name in ('PORT', 'NNODES', 'NODE_RANK', 'MASTER_ADDR'):
             env.pop(name, None)  # of this machine; two jobs on one port would collide
@@ -71,12 +68,11 @@ class Job:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the data and the config."""
     folder = tmp_path_factory.mktemp('distributed')
-    write_shapes(folder / 'shapes', num_train=10, num_val=2, size=64, seed=0)
-    values = {'$ROOT': ROOT, '$DATA': folder / 'shapes', '$ITERATIONS': ITERATIONS}
-    text = CONFIG.read_text()
-    for name, value in values.items():
-        text = text.replace(name, str(value))
-    (folder / 'config.py').write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        import config
+
+        config.write_config(folder, 'seg', ITERATIONS)
     return folder
 
 
@@ -131,7 +127,7 @@ def test_stopped_and_killed_it_continues_exactly(job, folder) -> None:
         assert same(one[key], two[key]), key
 
 
-@pytest.mark.skipif(not os.environ.get('MILA_MM_SLOW'), reason='MILA_MM_SLOW=1 (make faults) runs it')
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_reaches_the_ranks(job) -> None:
     stopped = job('launcher')
     stopped.reach(1)
@@ -159,7 +155,9 @@ def handles(pid: int, signum: int) -> bool:
     return bool(int(caught[1], 16) >> (signum - 1) & 1)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(job) -> None:
+    """In each run of the suite under srun: test_cluster.py."""
     wrong = job('wrong', '--cfg-options', 'train_cfg.max_iter=3')
     assert wrong.wait() == 2
     text = wrong.err.read_text()

@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # for jobs_on_ranks.py
+
 FRESH = 'MILA_MM_FRESH_PROCESS'
 ROOT = Path(__file__).resolve().parents[3]
 # Name of a test to its outcome, what it says and its seconds.

@@ -1,168 +1,20 @@
 """Models in pieces on several processes (gloo): what they compute, what they hold, what they save."""
 
-import itertools
-import multiprocessing
 import os
-import random
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from torch import distributed, nn
-from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
+from jobs_on_ranks import FSDP, Tiny, on_ranks, runner_of, same, trained, weights
+from kills_in_saves import kill_saves
 
-from mila_mm.engine import FullyShardedModel, Runner
-from mila_mm.engine.runner import sharded_checkpoint
-from mila_mm.engine.runner.find_checkpoint import candidates, newest_readable
+from mila_mm.engine import FullyShardedModel
 from mila_mm.errors import UserError
-from mila_mm.models import MILA
-from mila_mm.weights.file.sharded import ShardWriter, read_state, read_whole
+from mila_mm.weights.file.sharded import read_whole
 
 pytestmark = pytest.mark.forking
-
-MICRO = dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
-FSDP = dict(type='mila_mm.FullyShardedModel')
-COUNTER = itertools.count()
-
-
-class Tiny(BaseModel):
-    """A MILA of 0.1 M parameters that tells two kinds of noise apart."""
-
-    def __init__(self, **backbone: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.backbone = MILA(MICRO, norm_eval=True, **backbone)
-        self.head = nn.Linear(8 + 16 + 32 + 64, 2)
-
-    def forward(self, inputs: Any, data_samples: Any = None, mode: str = 'tensor') -> Any:
-        maps = self.backbone(torch.stack(list(inputs)))
-        scores = self.head(torch.cat([each.mean((2, 3)) for each in maps], 1))
-        if mode == 'loss':
-            return dict(loss=nn.functional.cross_entropy(scores, torch.as_tensor(list(data_samples))))
-        return list(scores)
-
-
-class Noise(Dataset):
-    """Sixteen images that follow from their index."""
-
-    metainfo: ClassVar = dict(classes=('a', 'b'))
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict:
-        image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
-        return dict(inputs=image * (1 + index % 2), data_samples=index % 2)
-
-
-class Record(Hook):
-    """Keeps the loss of each step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.losses.append(float(outputs['loss']))
-
-
-def runner_of(folder: Path, iters: int, wrapper: dict | None, **more: Any) -> Runner:
-    """The runner of a config as tools/train.py would build it."""
-    world = distributed.get_world_size() if distributed.is_initialized() else 1
-    model = Tiny(**more.pop('backbone', {}))
-    checkpoint = dict(type='mila_mm.CheckpointHook', by_epoch=False, **more.pop('checkpoint', dict(interval=4)))
-    cfg = Config(
-        dict(
-            train_cfg=dict(type='mila_mm.IterBasedTrainLoop', max_iters=iters),
-            default_scope='mmengine',
-            optim_wrapper=dict(
-                optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
-                clip_grad=dict(max_norm=0.5),
-                paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
-            ),
-            param_scheduler=[dict(type='LinearLR', start_factor=0.1, begin=0, end=4, by_epoch=False)],
-            default_hooks=dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=1)),
-            custom_hooks=[dict(type='mila_mm.ResumeStateHook'), *more.pop('custom_hooks', ())],
-            launcher='pytorch' if distributed.is_initialized() else 'none',
-            randomness=dict(seed=3),
-            log_level='ERROR',
-            experiment_name=f'sharding-{os.getpid()}-{next(COUNTER)}',
-            model_wrapper_cfg=wrapper,
-            **more,
-        )
-    )
-    loader = dict(
-        batch_size=4 // world,
-        num_workers=0,
-        dataset=Noise(),
-        sampler=dict(type='InfiniteSampler', shuffle=False),
-        collate_fn=dict(type='pseudo_collate'),
-    )
-    runner = Runner(
-        model=model,
-        work_dir=str(folder),
-        cfg=cfg,
-        train_dataloader=loader,
-        **{key: cfg[key] for key in cfg if key not in ('model_wrapper_cfg', 'work_dir', 'compile_backbone')},
-    )
-    runner.record = Record()
-    runner.register_hook(runner.record)
-    return runner
-
-
-def trained(folder: Path, iters: int, wrapper: dict | None = None, **more: Any) -> dict[str, Any]:
-    """Train, and say what this rank has seen and holds."""
-    runner = runner_of(folder, iters, wrapper, **more)
-    runner.train()
-    model = getattr(runner.model, 'module', runner.model)
-    state = runner.optim_wrapper.optimizer.state
-    return dict(
-        losses=runner.record.losses,
-        parameters=held(model.parameters()),
-        optimizer=held(value for entry in state.values() for value in entry.values() if value.dim()),
-    )
-
-
-def held(tensors: Any) -> int:
-    """Bytes that lie on this rank."""
-    local = (each.to_local() if isinstance(each, DTensor) else each for each in tensors)
-    return sum(each.numel() * each.element_size() for each in local)
-
-
-def start_ranks(count: int, folder: Path, job: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list, Path]:
-    """Call a function in forked processes that are joined over gloo."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f'rendezvous{next(COUNTER)}'
-
-    def run(rank: int) -> None:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count))
-        torch.set_num_threads(1)
-        distributed.init_process_group('gloo', init_method=f'file://{place}', rank=rank, world_size=count)
-        torch.save(job(*args, **kwargs), f'{place}.rank{rank}')
-        distributed.barrier()
-        os._exit(0)
-
-    context = multiprocessing.get_context('fork')
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    return processes, place
-
-
-def on_ranks(count: int, folder: Path, job: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """Call a function on each rank; return what each returns."""
-    processes, place = start_ranks(count, folder, job, *args, **kwargs)
-    for process in processes:
-        process.join(500)
-    assert [process.exitcode for process in processes] == [0] * count
-    return [torch.load(f'{place}.rank{rank}', weights_only=False) for rank in range(count)]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -173,10 +25,6 @@ def unformatted_configs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yapf_api, 'FormatCode', lambda code, **_: (code, True))
         yield
-
-
-def weights(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False)
 
 
 @pytest.fixture(scope='module')
@@ -217,14 +65,6 @@ def test_checkpoints_are_those_of_ddp(ddp, fsdp) -> None:
 
 SHARDED = dict(checkpoint=dict(interval=2, sharded=True))
 BACKGROUND = dict(checkpoint=dict(interval=2, in_background=True, max_keep_ckpts=2))
-
-
-def same(one: Any, two: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(two) and all(map(same, one, two))
-    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
 @pytest.fixture(scope='module')
@@ -350,65 +190,6 @@ def test_what_does_not_go_together_is_refused(tmp_path, wrapper, hooks, words) -
     assert words in on_ranks(1, tmp_path, refused)[0]
 
 
-MOMENTS = ('before', 'rank 0', 'rank 1', 'index', 'whole')
-
-
-def stalled(marker: Path, moment: str, in_background: bool, run: Path) -> None:
-    """Train and save at each iteration, and stand still in the second save of this process, at a moment of it."""
-    rank, calls = distributed.get_rank(), itertools.count(1)
-
-    def standing(method: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == 2:
-                marker.touch()
-                time.sleep(100)
-            return method(*args, **kwargs)
-
-        return call
-
-    if moment == 'before':
-        ShardWriter.set_up_storage_writer = standing(ShardWriter.set_up_storage_writer)
-    elif moment == f'rank {rank}':
-        ShardWriter.write_data = standing(ShardWriter.write_data)
-    elif moment == 'index':
-        ShardWriter.finish = standing(ShardWriter.finish)
-    elif moment == 'whole':
-        sharded_checkpoint._put_in_place = standing(sharded_checkpoint._put_in_place)
-    saving = dict(interval=1, sharded=True, in_background=in_background, max_keep_ckpts=2)
-    trained(run, 20, FSDP, resume=True, checkpoint=saving)
-
-
-def kill_in_the_save(folder: Path, moment: str, in_background: bool, run: Path) -> None:
-    marker = folder / f'marker{next(COUNTER)}'
-    processes = start_ranks(2, folder, stalled, marker, moment, in_background, run)[0]
-    deadline = time.monotonic() + 120
-    while not marker.exists():
-        assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.2))
-    for process in processes:
-        process.kill()
-        process.join()
-
-
 def test_kills_in_the_saving_of_pieces(tmp_path) -> None:
     """Ten with MILA_MM_SLOW=1 (make faults), three else: the end equals that of an undisturbed run bit for bit."""
-    count = 10 if os.environ.get('MILA_MM_SLOW') else 3
-    run, seen = tmp_path / 'run', 0
-    for number in range(count):
-        kill_in_the_save(tmp_path, MOMENTS[(2 * number) % 5], number % 2 == 1, run)
-        assert [path.name for path in run.glob('.iter_*.unfinished')], 'the kill hit the saving'
-        found, skipped = newest_readable(candidates(Config(dict(work_dir=str(run)))))
-        assert found is not None and not skipped, skipped
-        done = read_state(found)['meta']['iter']
-        assert done > seen, 'each start has come further'
-        seen = done
-    end = dict(checkpoint=dict(interval=1, sharded=True, max_keep_ckpts=2))
-    on_ranks(2, tmp_path, trained, run, seen + 2, FSDP, resume=True, **end)
-    on_ranks(2, tmp_path, trained, tmp_path / 'straight', seen + 2, FSDP, **end)
-    names = {path.name for path in (tmp_path / 'straight').glob('*.pth')}
-    assert {path.name for path in run.glob('*.pth')} == names == {f'iter_{seen + 1}.pth', f'iter_{seen + 2}.pth'}
-    assert not list(run.glob('.*.unfinished'))
-    one, two = (read_whole(each / f'iter_{seen + 2}.pth') for each in (run, tmp_path / 'straight'))
-    for key in ('state_dict', 'optimizer', 'param_schedulers'):
-        assert same(one[key], two[key]), key
+    kill_saves(tmp_path, 10 if os.environ.get('MILA_MM_SLOW') else 3)
