@@ -236,7 +236,7 @@ def prepare(folder: Path, iterations: int, sharded: bool = False) -> Path:
     """Write data and config."""
     folder.mkdir(parents=True)
     config = write_config(folder, 'seg', iterations)
-    config.write_text(config.read_text() + ADDED + (IN_PIECES if sharded else ''))
+    config.write_text(config.read_text() + ADDED + (IN_PIECES if sharded else '') + 'del os\n')
     return config
 
 

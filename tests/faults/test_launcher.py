@@ -71,6 +71,36 @@ def test_the_work_folder_is_the_training_s(torchrun, monkeypatch, words) -> None
     assert torchrun.work_dir_in(['config.py', '--work-dir']) is None
 
 
+TORCHRUN_FAILS = """
+import runpy, signal, subprocess, sys, threading
+from torch.distributed import run
+
+def main(argv):
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    task = subprocess.Popen([sys.executable, '-c', 'print(flush=True); input()'], **pipes)
+    task.stdout.readline()
+    if sys.argv[1] == 'asked':
+        signal.raise_signal(signal.SIGTERM)
+        task.wait()
+    raise RuntimeError('the store has gone')
+
+run.main = main
+runpy.run_path(TOOL, run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize(('said', 'status'), [('asked', 75), ('', 1)])
+def test_a_machine_that_was_slower_to_end_ends_alike(said, status) -> None:
+    """The first of several takes torchrun's store with it."""
+    program = TORCHRUN_FAILS.replace('TOOL', repr(str(TOOLS / '_torchrun.py')))
+    command = [sys.executable, '-c', program, said]
+    env = {**os.environ, 'PYTHONPATH': str(TOOLS.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == status, done.stderr
+    assert ('Traceback' in done.stderr) == (not said)
+    assert ('stopped by SIGTERM: RuntimeError after the end of another machine' in done.stderr) == bool(said)
+
+
 @pytest.mark.parametrize('missing', ['MASTER_ADDR', 'NODE_RANK'])
 def test_several_machines_need_an_address_and_a_number(missing) -> None:
     env = {**os.environ, 'NNODES': '2', 'MASTER_ADDR': 'there', 'NODE_RANK': '0', 'PYTHON': sys.executable}

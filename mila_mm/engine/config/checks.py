@@ -175,16 +175,18 @@ def check_work_dir(work_dir: str | os.PathLike[str], flag: str = '--work-dir') -
     """
     path = Path(work_dir).absolute()
     try:
+        if '\0' in str(path):
+            raise ValueError('it holds a NUL character')
         existing = next(parent for parent in (path, *path.parents) if parent.exists() or parent.is_symlink())
+        if not existing.is_dir():
+            what = 'a link that leads nowhere' if existing.is_symlink() else 'a file'
+            raise UserError(f'{flag} {printable(str(work_dir))}: {existing} is {what}, not a folder')
         limits = [os.pathconf(existing, 'PC_NAME_MAX'), os.pathconf(existing, 'PC_PATH_MAX')]
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f'{flag} {printable(str(work_dir))}: cannot be a folder: {reason}') from error
     if max(len(os.fsencode(part)) for part in path.parts) > limits[0] or len(os.fsencode(path)) > limits[1]:
         raise UserError(f'{flag} {printable(str(work_dir))}: expected a name of at most {limits[0]} bytes')
-    if not existing.is_dir():
-        what = 'a link that leads nowhere' if existing.is_symlink() else 'a file'
-        raise UserError(f'{flag} {work_dir}: {existing} is {what}, not a folder')
     probe = existing / f'.mila_mm_probe_{uuid.uuid4().hex}'
     try:
         # os.access() says yes to root on a read-only file system

@@ -145,6 +145,28 @@ def test_folders_are_checked_before_anything_is_fetched(home, tmp_path) -> None:
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(
+    ('name', 'words'),
+    [
+        ('link', 'a link that leads nowhere'),
+        ('link/run', 'a link that leads nowhere'),
+        ('x' * 300, 'expected a name of at most 255 bytes|File name too long'),
+        ('run/' + 'y/' * 3000, 'expected a name of at most|File name too long'),
+        ('circle', 'a link that leads nowhere|symbolic links'),
+        ('circle/run', 'a link that leads nowhere|symbolic links'),
+        ('a\0b', 'cannot be a folder'),
+    ],
+)
+def test_a_name_that_can_be_no_folder(tmp_path, name, words) -> None:
+    (tmp_path / 'link').symlink_to(tmp_path / 'nothing')
+    (tmp_path / 'circle').symlink_to(tmp_path / 'circle')
+    for options in (dict(work_dir=f'{tmp_path}/{name}'), dict(work_dir=str(tmp_path), out_dir=f'{tmp_path}/{name}')):
+        hooks = dict(checkpoint=dict(out_dir=options.pop('out_dir', None)))
+        with pytest.raises(UserError, match=words) as caught:
+            prepare.check_folders(Config(dict(options, default_hooks=hooks)))
+        assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
 def test_an_address_of_a_local_folder_is_one(tmp_path) -> None:
     cfg = Config(dict(work_dir=str(tmp_path), default_hooks=dict(checkpoint=dict(out_dir=f'file://{tmp_path}/a%20b'))))
     prepare.check_folders(cfg)
