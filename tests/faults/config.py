@@ -6,8 +6,8 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-# Laying out the config for the log and for each checkpoint is most of a short run's time. With _base_ it is a config of the
-# old kind, which may import anything.
+# Laying out the config for the log and for each checkpoint is most of a short run's time. With _base_ it is a config of
+# the old kind, which may import anything.
 PLAIN = """
 _base_ = []
 import yapf.yapflib.yapf_api as yapf_api

@@ -41,7 +41,7 @@ def record(key: str, **row: Any) -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.backbone_cpu import machine
 
-    known = {name: value for name, value in machine().items() if name in ('cpu', 'torch', 'python', 'commit', 'date')}
+    known = {name: value for name, value in machine().items() if name in ('cpu', 'torch', 'python', 'date')}
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     rows[key] = row | known | dict(cores=os.cpu_count(), load=round(os.getloadavg()[0], 1))
     RESULTS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + '\n')
@@ -51,13 +51,24 @@ def tables(rows: dict[str, dict[str, Any]]) -> str:
     """Return what was seen as Markdown."""
     stops = {name: row for name, row in rows.items() if row['kind'] == 'stop'}
     columns = {name: text for name, text in COLUMNS.items() if any(row['job'] == name for row in stops.values())}
-    lines = [f'| SIGTERM | {" | ".join(columns.values())} |', f'| --- |{" --- |" * len(columns)}']
+    lines: list[str] = []
+    if columns:
+        lines = [
+            'Seconds from SIGTERM to the first byte of the answer, and until all had ended with 75:',
+            '',
+            f'| SIGTERM | {" | ".join(columns.values())} |',
+            f'| --- |{" --- |" * len(columns)}',
+        ]
     for phase, text in PHASES.items():
         found = [stops.get(f'{name}: {phase}') for name in columns]
         cells = ['' if row is None else f'{row["answered"]:.2f} s, {row["ended"]:.1f} s' for row in found]
         if any(cells):
             lines.append(f'| {text} | {" | ".join(cells)} |')
-    lines += ['', '| run | disturbed | its end against that of an undisturbed run |', '| --- | --- | --- |']
+    lines += [
+        *([''] if lines else []),
+        '| run | disturbed | its end against that of an undisturbed run |',
+        '| --- | --- | --- |',
+    ]
     for name, row in rows.items():
         if row['kind'] == 'end':
             lines.append(f'| {name} | {row["disturbed"]} | equal bit for bit |')
@@ -75,7 +86,7 @@ def tables(rows: dict[str, dict[str, Any]]) -> str:
     dates, versions = ({row[key] for row in ones} for key in ('date', 'torch'))
     lines += [
         '',
-        f'{ones[0]["cpu"]}, {ones[0]["cores"]} cores shared with others (load {min(loads):.0f} to {max(loads):.0f}), '
+        f'{ones[0]["cpu"]}, {ones[0]["cores"]} cores shared with others (load of up to {max(loads):.0f}), '
         f'torch {", ".join(sorted(versions))}, Python {ones[0]["python"]}, gloo, {" and ".join(sorted(dates))}.',
     ]
     return '\n'.join(lines)
