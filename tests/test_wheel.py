@@ -1,5 +1,6 @@
 """The wheel outside of the repository: its commands, its configs by name."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -140,3 +141,55 @@ def test_swap(run: Run, tmp_path: Path) -> None:
     done = run('-m', 'mila_mm', *words)
     assert done.returncode == 0, done.stderr
     assert "type='mila_mm.MILA'" in (tmp_path / 'swapped.py').read_text()
+
+
+SHORT = """
+import contextlib, io, json, os, sys
+import cv2, numpy
+from mila_mm.cli import command
+
+os.mkdir('pictures'), os.mkdir('empty')
+cv2.imwrite('pictures/a.png', numpy.zeros((48, 64, 3), 'uint8'))
+open('pictures/b.jpg', 'w').write('no picture')
+open('broken.mp4', 'wb').write(bytes(1000))
+predict = 'predict upernet_mila_nano_shapes weights.pth'
+ended = {}
+for words in (
+    'weights strip weights.pth stripped.pth',
+    'run mmseg',
+    'run mmdet',
+    f'{predict} pictures --device cpu --masks --out folder',
+    f'{predict} pictures/*.png --device cpu --out glob',
+    f'{predict} broken.mp4 --device cpu',
+    f'{predict} 9 --device cpu',
+    f'{predict} empty --device cpu',
+    'predict mask_rcnn_mila_nano_shapes weights.pth pictures/a.png --device cpu',
+    'check-data upernet_mila_nano_shapes',
+):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        status = command.main(words.split())
+    ended[words] = status, said.getvalue()
+json.dump(ended, open('ended.json', 'w'))
+"""
+
+
+def test_short_ones_in_one_process(run: Run, tmp_path: Path) -> None:
+    assert run('-c', WEIGHTS).returncode == 0
+    done = run('-c', SHORT)
+    assert done.returncode == 0, done.stderr
+    ended = json.loads((tmp_path / 'ended.json').read_text())
+    refused = {
+        ' pictures ': 'b.jpg: cannot be read as a picture; the rest is written',
+        'broken.mp4': 'broken.mp4 cannot be read as a video',
+        ' 9 ': 'camera 9 is not there',
+        ' empty ': 'empty: no picture among 0 files',
+        'mask_rcnn': 'weights.pth does not fit',
+        'check-data': 'errors in config or data',
+    }
+    for words, (status, said) in ended.items():
+        expected = [text for part, text in refused.items() if part in words]
+        assert status == (2 if expected else 0), (words, said)
+        assert all(text in said for text in expected), (words, said)
+        assert 'Traceback' not in said, words
+    assert {path.name for path in (tmp_path / 'folder/masks').iterdir()} == {'a.png'}
+    assert (tmp_path / 'stripped.pth').stat().st_size

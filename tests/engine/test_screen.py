@@ -68,6 +68,19 @@ def test_warnings_pass_before_the_first_batch() -> None:
     assert shown.filter(record)
 
 
+def test_what_a_library_says_in_its_own_terms_is_said_in_ours(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with screen.quiet():
+        logger = MMLogger('reworded', log_file=str(tmp_path / 'a.log'))
+        screen.watch(logger)
+        screen.screen_of(logger).started = True
+        logger.error('The testing results of the whole dataset is empty.')
+        logger.warning('Since `metrics` is an empty dict, the behavior to save the best checkpoint will be skipped')
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert 'WARNING - nothing was found in any image' in line
+    kept = (tmp_path / 'a.log').read_text()
+    assert 'ERROR' in kept and 'results of the whole dataset is empty' in kept and 'an empty dict' in kept
+
+
 def test_outside_of_quiet_nothing_changes(tmp_path: Path) -> None:
     logger = MMLogger('screen-test', log_file=str(tmp_path / 'a.log'))
     screen.watch(logger)

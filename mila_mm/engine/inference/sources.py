@@ -185,9 +185,10 @@ def _pictures_among(paths: list[Path], source: str) -> list[Path]:
 def _quiet_opencv() -> Iterator[None]:
     """Keep OpenCV's and ffmpeg's lines off the screen: what is wrong is said in ours."""
     os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
-    before = cv2.getLogLevel()
-    cv2.setLogLevel(0)
+    levels = getattr(cv2.utils, 'logging', cv2)  # there since OpenCV 5
+    before = levels.getLogLevel()
+    levels.setLogLevel(0)
     try:
         yield
     finally:
-        cv2.setLogLevel(before)
+        levels.setLogLevel(before)

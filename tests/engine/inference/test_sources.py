@@ -1,7 +1,9 @@
 """Sources of images, sound and broken."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,6 +42,18 @@ def test_video(video: Path) -> None:
     assert (source.total, source.fps, source.name) == (8, 10.0, 'clip')
     assert [picture.name for picture in source][:2] == ['clip_000000', 'clip_000001']
     assert source.failures == []
+
+
+def test_opencv_5_has_its_levels_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[int] = []
+    levels = SimpleNamespace(getLogLevel=lambda: 3, setLogLevel=set_to.append)
+    monkeypatch.setattr(cv2.utils, 'logging', levels, raising=False)
+    for name in ('getLogLevel', 'setLogLevel'):
+        monkeypatch.delattr(cv2, name, raising=False)
+    (tmp_path / 'broken.mp4').write_bytes(bytes(1000))
+    with pytest.raises(UserError, match='cannot be read as a video'):
+        open_source(str(tmp_path / 'broken.mp4'))
+    assert set_to == [0, 3]
 
 
 def test_an_animated_gif_is_a_video(tmp_path: Path) -> None:
