@@ -2,8 +2,9 @@
 
 Cosmic Ray (cosmic-ray.readthedocs.io) makes the faults: another operator, another number, a condition turned round, a
 loop that never runs. From each room as many places are drawn as asked for, by a seed, with one fault at each; the tests
-of that room run on a copy of the checkout, those of the file's own name first, until one fails. The report, JSON and a
-page of the documentation, lists every fault that no test has noticed.
+of that room run on a copy of the checkout, the likeliest first, until one fails. Without a fault they have to pass,
+which is tried first. The report, JSON and a page of the documentation, lists every fault that no test has noticed. A
+run that was cut off goes on where it was, if commit and seed are the same.
 
     python tests/mutants.py --per-room 20 --workers 2      # half an hour on two cores
     python tests/mutants.py --rooms ops weights --seed 1
@@ -13,11 +14,14 @@ page of the documentation, lists every fault that no test has noticed.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import math
 import multiprocessing
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,8 +34,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from queue import Queue
-
-from mila_mm.files import write_whole
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / 'benchmarks/results/mutants.json'
@@ -52,6 +55,7 @@ WITHOUT_TESTS_HERE = ('ops/triton/configs.py', 'swap/sweep/')
 # Types are written with |, and the interpreter of a union does not care for its order.
 LEFT_OUT = ('BitOr', 'RemoveDecorator', 'Pow', 'Shift')
 TIMEOUT = 1500  # seconds
+OTHER_PACKAGE = 99  # an exit status that pytest has not
 # Imported once, for all faults; nothing of the package.
 PRELOADED = [
     'torch',
@@ -80,12 +84,19 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a fault: 'caught', 'survived' or 'timeout', in how many seconds, and its difference."""
+    """What became of a fault: 'caught', 'survived' or 'timeout', in how many seconds, and by which test."""
 
     mutant: Mutant
     status: str
     seconds: float
     diff: str
+    test: str = ''
+
+
+def from_json(row: dict[str, Any]) -> Outcome:
+    """Read an outcome back from the report."""
+    arguments = tuple((name, value) for name, value in row['mutant']['arguments'])
+    return Outcome(**{**row, 'mutant': Mutant(**{**row['mutant'], 'arguments': arguments})})
 
 
 def places(room: str) -> Iterator[Mutant]:
@@ -118,11 +129,31 @@ def draw(room: str, count: int, seed: int) -> list[Mutant]:
 
 
 def tests_of(mutant: Mutant) -> list[str]:
-    """Name the tests that are to notice a fault: those of the file's name first, then those of its room."""
+    """Name the tests that are to notice a fault: those of the room, the likeliest first, so that most runs are short.
+
+    Those of the file's name, then those that name the module, its folder, or something that it defines, then the rest;
+    in ``engine``, whose tests start many trainings, without the rest: what only they would notice lacks a test.
+    """
     module = Path(mutant.path).relative_to('mila_mm')
-    own = sorted((ROOT / 'tests' / module.parent).glob(f'test_{module.stem}*.py'))
-    beside = [ROOT / 'tests' / name for name in ROOMS[mutant.room]]
-    return [path.relative_to(ROOT).as_posix() for path in [*own, *beside] if path.exists()]
+    dotted = 'mila_mm.' + '.'.join(module.with_suffix('').parts)
+    tree = ast.parse((ROOT / mutant.path).read_text(encoding='utf-8'))
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+    def distance(path: Path) -> int:
+        if path.parent == ROOT / 'tests' / module.parent and path.stem.startswith(f'test_{module.stem}'):
+            return 0
+        text = path.read_text(encoding='utf-8')
+        if dotted in text:
+            return 1
+        if dotted.rpartition('.')[0] in text and (module.stem in text or module.parent.name in path.stem):
+            return 2
+        return 3 if not defined.isdisjoint(re.findall(r'\w+', text)) else 4
+
+    below = [ROOT / 'tests' / name for name in ROOMS[mutant.room]]
+    own = (ROOT / 'tests' / module.parent).glob(f'test_{module.stem}*.py')
+    files = {*own, *(each for path in below for each in ([path] if path.is_file() else path.rglob('test_*.py')))}
+    ranked = sorted((distance(path), path.relative_to(ROOT).as_posix()) for path in files)
+    return [path for far, path in ranked if far < 4 or mutant.room != 'engine']
 
 
 def put(folder: Path, mutant: Mutant) -> str:
@@ -145,7 +176,21 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _test(folder: str, tests: list[str]) -> None:
+class _FirstFailure:
+    """A plugin of pytest that writes down which test failed first."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.out.exists():
+            self.out.write_text(report.nodeid, encoding='utf-8')
+
+    def pytest_collectreport(self, report: Any) -> None:
+        self.pytest_runtest_logreport(report)
+
+
+def _test(folder: str, tests: list[str], failure: str) -> None:
     """Run tests on the package in a folder; the status is pytest's. In a process and a session of its own."""
     import pytest
 
@@ -157,11 +202,35 @@ def _test(folder: str, tests: list[str]) -> None:
     sys.dont_write_bytecode = True
     sys.path.insert(0, folder)
     os.environ['PYTHONPATH'] = folder
-    status = int(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *tests]))
+    status = int(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *tests], plugins=[_FirstFailure(Path(failure))]))
     import mila_mm
 
-    assert Path(mila_mm.__file__).is_relative_to(folder), 'another checkout was tested'
-    os._exit(status)
+    os._exit(status if Path(mila_mm.__file__).is_relative_to(folder) else OTHER_PACKAGE)
+
+
+def first_failure(folder: Path, tests: list[str]) -> str | None:
+    """Run tests in a copy of the checkout.
+
+    Returns:
+        The test that failed first; '' where all passed, None where they took longer than :data:`TIMEOUT`.
+
+    Raises:
+        RuntimeError: If the tests did not run as they should.
+    """
+    failure = folder.parent / f'{folder.name}.failure'
+    failure.unlink(missing_ok=True)
+    process = _context().Process(target=_test, args=(str(folder), tests, str(failure)))
+    process.start()
+    process.join(TIMEOUT)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return None
+    if process.exitcode == 0:
+        return ''
+    if process.exitcode == OTHER_PACKAGE or (process.exitcode > 0 and not failure.exists()):
+        raise RuntimeError(f'pytest {tests} ended with {process.exitcode}')
+    return failure.read_text(encoding='utf-8') if failure.exists() else f'signal {-process.exitcode}'
 
 
 def judge(folder: Path, mutant: Mutant) -> Outcome:
@@ -170,21 +239,30 @@ def judge(folder: Path, mutant: Mutant) -> Outcome:
     begin = time.monotonic()
     try:
         diff = put(folder, mutant)
-        process = _context().Process(target=_test, args=(str(folder), tests_of(mutant)))
-        process.start()
-        process.join(TIMEOUT)
-        status = 'survived' if process.exitcode == 0 else 'caught'
-        if process.exitcode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-            status = 'timeout'
+        failed = first_failure(folder, tests_of(mutant))
     finally:
         (folder / mutant.path).write_bytes(kept)
-    return Outcome(mutant, status, round(time.monotonic() - begin, 1), diff)
+    status = {'': 'survived', None: 'timeout'}.get(failed, 'caught')
+    return Outcome(mutant, status, round(time.monotonic() - begin, 1), diff, failed or '')
+
+
+def control(folder: Path, room: str) -> None:
+    """See that without a fault the tests of a room pass in a copy: only then does a failure say something.
+
+    Raises:
+        SystemExit: If one fails.
+    """
+    begin = time.monotonic()
+    files = {mutant.path: mutant for mutant in places(room)}
+    tests = {name for mutant in files.values() for name in tests_of(mutant)}
+    failed = first_failure(folder, sorted(tests))
+    if failed != '':
+        raise SystemExit(f'without a fault: {failed or "the tests take too long"}')
+    print(f'without a fault: the tests of {room} pass, {time.monotonic() - begin:.0f} s', flush=True)
 
 
 def copies(count: int, below: Path) -> Queue[Path]:
-    """Copy what git tracks, once for each worker."""
+    """Copy what git tracks, once for each worker, with the data that tests look for beside the checkout."""
     listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True)
     folders: Queue[Path] = Queue()
     for number in range(count):
@@ -193,12 +271,23 @@ def copies(count: int, below: Path) -> Queue[Path]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
         folders.put(folder)
+    if (ROOT.parent / 'shared').is_dir():  # what some tests measure against, where it exists
+        (below / 'shared').symlink_to(ROOT.parent / 'shared')
     return folders
 
 
-def run(mutants: list[Mutant], workers: int, seconds: float, report: Callable[[list[Outcome]], None]) -> list[Outcome]:
-    """Judge faults until they or the time are at an end; hand what is known to ``report`` after each."""
-    end = time.monotonic() + seconds
+def run(
+    mutants: list[Mutant],
+    controlled: list[str],
+    workers: int,
+    seconds: float,
+    report: Callable[[list[Outcome]], None],
+) -> list[Outcome]:
+    """Judge faults until they or the time are at an end; hand what is known to ``report`` after each.
+
+    Before that, the tests of the rooms ``controlled`` have to pass without a fault; ``seconds`` begin after it.
+    """
+    end = math.inf
     known: list[Outcome] = []
     with tempfile.TemporaryDirectory() as below:
         folders = copies(workers, Path(below))
@@ -219,7 +308,16 @@ def run(mutants: list[Mutant], workers: int, seconds: float, report: Callable[[l
             report(list(known))
             return outcome
 
+        def sound(room: str) -> None:
+            folder = folders.get()
+            try:
+                control(folder, room)
+            finally:
+                folders.put(folder)
+
         with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(sound, controlled))
+            end = time.monotonic() + seconds
             return [outcome for outcome in pool.map(one, mutants) if outcome is not None]
 
 
@@ -268,6 +366,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0, help='of the draw [0]')
     parser.add_argument('--workers', type=int, default=2, help='faults tried at the same time [2]')
     parser.add_argument('--minutes', type=float, default=30, help='start no further one after so long [30]')
+    parser.add_argument('--no-control', action='store_true', help='do not run the tests without a fault first')
     parser.add_argument('--out', type=Path, default=RESULT, metavar='JSON', help='the report [%(default)s]')
     parser.add_argument('--docs', action='store_true', help='only write docs/mutants.md from the report')
     args = parser.parse_args()
@@ -279,15 +378,26 @@ def main() -> None:
     random.Random(args.seed).shuffle(mutants)  # where the time ends early, all rooms have had their share
     commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True)
     machine = dict(date=date.today().isoformat(), commit=commit.stdout.strip(), python=platform.python_version())
-    remarks = json.loads(args.out.read_text(encoding='utf-8'))['remarks'] if args.out.exists() else {}
+    before = json.loads(args.out.read_text(encoding='utf-8')) if args.out.exists() else {}
+    remarks = before.get('remarks', {})
+    same = before.get('machine') == machine and before.get('seed') == args.seed
+    known = [from_json(outcome) for outcome in before['outcomes']] if same else []
+    done = {outcome.mutant for outcome in known}
 
     def report(outcomes: list[Outcome]) -> None:
         """Write what is known: a run that is cut off keeps it."""
-        document = dict(machine=machine, seed=args.seed, remarks=remarks, outcomes=[asdict(o) for o in outcomes])
+        # here, as the processes that test import this file, and no package but the copy's
+        from mila_mm.files import write_whole
+
+        rows = [asdict(outcome) for outcome in (*known, *outcomes)]
+        document = dict(machine=machine, seed=args.seed, remarks=remarks, outcomes=rows)
         write_whole(args.out, json.dumps(document, indent=1) + '\n')
 
-    outcomes = run(mutants, args.workers, 60 * args.minutes, report)
+    controlled = [] if args.no_control else args.rooms
+    left = [mutant for mutant in mutants if mutant not in done]
+    outcomes = run(left, controlled, args.workers, 60 * args.minutes, report)
     report(outcomes)
+    outcomes = [*known, *outcomes]
     caught = sum(outcome.status == 'caught' for outcome in outcomes)
     print(f'{caught} of {len(outcomes)} caught, {len(mutants) - len(outcomes)} not tried; {args.out}')
 

@@ -169,6 +169,7 @@ def test_rehearsal(load, tmp_path) -> None:
     assert all(row['correct'] and row['both']['median'] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the rehearsal of a CPU')
 def test_training_by_the_tools(load, tmp_path) -> None:
     """Train, stop, resume and test on the CPU as on a GPU; fp16 is refused here."""
