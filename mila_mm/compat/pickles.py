@@ -12,6 +12,7 @@ import functools
 import io
 import os
 import pickle
+import sys
 from numbers import Integral
 from types import ModuleType, SimpleNamespace
 from typing import Any, BinaryIO
@@ -242,6 +243,10 @@ def _name_the_file(module: ModuleType) -> None:
             raise UnsafePickleError(f'{printable_path(file)}: {error}') from error
 
     module.load = load_named
+    for name in ('mmengine.fileio', 'mmengine'):  # they have the function already where they were imported first
+        package = sys.modules.get(name)
+        if package is not None and getattr(package, 'load', None) is read:
+            setattr(package, 'load', load_named)  # noqa: B010  not an attribute that types know
 
 
 def _unpickle_data_only(module: ModuleType) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -223,4 +225,13 @@ def test_the_classes_of_open_images_are_data(tmp_path: Path) -> None:
         np.save(file, np.array([[1, Call(os.mkdir, str(tmp_path / 'executed'))]], dtype=object), allow_pickle=True)
     with pytest.raises(UnsafePickleError, match=r'hierarchy\.np: .* more than data'):
         dataset._get_relation_matrix(str(path))
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_the_file_is_named_also_where_mmengine_came_first(tmp_path: Path) -> None:
+    path = tmp_path / 'results.pkl'
+    path.write_bytes(pickle.dumps(Call(os.mkdir, str(tmp_path / 'executed'))))
+    program = f'import mmengine, mila_mm\ntry: mmengine.load({str(path)!r})\nexcept Exception as error: print(error)'
+    ended = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith(f'{path}: this pickle is not read')
     assert not (tmp_path / 'executed').exists()

@@ -289,6 +289,7 @@ def test_in_channels():
         (dict(arch=MICRO, out_indices=(0, 4)), r'stages from 0 to 3'),
         (dict(arch=MICRO, out_indices=()), r'stages from 0 to 3'),
         (dict(arch=MICRO, frozen_stages=5), r'frozen_stages from -1 to 4'),
+        (dict(arch=MICRO, frozen_stages=-2), r'frozen_stages from -1 to 4'),
         (dict(arch=MICRO, drop_path_rate=1.0), r'drop_path_rate in \[0, 1\)'),
         (dict(arch=MICRO, attn_backend='cuda'), r'attn_backend to be one of auto, triton, reference'),
         (dict(arch=MICRO, mlp_ratio=0), r'mlp_ratio above 0'),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mila_mm.engine.config.load import load_config, parse_cfg_options, resolve_config, scope_of
+from mila_mm.engine.config.load import load_config, parse_cfg_options, refuse_old, resolve_config, scope_of
 from mila_mm.errors import UserError
 
 
@@ -101,3 +101,20 @@ def test_scope(values, scope) -> None:
 @pytest.mark.parametrize('name', ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'mmseg::_base_/default_runtime'])
 def test_configs_of_installed_packages(name) -> None:
     assert resolve_config(name).is_file()
+
+
+@pytest.mark.parametrize(('key', 'successor'), [('data', 'train_dataloader'), ('optimizer', 'optim_wrapper')])
+def test_configs_of_the_versions_before_are_told_what_has_changed(key, successor) -> None:
+    with pytest.raises(UserError) as refused:
+        refuse_old(Config({key: {}, 'model': {}}))
+    for words in (f'mmdet 2 or mmseg 0 ({key})', f'{key} is now', successor, 'docs/custom_data.md'):
+        assert words in str(refused.value)
+    refuse_old(Config({key: {}, 'train_dataloader': {}}))
+    refuse_old(Config({'model': {}}))
+
+
+def test_many_old_entries_are_counted() -> None:
+    keys = ('data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'checkpoint_config')
+    with pytest.raises(UserError, match='and 2 more') as refused:
+        refuse_old(Config({key: {} for key in keys}))
+    assert str(refused.value).count('is now') == 3

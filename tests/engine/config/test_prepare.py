@@ -190,3 +190,13 @@ def test_a_disk_without_room_is_said_before_it_is_needed(tmp_path, monkeypatch) 
     with pytest.raises(UserError, match='No space left on device'):
         prepare.check_folders(Config(dict(work_dir=str(tmp_path / 'run'))))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('loader', 'expected'), [({}, False), ({'drop_last': True}, True), ({'drop_last': False}, False)]
+)
+def test_the_last_batch_is_dropped_where_the_config_says_so(loader, expected) -> None:
+    loader = {'sampler': {'type': 'DefaultSampler'}, **loader}
+    prepare._use_sampler(loader)
+    assert loader['batch_sampler']['drop_last'] is expected
+    assert 'drop_last' not in loader, 'PyTorch takes it of one of the two'
