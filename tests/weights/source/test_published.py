@@ -26,3 +26,18 @@ def test_every_published_file_has_a_name_and_an_https_address():
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(UserError, match='did you mean mila://tiny-in1k'):
         find('mila://tiny-1k')
+
+
+def test_results_are_those_of_the_paper() -> None:
+    """Figures of arXiv 2405.16605 for the models whose files have been published."""
+    assert {name: file.result for name, file in PUBLISHED.items()} == {
+        'tiny-in1k': 'ImageNet-1K top-1 83.5',
+        'small-in1k': 'ImageNet-1K top-1 84.4',
+        'base-in1k': 'ImageNet-1K top-1 85.3',
+        'mask-rcnn-tiny-1x': 'COCO box AP 46.8, mask AP 42.1',
+        'mask-rcnn-tiny-3x': 'COCO box AP 48.8, mask AP 43.8',
+        'mask-rcnn-small-1x': 'COCO box AP 49.2, mask AP 44.2',
+        'mask-rcnn-small-3x': 'COCO box AP 50.5, mask AP 44.9',
+        'mask-rcnn-base-1x': 'COCO box AP 50.5, mask AP 45.0',
+        'upernet-base-160k': 'ADE20K mIoU 51.9',
+    }
