@@ -80,7 +80,7 @@ NAMED: list[tuple[bytes | Callable[[Path], Any], int]] = [
 ]
 
 
-@pytest.mark.parametrize(('content', 'begins'), NAMED, ids=repr)
+@pytest.mark.parametrize(('content', 'begins'), NAMED, ids=lambda value: getattr(value, '__name__', repr(value)))
 def test_what_last_checkpoint_may_say(here, content, begins) -> None:
     """Of the run's own checkpoints it chooses one; all else that it says leads nowhere."""
     train('run', 4)
