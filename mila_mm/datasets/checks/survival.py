@@ -41,6 +41,23 @@ class Filter:
     drop_images: bool = True
 
 
+def loaded_images(data: dict[str, Any], keep: Filter) -> list[dict[str, Any]]:
+    """Return the images of a well-formed file that a loader of COCO's kind keeps, in the file's order."""
+    small, empty = _images_left_out(data, keep)
+    return [image for image in data['images'] if image['id'] not in small | empty]
+
+
+def _images_left_out(data: dict[str, Any], keep: Filter) -> tuple[set[Any], set[Any]]:
+    """Return the ids of images that are too small and of those without an annotation of the classes."""
+    if not keep.drop_images:
+        return set(), set()
+    wanted = {category['id'] for category in data['categories'] if category['name'] in set(keep.classes)}
+    annotated = {item['image_id'] for item in data.get('annotations', []) if item['category_id'] in wanted}
+    small = {image['id'] for image in data['images'] if min(image['width'], image['height']) < keep.min_size}
+    empty = {image['id'] for image in data['images'] if keep.filter_empty and image['id'] not in annotated}
+    return small, empty
+
+
 def count_survivors(data: dict[str, Any], keep: Filter) -> dict[str, Any]:
     """Count what a loader of COCO's kind keeps of a file.
 
@@ -56,9 +73,7 @@ def count_survivors(data: dict[str, Any], keep: Filter) -> dict[str, Any]:
     wanted = set(keep.classes)
     names = {category['id']: category['name'] for category in data['categories'] if category['name'] in wanted}
     sizes = {image['id']: (image['width'], image['height']) for image in data['images']}
-    annotated = {item['image_id'] for item in data.get('annotations', []) if item['category_id'] in names}
-    small = {number for number, size in sizes.items() if keep.drop_images and min(size) < keep.min_size}
-    empty = {number for number in sizes if keep.drop_images and keep.filter_empty and number not in annotated}
+    small, empty = _images_left_out(data, keep)
     gone = small | empty
     dropped: Counter[str] = Counter()
     per_class: Counter[str] = Counter()

@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import cv2
 import numpy as np
 
-from mila_mm.datasets.checks.findings import Finding, brief, error, note, warning
+from mila_mm.datasets.checks.findings import Finding, brief, error, warning
+from mila_mm.datasets.checks.image_sizes import judge_sizes
 from mila_mm.datasets.checks.label_maps import spread
 from mila_mm.datasets.checks.voc_xml import check_object_names
 from mila_mm.engine.data.maps import check_label_maps, check_panoptic_maps
 from mila_mm.engine.data.samples import datasets_in, has_own_transforms, load_sample, many
 from mila_mm.engine.data.splits import is_coco, reads_voc
 from mila_mm.errors import UserError
-
-# Of the images looked at, more than this share with a wrong size is an error, less a warning.
-_MANY = 0.05
 
 
 @dataclass(frozen=True)
@@ -262,22 +259,4 @@ def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline
         if all(isinstance(side, (int, float)) for side in told) and tuple(got) != tuple(told):
             wrong.append((info['img_path'], got, told))
     looked.findings += many(key, broken)
-    if wrong:
-        path, got, told = wrong[0]
-        turned = ''
-        if tuple(got) == tuple(told)[::-1]:
-            by_exif = _is_turned(path, got)
-            turned = '; turned by its EXIF orientation' if by_exif else '; width and height are swapped there'
-        text = (
-            f'image {path} is {got[1]} x {got[0]} (width x height) as loaded, its annotations are for '
-            f'{told[1]} x {told[0]}{turned} ({len(wrong)} of {seen} images looked at)'
-        )
-        looked.findings.append((error if len(wrong) > _MANY * seen else warning)(key, text))
-    if 0 < seen < len(leaf):
-        looked.findings.append(note(key, f'sizes of {seen} of {len(leaf)} images were looked at'))
-
-
-def _is_turned(path: Any, got: Sequence[int]) -> bool:
-    """Tell whether an image is loaded turned, as its EXIF orientation bids."""
-    stored = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    return stored is not None and stored.shape[:2] != tuple(got)
+    looked.findings += judge_sizes(key, wrong, seen, len(leaf))

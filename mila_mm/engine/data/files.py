@@ -31,7 +31,7 @@ def check_files(cfg: Config, splits: Sequence[Split], cache: Path | None, report
         path = split.local_ann_file
         if path is None or split.classes is None or not split.reads_coco or not path.is_file():
             continue
-        needs, keep = _needs(cfg, split), _filter(split)
+        needs, keep = _needs(cfg, split), filter_of(split)
         question = [asdict(needs), asdict(keep)]
         answer = remembered(cache, path, question, lambda p=path, n=needs, k=keep: _examine(p, n, k))  # type: ignore[misc]
         findings = [Finding(**finding) for finding in answer['findings']]
@@ -89,7 +89,8 @@ def is_labelled(cfg: Config, split: Split) -> bool:
     return not (split.stage == 'test' and metrics and all(metric.get('format_only') for metric in metrics))
 
 
-def _filter(split: Split) -> Filter:
+def filter_of(split: Split) -> Filter:
+    """Return which images and boxes a data set of COCO's kind keeps."""
     config = split.config.get('filter_cfg') or {}
     return Filter(
         classes=tuple(split.classes or ()),

@@ -18,7 +18,9 @@ from mila_mm.datasets.checks.findings import Report
 from mila_mm.engine.config.checks import check_data
 from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.data.files import check_files
+from mila_mm.engine.data.image_headers import check_image_sizes
 from mila_mm.engine.data.map_folders import check_map_folder
+from mila_mm.engine.data.one_value import check_one_value
 from mila_mm.engine.data.splits import Split, leaf_datasets
 from mila_mm.engine.data.static import check_static
 
@@ -50,8 +52,13 @@ def first_look(config: str, cfg_options: Sequence[str], stages: Sequence[str]) -
         return
     report = Report()
     report.add(check_static(cfg, stages, scope, splits))
+    if scope == 'mmseg' and 'train' in stages:
+        report.add(check_one_value(cfg))
     small = [split for split in splits if (_size(split.local_ann_file) or 0) <= _LARGE]
     check_files(cfg, small, cache_folder(), report)
+    for split in small if not report.of('error') else []:
+        if split.key in report.counts:  # a file that is well-formed
+            report.add(check_image_sizes(split))
     for split in splits if scope == 'mmseg' else []:
         report.add(check_map_folder(cfg, split))
     report.refuse(HINT)

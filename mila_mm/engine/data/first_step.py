@@ -14,12 +14,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mila_mm.engine.config.load import one_line
+from mila_mm.engine.data.one_value import ONE_VALUE
 from mila_mm.errors import UserError
 
-ONE_VALUE = (
-    'BatchNorm sees one value a channel, of which there is no variance: one image a step and a map of 1 x 1; set '
-    "train_dataloader.batch_size=2 or more, or a norm_cfg of dict(type='GN', num_groups=32) there"
-)
 _LOOK = 'mila check-data CONFIG looks at all labels'
 # What torch and mmengine say, and what it comes of.
 _MISFITS = {

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.engine.data.channels import check_given
-from mila_mm.engine.data.first_step import ONE_VALUE
+from mila_mm.engine.data.one_value import ONE_VALUE
 from mila_mm.engine.data.splits import kind_name
 from mila_mm.engine.random_state import capture_random_state, restore_random_state
 

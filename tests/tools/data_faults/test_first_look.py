@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mila_mm.engine.data.first_look import first_look
 from mila_mm.engine.data.splits import Split
@@ -104,3 +105,93 @@ def test_classes_that_the_data_set_has_by_itself(detector_of, own) -> None:
     assert Split('train', '', {'type': 'CocoDataset'}, None).classes == CocoDataset.METAINFO['classes']
     with pytest.raises(UserError, match=r'bbox_head\.num_classes is 6.* has 80 classes'):
         first_look(str(detector_of(own, more)), (), ('train', 'val'))
+
+
+def turn(own: Path) -> None:
+    """Let every image bid a quarter turn, as cameras do."""
+    for path in own.rglob('*.jpg'):
+        with Image.open(path) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6
+            image.save(path, exif=exif)
+
+
+def halve(content: dict) -> None:
+    for image in content['images']:
+        image['width'], image['height'] = image['width'] // 2, image['height'] // 2
+    for item in content['annotations']:
+        item['bbox'] = [value / 2 for value in item['bbox']]
+
+
+def as_jpeg(own: Path, edit) -> None:
+    """Write the images of a set as JPEGs of 96 x 72, which a turn does not leave as they are."""
+
+    def rename(content: dict) -> None:
+        for image in content['images']:
+            image['file_name'] = str(Path(image['file_name']).with_suffix('.jpg'))
+            image['width'], image['height'] = 96, 72
+        for item in content['annotations']:
+            item['bbox'] = [4, 4, 20, 20]
+            item.pop('segmentation', None)
+
+    edit(own, rename)
+    for path in [path for path in own.rglob('*.png') if 'annotations' not in path.parts]:
+        with Image.open(path) as image:
+            image.convert('RGB').resize((96, 72)).save(path.with_suffix('.jpg'))
+
+
+PLAIN_LOADING = "LOAD = train_dataloader['dataset']['pipeline'][0]\nassert LOAD['type'] == 'LoadImageFromFile'\n"
+
+
+def boxes_alone(detector_of, own: Path, more: str = '') -> str:
+    """Write a detector that reads boxes and no masks."""
+    lines = (
+        'for loader in (train_dataloader, val_dataloader):\n'
+        "    loader['dataset']['pipeline'] = [\n"
+        "        {**step, 'with_mask': False} if step['type'] == 'LoadAnnotations' else step\n"
+        "        for step in loader['dataset']['pipeline']]\n"
+        "val_evaluator['metric'] = 'bbox'\ndel loader\n"
+    )
+    return str(detector_of(own, lines + more))
+
+
+def test_sizes_of_images(detector_of, own, edit) -> None:
+    as_jpeg(own, edit)
+    config = boxes_alone(detector_of, own)
+    first_look(config, (), ('train', 'val'))
+    turn(own)
+    with pytest.raises(UserError, match=r'is 72 x 96 .*for 96 x 72; turned by its EXIF orientation \((\d+) of \1 '):
+        first_look(config, (), ('train', 'val'))
+    edit(own, halve)
+    with pytest.raises(UserError, match=r'as loaded, its annotations are for 48 x 36 '):
+        first_look(config, (), ('train', 'val'))
+
+
+@pytest.mark.parametrize(
+    'more',
+    [
+        "LOAD['color_type'] = 'color_ignore_orientation'",
+        "LOAD['imdecode_backend'] = 'pillow'",
+        "LOAD['type'] = 'LoadMultiChannelImageFromFiles'",
+        "LOAD['backend_args'] = dict(_delete_=True, backend='petrel')",
+        "train_dataloader['dataset']['backend_args'] = dict(_delete_=True, backend='petrel')",
+        "train_dataloader['dataset']['indices'] = 1",
+    ],
+)
+def test_images_that_are_loaded_otherwise_are_left_alone(detector_of, own, edit, more) -> None:
+    as_jpeg(own, edit)
+    turn(own)
+    own_lines = f'{PLAIN_LOADING}{more}\ndel LOAD'
+    first_look(boxes_alone(detector_of, own, own_lines), (), ('train',))
+
+
+def test_one_value_in_a_batch_norm(segmentor_of, maps, tmp_path) -> None:
+    config = str(segmentor_of(maps(tmp_path / 'maps', lambda labels, _: labels)))
+    head = ('model.decode_head.norm_cfg.type=BN', 'model.decode_head.type=UPerHead')
+    alone = (*head, 'train_dataloader.batch_size=1')
+    with pytest.raises(UserError, match=r'model\.decode_head\.psp_modules\.0\.1\.bn: BatchNorm sees one value'):
+        first_look(config, alone, ('train',))
+    first_look(config, (*head, 'train_dataloader.batch_size=2'), ('train',))
+    first_look(config, (*alone, 'model.decode_head.pool_scales=[2,3]'), ('train',))
+    first_look(config, (*alone, 'model.decode_head.norm_cfg.type=LN'), ('train',))
+    first_look(config, alone, ('val',))
