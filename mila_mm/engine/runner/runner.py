@@ -25,11 +25,12 @@ from mila_mm.engine.optimizers.groups import merge_groups, regroup, use_fused
 from mila_mm.engine.resumed_state import check_groups, check_optimizer, check_resumed, check_schedulers
 from mila_mm.engine.runner.find_checkpoint import settle_resume
 from mila_mm.engine.runner.fit import load_checkpoint_into
+from mila_mm.engine.runner.late_config import LateConfigRunner
 from mila_mm.engine.runner.lease import leased
 from mila_mm.engine.runner.model_options import apply_model_options
 from mila_mm.engine.runner.own_checkpoints import checkpoint_folders
 from mila_mm.engine.runner.sharded_model import FullyShardedModel, number_by_name
-from mila_mm.engine.runner.sharding import ShardingRunner, whole_model
+from mila_mm.engine.runner.sharding import whole_model
 from mila_mm.engine.screen import watch
 from mila_mm.errors import UserError, printable_path
 from mila_mm.weights.file.sharded import is_sharded, read_state
@@ -37,12 +38,9 @@ from mila_mm.weights.load import disarm, read_checkpoint
 
 # What comes of it when mmengine's dataset packs an empty list.
 _NUMPY_OF_NO_IMAGE = 'need at least one array to concatenate'
-# Where hooks build what their config names, such as an averaged model.
-_BUILDING_HOOKS = ('before_run', 'before_train', 'before_test')
-_FIRST_BATCH_HOOKS = ('before_train_iter', 'before_val_iter', 'before_test_iter')
 
 
-class Runner(ShardingRunner):
+class Runner(LateConfigRunner):
     """Runner with four differences to mmengine's.
 
     - Checkpoints are read without running code, and must fit the model key by key unless the
@@ -57,7 +55,6 @@ class Runner(ShardingRunner):
     """
 
     def __init__(self, *args: Any, work_dir: str, visualizer: Any = None, **kwargs: Any) -> None:
-        self._started = False
         self._made_folders = _missing_folders(Path(work_dir).absolute())
         # mmengine names the log folder by the second, and another run may have begun in the same one
         self._others = {path.name for path in Path(work_dir).glob('*/')}
@@ -92,22 +89,6 @@ class Runner(ShardingRunner):
     def val(self) -> dict[str, float]:
         """Validate."""
         return self._clean_unless_started(super().val)
-
-    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """Call all hooks; the first batch marks the run as started."""
-        if not self._started and fn_name in _FIRST_BATCH_HOOKS:
-            self._started = True
-            self.dump_config()
-        if fn_name not in _BUILDING_HOOKS:
-            super().call_hook(fn_name, **kwargs)
-            return
-        with building('hook'):
-            super().call_hook(fn_name, **kwargs)
-
-    def dump_config(self) -> None:
-        """Write the config of a training into the work folder, once it has started; a test leaves it alone."""
-        if self._started and self._train_dataloader is not None:
-            super().dump_config()
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """Build the logger, whose screen shows less inside of :func:`mila_mm.engine.screen.quiet`."""
