@@ -152,15 +152,16 @@ def _partners(leaf: Any, key: str) -> list[Finding]:
             error(key, f'{len(lonely)} of {len(infos)} images have no label map ({suffixes[1]!r}): {shown(lonely, 2)}')
         ]
     listed = isinstance(getattr(leaf, 'ann_file', ''), str) and Path(getattr(leaf, 'ann_file', '') or '.').is_file()
-    if listed:
-        return []  # a list chooses some of the files
+    if listed or getattr(leaf, '_indices', None) is not None:
+        return []  # some of the files are chosen
     findings = []
     known = {str(Path(info['seg_map_path'])) for info in infos}
     spare = [str(p) for p in sorted(Path(maps).rglob(f'*{suffixes[1]}')) if str(p) not in known]
     if spare:
         findings.append(note(key, f'{len(spare)} label maps have no image ({suffixes[0]!r}): {shown(spare, 2)}'))
     read = {str(Path(info['img_path'])) for info in infos}
-    others = [p for p in sorted(Path(images).rglob('*')) if p.suffix.lower() in _IMAGES and str(p) not in read | known]
+    there = [p for p in sorted(Path(images).rglob('*')) if p.suffix.lower() in _IMAGES]
+    others = [p for p in there if str(p) not in read | known and not p.name.endswith(suffixes[0])]
     if others and images != maps:
         share = len(others) / (len(others) + len(read))
         level = warning if share > 0.05 else note

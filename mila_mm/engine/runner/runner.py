@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,8 @@ class Runner(LateConfigRunner):
             with reading('dataset', files):
                 loader = MMEngineRunner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
         except UserError as error:
+            if _is_of_loader(error.__cause__):
+                raise UserError(f'dataloader: {str(error).removeprefix("dataset: ")}') from error
             if _NUMPY_OF_NO_IMAGE not in str(error):
                 raise
             raise _no_image(files) from error
@@ -301,6 +304,12 @@ def _annotation_files(dataset: Any) -> list[Path]:
     if isinstance(dataset.get('ann_file'), str) and dataset['ann_file']:
         files.append(Path(dataset.get('data_root') or '', dataset['ann_file']))
     return files
+
+
+def _is_of_loader(error: BaseException | None) -> bool:
+    """Tell whether torch's loader itself refused its arguments; the data set is built by then."""
+    frames = list(traceback.walk_tb(error.__traceback__)) if error is not None else []
+    return bool(frames) and frames[-1][0].f_globals.get('__name__') == DataLoader.__module__
 
 
 def _no_image(files: list[Path]) -> UserError:

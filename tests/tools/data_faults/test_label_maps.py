@@ -152,3 +152,16 @@ def test_transforms_of_ones_own_have_the_last_word(segmentor_of, maps, tmp_path,
     found = [str(finding) for finding in check_everything(cfg, ['train'], 'mmseg').of('error')]
     wrong = ['train_dataloader.dataset.pipeline: gives labels 7, which no class has: the 2 classes are 0 to 1']
     assert found == ([] if value == 255 else wrong)
+
+
+def test_images_that_indices_leave_out_are_not_told_to_have_another_suffix(segmentor_of, maps, tmp_path) -> None:
+    folder = maps(tmp_path / 'maps', lambda m, k: m)
+
+    def told(more: str) -> list[str]:
+        report = check_everything(load_config(str(segmentor_of(folder, more=more))), ['train'], 'mmseg')
+        return [finding.message for finding in report.findings if 'are not read' in finding.message]
+
+    assert told("train_dataloader['dataset']['indices'] = 1") == []
+    shutil.copy(folder / 'img/train/0.png', folder / 'img/train/9.jpeg')
+    (message,) = told('')
+    assert message.startswith('1 images in') and "img_suffix is '.png'" in message
