@@ -13,6 +13,7 @@ from mila_mm.datasets import write_shapes
 from mila_mm.engine.analysis.detections import Image, Objects, summarise
 from mila_mm.engine.analysis.label_maps import confusion_of, intersection_over_union, per_class
 from mila_mm.engine.data.browse import as_rgb, browse
+from mila_mm.visualization.name_places import NamePlaces
 
 
 @pytest.mark.parametrize('kind', ['detector', 'segmentor'])
@@ -181,3 +182,28 @@ def test_both_evaluations_give_the_same_figures(monkeypatch) -> None:
         assert fast.per_class[name] == pytest.approx(plain.per_class[name])
         assert np.allclose(fast.curves[name], plain.curves[name])
     assert fast.by_size == pytest.approx(plain.by_size, nan_ok=True)
+
+
+def test_names_on_a_label_map_stand_apart_and_inside() -> None:
+    """Classes in the last columns and rows, side by side: at their centres the names would be cut, and on another."""
+    labels = np.zeros((320, 480), np.int64)
+    for label in range(1, 6):
+        labels[300 + 3 * label : 303 + 3 * label, 470:] = label
+    names = ['background', 'pedestrian', 'pole', 'sign', 'pavement', 'road']
+    places = NamePlaces(lambda mask: np.argwhere(mask)[len(np.argwhere(mask)) // 2][::-1], labels, names)
+    for label in range(6):
+        x, y = places((labels == label).astype(np.uint8))
+        (width, height), baseline = cv2.getTextSize(names[label], cv2.FONT_HERSHEY_SIMPLEX, 320 / 500, 2)
+        assert 0 <= x <= 480 - width - baseline and 0 <= y <= 320 - height - baseline
+    covered = np.zeros_like(labels)
+    for x, y, width, height in places.taken:
+        covered[y : y + height, x : x + width] += 1
+    assert covered.max() == 1 and len(places.taken) == 6
+
+
+def test_names_of_a_segmentors_pictures_are_placed(tmp_path, segmentor, monkeypatch) -> None:
+    asked = []
+    placed = NamePlaces.__call__
+    monkeypatch.setattr(NamePlaces, '__call__', lambda self, mask: asked.append(1) or placed(self, mask))
+    assert len(browse(Config.fromfile(str(segmentor)), 'train', 1, tmp_path, show=False)) == 1
+    assert asked

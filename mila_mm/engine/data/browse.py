@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mila_mm.engine.config.load import scope_of
 from mila_mm.engine.data.splits import kind_name
 from mila_mm.engine.runner.runner import Runner
 from mila_mm.errors import UserError
+from mila_mm.visualization.name_places import NamePlaces
 
 # Longer side in pixels up to which small images are enlarged, and the side of a box that has room for its name.
 _SIDE, _ROOM = 1000, 60
@@ -64,6 +66,7 @@ def browse(cfg: Config, stage: str, number: int, out: Path | None, show: bool) -
             break
         image, sample = _enlarge(*seen)
         _name_large_boxes(sample, dataset.metainfo.get('classes'))
+        _part_names(visualizer, sample, dataset.metainfo.get('classes'))
         path = None if out is None else out / f'{index:03}_{Path(str(sample.get("img_path", "image"))).stem}.png'
         visualizer.add_datasample(
             f'{stage} {index}',
@@ -145,6 +148,14 @@ def _name_large_boxes(sample: Any, classes: Any) -> None:
     sides = (instances.bboxes[:, 2:] - instances.bboxes[:, :2]).amin(1)
     pairs = zip(instances.labels.tolist(), sides.tolist(), strict=True)
     instances.label_names = [str(classes[label]) if side >= _ROOM else '' for label, side in pairs]
+
+
+def _part_names(visualizer: Any, sample: Any, classes: Any) -> None:
+    """Keep the names that mmseg writes on a label map apart and inside of the picture."""
+    maps = sample.get('gt_sem_seg')
+    own = getattr(type(visualizer), '_get_center_loc', None)
+    if maps is not None and classes and own is not None:
+        visualizer._get_center_loc = NamePlaces(partial(own, visualizer), maps.data[0].numpy(), classes)
 
 
 def _drawable(sample: Any) -> Any:
