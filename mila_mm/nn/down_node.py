@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mila_mm.nn.nodes import FirstOrderOnly, direct_ops
@@ -73,9 +73,19 @@ def run(x: Tensor, weights: Weights, size: tuple[int, int], params: tuple[Tensor
             return _forward(x, weights, (params[2], params[3]), size)[0]
 
 
+def is_strided(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is what ``relu_dwc_relu`` computes: depthwise, 3x3, of stride 2, zeros around the map."""
+    built = conv.stride, conv.padding, conv.dilation, conv.padding_mode
+    return built == ((2, 2), (1, 1), (1, 1), 'zeros') and conv.weight.shape == (conv.in_channels, 1, 3, 3)
+
+
 def fits(layers: Any, x: Tensor, params: CastConvolutions) -> bool:
     """Whether the layers (:class:`mila_mm.nn.layers.ConvLayer`) can run as the node: as built, and by the kernels."""
+    if len(layers) != 3 or not is_strided(layers[1].conv):
+        return False
     one, two, three = layers
+    if any(layer.conv.stride != (1, 1) or layer.conv.padding != (0, 0) for layer in (one, three)):
+        return False
     if not (one.act and two.act) or three.act or any(bias is None for _, bias in params.values):
         return False
     if one.norm is not None or two.norm is not None or three._folded() is not None:

@@ -26,6 +26,9 @@ _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
 )
 _INNER = {'attn': (('qk', nn.Linear), ('lepe', nn.Conv2d)), 'mlp': (('fc1', nn.Linear), ('fc2', nn.Linear))}
 
+# The 3x3 convolutions among a block's parameters, whose kernels read as many numbers as MILA's have.
+_STENCILS = tuple(block_node.PARAMETERS.index(f'{name}.weight') for name in ('cpe1', 'dwc', 'attn.lepe', 'cpe2'))
+
 
 def _read(name: str, module: nn.Module, found: dict[str, Tensor]) -> str | None:
     """Add weight and bias of a module to ``found``; why not, where they are no plain parameters."""
@@ -68,7 +71,10 @@ def parameters_of(block: nn.Module) -> tuple[Tensor, ...] | str:
     ):
         return f'drop_path is a {type(drop).__name__}, or has hooks'
     params = tuple(found[name] for name in block_node.PARAMETERS)
-    if block.dwc.kernel_size != (3, 3) or params[4].shape[0] != params[4].shape[1]:
+    channels = params[4].shape[1]
+    stencils = [block.get_submodule(name) for name in ('cpe1', 'dwc', 'cpe2')]
+    odd = any(params[index].shape != (channels, 1, 3, 3) for index in _STENCILS)
+    if odd or params[4].shape[0] != channels or any(conv.padding != (1, 1) for conv in stencils):
         return 'another kernel size or inner width than those of MILA'
     first = params[0]
     if any(p.dtype != first.dtype or p.device != first.device or not p.is_contiguous() for p in params):

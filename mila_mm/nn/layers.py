@@ -169,7 +169,7 @@ class Downsample(nn.Module):
         # The padding comes before the 1x1 convolution, whose bias and ReLU make it non-zero: the published weights
         # were trained so.
         x = pad_to_multiple(to_image(x, height, width), 2)
-        if params is not None and down_node.fits(self.conv, x, params):
+        if params is not None and not torch.compiler.is_compiling() and down_node.fits(self.conv, x, params):
             return down_node.downsample(self.conv, x, params, recompute)
         cast = None if params is None else params.with_gradients()
 
@@ -192,6 +192,8 @@ class Downsample(nn.Module):
         first, second = self.conv[0], self.conv[1]
         bias = params[1][1]
         if first.norm is not None or second.norm is not None or bias is None or not (first.act and second.act):
+            return second(first(x, params[0]), params[1])
+        if not down_node.is_strided(second.conv):
             return second(first(x, params[0]), params[1])
         x = first.conv._conv_forward(x, *params[0])
         height, width = x.shape[2:]

@@ -111,6 +111,16 @@ def test_options_change_nothing_but_the_way(compiled, weighted_sum, same_gradien
     assert bool(graphs) == compiled
 
 
+@pytest.mark.parametrize('before', [True, False])
+def test_programs_for_changing_sizes_are_not_split_for_the_exchange_of_gradients(before):
+    config = torch._dynamo.config
+    with config.patch(optimize_ddp=before):
+        apply_model_options(Detector(), Config(dict(compile_backbone=dict(backend='eager', dynamic=False))))
+        assert config.optimize_ddp == before, "the user's own choice"
+        apply_model_options(Detector(), Config(dict(compile_backbone=dict(backend='eager'))))
+        assert config.optimize_ddp is False
+
+
 def test_options_without_a_backbone_are_refused():
     with pytest.raises(UserError, match='channels_last: the model Linear has no backbone'):
         apply_model_options(nn.Linear(2, 2), Config(dict(channels_last=True)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.backbone import trunk
+from mila_mm.nn import down_node
 
 pytestmark = pytest.mark.gpu
 ARCH = {'embed_dim': 64, 'depths': (1, 1, 1, 1), 'num_heads': (2, 4, 8, 16)}
@@ -23,15 +24,37 @@ def made(fused, dtype=torch.float32):
     return trunk(ARCH, 'auto', fused).to('cuda', dtype).train()  # also without timm
 
 
+@pytest.fixture(params=['as it is', 'products'])
+def matrices(request, monkeypatch):
+    """Let the gradients of matrices come from kernels, or from products as those of large blocks do."""
+    from mila_mm.ops.block import plan
+    from mila_mm.ops.triton import configs
+
+    if request.param == 'products':
+        monkeypatch.setattr(configs, 'WEIGHT_GRADIENTS_FLOP', 0)
+    plan.find.cache_clear()
+    yield
+    plan.find.cache_clear()
+
+
+# The second has 12,288 tokens in the first stage, whose matrices' gradients are sums of several runs of rows.
+@pytest.mark.parametrize('size', [(2, 93, 130), (2, 256, 384)], ids=str)
 @pytest.mark.parametrize('low', [torch.bfloat16, torch.float16, None], ids=str)
-def test_is_as_near_to_fp64_as_the_modules(low):
+@pytest.mark.usefixtures('matrices')
+def test_is_as_near_to_fp64_as_the_modules(low, size, monkeypatch):
+    runs = []
+    run = down_node.run
+    monkeypatch.setattr(down_node, 'run', lambda *a: runs.append(1) or run(*a))
     plain, node, exact = made(False), made('auto'), made(False, torch.float64)
     for model in (node, exact):
         model.load_state_dict(plain.state_dict())
-    image = torch.randn(2, 3, 93, 130, device='cuda')
+    image = torch.randn(size[0], 3, *size[1:], device='cuda')
     assert node.prepare(image) is not None
     maps, grads = step(exact, image.double(), None)
-    own, theirs = step(node, image, low), step(plain, image, low)
+    theirs = step(plain, image, low)
+    runs.clear()
+    own = step(node, image, low)
+    assert len(runs) == (0 if low is None else 3), 'the downsamplings are nodes under autocast'
     for i, m in enumerate(maps):
         error, other = ((each[0][i].double() - m).norm() / m.norm() for each in (own, theirs))
         assert error <= 2 * other + 1e-5

@@ -118,3 +118,35 @@ def test_a_second_differentiation_is_refused(taken):
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='expected one differentiation, got a second'):
         grad.sum().backward()
+
+
+REPLACED = {
+    '5x5': (1, dict(kernel_size=5, padding=2, stride=2, groups=32)),
+    'full': (1, dict(kernel_size=3, padding=1, stride=2)),
+    'dilated': (1, dict(kernel_size=3, padding=2, stride=2, dilation=2, groups=32)),
+    'mirrored': (1, dict(kernel_size=3, padding=1, stride=2, groups=32, padding_mode='reflect')),
+    'dense': (1, dict(kernel_size=3, padding=1, groups=32)),
+    'strided 1x1': (0, dict(in_channels=4, kernel_size=1, stride=2)),
+}
+
+
+@pytest.mark.parametrize(('place', 'options'), REPLACED.values(), ids=REPLACED)
+def test_another_convolution_is_called(place, options, taken, monkeypatch):
+    """Nor does the pass that fuses what lies between the products take it for its own."""
+    from mila_mm.nn import layers
+
+    module = make()
+    module.conv[place].conv = nn.Conv2d(**{'in_channels': 32, 'out_channels': 32, **options})
+    x = torch.randn(1, 64, 4)
+    want = module(x, 8, 8)[0]
+    if place:
+        monkeypatch.setattr(layers, 'by_triton', lambda *_: True)
+    torch.testing.assert_close(module(x, 8, 8, params=node_pass(module))[0], want)
+    assert not taken
+
+
+def test_another_number_of_convolutions_is_called(taken):
+    module, x = make(), torch.randn(1, 12, 4)
+    module.conv.append(type(module.conv[2])(8, 8, 1, bias=True))
+    pairs = [(layer.conv.weight, layer.conv.bias) for layer in module.conv]
+    assert not down_node.fits(module.conv, x, CastConvolutions(pairs, pairs)) and not taken

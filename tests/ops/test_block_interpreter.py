@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -187,25 +188,36 @@ def test_several_splits_of_the_tokens() -> None:
     Problem(1, (13, 20), 16, 1, FP32).check()
 
 
-@pytest.mark.parametrize('master', [FP32, FP16], ids=identify)
-def test_matrices_from_parts_of_the_rows(master: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The plans that are made in a test, which no other test sees."""
     from mila_mm.ops.block import plan
+
+    made = []
+    build = plan.Plan
+    monkeypatch.setattr(plan, 'Plan', lambda *a, **k: made.append(build(*a, **k)) or made[-1])
+    plan.find.cache_clear()
+    yield made
+    plan.find.cache_clear()
+
+
+@pytest.mark.parametrize('master', [FP32, FP16], ids=identify)
+def test_matrices_from_parts_of_the_rows(
+    master: torch.dtype, plans: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mila_mm.ops.triton import configs
 
-    plan.find.cache_clear()
     monkeypatch.setattr(configs, 'weight_rows_per_split', lambda rows, channels: 10)
     Problem(2, (3, 4), 32, 2, FP16, master=master).check()
-    plan.find.cache_clear()
+    assert [made.matrices.sums is not None for made in plans] == [True]
 
 
-def test_matrices_from_products_where_those_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mila_mm.ops.block import plan
+def test_matrices_from_products_where_those_are_large(plans: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from mila_mm.ops.triton import configs
 
-    plan.find.cache_clear()
     monkeypatch.setattr(configs, 'WEIGHT_GRADIENTS_FLOP', 0)
     Problem(2, (3, 4), 32, 2, FP16, scaled=True).check()
-    plan.find.cache_clear()
+    assert [made.matrices.mix is None for made in plans] == [True]
 
 
 def test_runs_of_rows_cover_them_and_only_long_ones_are_split() -> None:

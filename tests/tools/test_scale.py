@@ -209,6 +209,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=False)
 
 
+@pytest.mark.slow
 def test_zero_and_fsdp_train_save_and_resume_as_ddp_does(command, segmentor, scaled, workspace, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(workspace))
     base = scaled(segmentor, NO_BATCH_NORM).read_text()

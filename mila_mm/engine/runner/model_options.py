@@ -44,8 +44,9 @@ def apply_model_options(model: nn.Module, cfg: Config) -> nn.Module:
             for unit in units_of(backbone, wrapper.get('shard_modules', BLOCKS)):
                 unit.compile(**arguments)
         else:
-            # DistributedDataParallel's own splitting of programs fails on sizes that are not fixed
-            torch._dynamo.config.optimize_ddp = arguments['dynamic'] is False
+            if arguments['dynamic'] is not False:
+                # DistributedDataParallel's own splitting of programs fails on sizes that are not fixed
+                torch._dynamo.config.optimize_ddp = False
             backbone.compile(**arguments)
     graphs = cfg.get('graph_backbone')
     if graphs or isinstance(graphs, dict):

@@ -107,7 +107,7 @@ def backward(
         :func:`mila_mm.ops.block.gradients.gradient_sizes`.
     """
     with on_device(grad):
-        run = _Backward(plan, grad, kept, params, taps)
+        run = _Backward(plan, grad, kept, weights[3:], params, taps)
         run.feed_forward(grad, weights[3:], scales[1])
         run.mix(weights[:3], scales[0])
         return run.finish()
@@ -117,7 +117,13 @@ class _Backward:
     """One run of the gradients; what its steps share."""
 
     def __init__(
-        self, plan: Plan, grad: Tensor, kept: Sequence[Tensor], params: Sequence[Tensor], taps: Tensor
+        self,
+        plan: Plan,
+        grad: Tensor,
+        kept: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        params: Sequence[Tensor],
+        taps: Tensor,
     ) -> None:
         self.plan = plan
         self.x, self.x2, self.joint, self.qk, self.buffer = kept
@@ -127,7 +133,8 @@ class _Backward:
         self.flat = torch.empty(plan.flat_size, dtype=shape.master, device=device)
         self.scratch = torch.empty(plan.scratch_size, dtype=shape.dtype, device=device)
         self.grad_x = torch.empty(self.x.shape, dtype=shape.residual, device=device)
-        self.way = plan.way(True, grad, self.x, self.x2, self.joint, self.qk, self.buffer, *params, taps)
+        foreign = grad, self.x, self.x2, self.joint, self.qk, self.buffer, *weights, *params, taps
+        self.way = plan.way(True, *foreign)
         self.params = self.way.of(*params)
         self.taps = taps
         self.results = Results(*self.way.places(plan.results, self.buffer))
