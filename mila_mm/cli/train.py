@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.max_nonfinite is not None and args.max_nonfinite < 1:
         raise UserError(f'--max-nonfinite: expected a number of iterations above 0, got {args.max_nonfinite}')
     cli.export_local_rank(args)
-    cli.look_first(args, 'train', 'val')
     with stop_signals(until_exit=cli.job.owns_process) as stop:
+        cli.look_first(args, 'train', 'val')
         _train(args, stop)
 
 

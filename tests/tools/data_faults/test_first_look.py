@@ -66,6 +66,13 @@ def test_a_label_map(segmentor_of, maps, tmp_path, root) -> None:
     assert 'has value 77' in said
 
 
+def test_a_signal_during_the_first_look(detector_of, own, root) -> None:
+    more = 'import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\ndel os, signal'
+    ended, said = start(detector_of(own, more), root)
+    assert ended == '75 []', (ended, said)
+    assert 'stopped by SIGTERM before the training began' in said
+
+
 LEFT_ALONE = {
     'another class of that name': "custom_imports = dict(imports=['own_data'])",
     'another kind': "train_dataloader['dataset']['type'] = 'CityscapesDataset'",
