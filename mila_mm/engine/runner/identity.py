@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import get_world_size
-from mmengine.optim import AmpOptimWrapper
+from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from mila_mm.engine.data.content import content_of
@@ -119,18 +119,30 @@ def precision_of(optim_wrapper: Any, cfg: Mapping[str, Any]) -> str:
         cfg: The config that it was built from.
 
     Returns:
-        'fp32', 'bf16', or 'fp16, loss_scale "dynamic"'; with what ``fully_shard`` rounds where it does.
+        'fp32', 'bf16', 'fp16, loss_scale "dynamic"', or 'apex O1, loss_scale "dynamic"', for each of several where they
+        differ; with what ``fully_shard`` rounds where it does.
     """
-    several = getattr(optim_wrapper, 'optim_wrappers', None)
-    found = []
-    for wrapper in several.values() if several else [optim_wrapper]:
-        kind = getattr(wrapper, 'cast_dtype', None) or torch.float16  # of mmengine's, without a dtype
-        found.append(_NAMES.get(kind, str(kind)) if isinstance(wrapper, AmpOptimWrapper) else 'fp32')
-        scaler = getattr(wrapper, 'loss_scaler', None)
-        if scaler is not None and scaler.is_enabled():
-            found[-1] += f', loss_scale {_text((cfg.get("optim_wrapper") or {}).get("loss_scale", "dynamic"))}'
+    several, options = getattr(optim_wrapper, 'optim_wrappers', None), cfg.get('optim_wrapper') or {}
+    if several:  # their constructor takes options for each, by name
+        inner = {name: options.get(name) for name in several}
+        own = {name: each if isinstance(each, Mapping) else options for name, each in inner.items()}
+        found = [_precision_of(wrapper, own[name]) for name, wrapper in several.items()]
+    else:
+        found = [_precision_of(optim_wrapper, options)]
+    found = found[:1] if len(set(found)) == 1 else found
     rounded = (cfg.get('model_wrapper_cfg') or {}).get('mixed_precision')
-    return '; '.join([*dict.fromkeys(found), *([f'mixed_precision {_text(rounded)}'] if rounded else [])])
+    return '; '.join([*found, *([f'mixed_precision {_text(rounded)}'] if rounded else [])])
+
+
+def _precision_of(wrapper: Any, options: Mapping[str, Any]) -> str:
+    if isinstance(wrapper, ApexOptimWrapper) and wrapper.enabled:
+        return f'apex {wrapper.opt_level}, loss_scale {_text(wrapper.loss_scale)}'
+    kind = getattr(wrapper, 'cast_dtype', None) or torch.float16  # of mmengine's, without a dtype
+    found = _NAMES.get(kind, str(kind)) if isinstance(wrapper, AmpOptimWrapper) else 'fp32'
+    scaler = getattr(wrapper, 'loss_scaler', None)
+    if scaler is not None and scaler.is_enabled():
+        found += f', loss_scale {_text(options.get("loss_scale", "dynamic"))}'
+    return found
 
 
 def groups(optim_wrapper: Any) -> list[dict[str, Any]]:

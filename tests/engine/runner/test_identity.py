@@ -3,20 +3,25 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from mmengine.optim import ApexOptimWrapper, OptimWrapper, OptimWrapperDict
+from mmengine.optim.optimizer import apex_optimizer_wrapper
 
+from mila_mm.engine.optimizers.amp import AmpOptimWrapper
 from mila_mm.engine.runner.identity import (
     RECORD,
     RunRecord,
     Settings,
     changes,
     names_of,
+    precision_of,
     read_record,
     remarks,
     write_record,
 )
 from mila_mm.errors import UserError
 
-HELD = dict(classes='["a", "b"]', annotations='12 bytes, 3f', files='77')
+HELD = dict(classes='["a", "b"]', annotations='12 bytes, 3f', names='77', sizes='5')
 SETTINGS = Settings(
     *(2, 4, 1, 100, 800, '12 epochs', (1e-4, 1e-5), '{"optimizer": {"type": "AdamW"}}', ('{}', '{}'), 'bf16', HELD)
 )
@@ -110,10 +115,11 @@ def test_settings_come_back_from_a_checkpoint() -> None:
         (dict(optimizer='{"optimizer": {"type": "SGD"}}'), ['optimizer']),
         (dict(length='24 epochs'), []),
         (dict(precision='fp32'), ['precision']),
-        (dict(data={**HELD, 'files': '78'}), ['data']),
+        (dict(data={**HELD, 'names': '78'}), ['data']),
         (dict(data={**HELD, 'classes': '["b", "a"]'}), ['data']),
         (dict(data={'classes': HELD['classes']}), []),
-        (dict(data={**HELD, 'files': '78', 'annotations': ''}, images=900, epoch_length=113), ['epoch_length']),
+        (dict(data={name: HELD[name] for name in ('classes', 'names')} | {'files': '1'}), []),
+        (dict(data={**HELD, 'names': '78', 'annotations': ''}, images=900, epoch_length=113), ['epoch_length']),
         (dict(data={**HELD, 'classes': '[]'}, images=900, epoch_length=113), ['epoch_length', 'data']),
     ],
 )
@@ -129,3 +135,31 @@ def test_names_on_the_command_line() -> None:
     assert list(names_of('lr, world-size,')) == ['lr', 'world_size']
     with pytest.raises(UserError, match=r'got .speed'):
         list(names_of('lr,speed'))
+
+
+def sgd() -> torch.optim.SGD:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+
+
+def test_loss_scales_of_several_optimizers() -> None:
+    """Each wrapper's options stand under its name, where its constructor takes them from."""
+
+    def precision(first: float, second: float, **options) -> str:
+        each = dict(type=dict(loss_scale=first), b=dict(loss_scale=second), **options)
+        wrappers = {name: AmpOptimWrapper('fp16', **given, optimizer=sgd()) for name, given in each.items()}
+        return precision_of(OptimWrapperDict(**wrappers), dict(optim_wrapper=dict(constructor='C', **each)))
+
+    assert precision(64.0, 64.0) == 'fp16, loss_scale 64.0'
+    assert precision(64.0, 32.0) == 'fp16, loss_scale 64.0; fp16, loss_scale 32.0'
+    again = dict(loss_scale=32.0)
+    assert precision(64.0, 32.0, c=again) != precision(64.0, 64.0, c=again)
+    mixed = OptimWrapperDict(type=AmpOptimWrapper('fp16', optimizer=sgd()), b=OptimWrapper(sgd()))
+    assert precision_of(mixed, dict(optim_wrapper=dict(type='X'))) == 'fp16, loss_scale "dynamic"; fp32'
+
+
+def test_apex_is_no_fp32(monkeypatch) -> None:
+    monkeypatch.setattr(apex_optimizer_wrapper, 'apex_amp', object())  # it is not installed where there is no GPU
+    built = [ApexOptimWrapper(optimizer=sgd(), **options) for options in ({}, dict(opt_level='O2', loss_scale=64.0))]
+    assert precision_of(built[0], {}) == 'apex O1, loss_scale "dynamic"'
+    assert precision_of(built[1], {}) == 'apex O2, loss_scale 64.0'
+    assert precision_of(ApexOptimWrapper(optimizer=sgd(), enabled=False), {}) == 'fp32'
