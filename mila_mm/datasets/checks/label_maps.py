@@ -111,7 +111,9 @@ def judge_maps(
     share = sum(summary.labels[label] for label in ignored) / max(pixels, 1)
     complete = summary.seen == summary.total or summary.seen >= _ENOUGH
     if not found:
-        return [error(where, f'{looked}, every pixel is ignored ({shown(sorted(summary.raw))}): nothing to learn')]
+        # A set of which few images are labelled is sound, however many of its maps are wholly ignored.
+        level = error if summary.seen == summary.total else warning
+        return [level(where, f'{looked}, every pixel is ignored ({shown(sorted(summary.raw))}): nothing to learn')]
     if {0, 255} == set(summary.raw) == set(summary.labels) and len(classes) > 1 and 255 in ignored:
         text = (
             f'{looked}, the values are 0 and 255, and 255 is ignored: no foreground is ever seen. Write 255 as 1 '

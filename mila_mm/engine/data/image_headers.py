@@ -30,7 +30,7 @@ def check_image_sizes(split: Split) -> list[Finding]:
     """
     path, folder = split.local_ann_file, _folder(split)
     chosen = split.config.get('indices') is not None
-    if path is None or folder is None or chosen or not _is_loaded_plainly(split):
+    if path is None or folder is None or chosen or not is_loaded_plainly(split):
         return []
     try:
         images = loaded_images(read_coco(path), filter_of(split))
@@ -62,7 +62,7 @@ def _folder(split: Split) -> Path | None:
     return Path(root, name)
 
 
-def _is_loaded_plainly(split: Split) -> bool:
+def is_loaded_plainly(split: Split) -> bool:
     """Tell whether a pipeline loads images from files, with OpenCV and turned by EXIF, and by nothing else."""
     loads = [step for step in split.steps if kind_name(step).startswith('Load') and 'Image' in kind_name(step)]
     if len(loads) != 1 or kind_name(loads[0]) != 'LoadImageFromFile':

@@ -11,11 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 from mmengine.config import Config
+from mmengine.fileio import list_dir_or_file
 from PIL import Image
 
 from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.datasets.checks.label_maps import MapSummary, fault_of_labels, fault_of_map, judge_maps, spread
 from mila_mm.engine.data.ignored import ignored_by
+from mila_mm.engine.data.image_headers import is_loaded_plainly
 from mila_mm.engine.data.splits import Split, kind_name
 
 # Maps of a split that are opened, and seconds after which no more are: the whole check opens more.
@@ -36,67 +38,88 @@ def check_map_folder(cfg: Config, split: Split) -> list[Finding]:
     named = [config.get(name) for name in ('ann_file', 'backend_args', 'indices')] + [
         loads[0].get(name) for name in ('imdecode_backend', 'backend_args') if loads
     ]
-    if len(loads) != 1 or any(named) or not split.classes:
+    if len(loads) != 1 or loads[0] not in (config.get('pipeline') or ()) or any(named) or not split.classes:
         return []
     reduced = loads[0].get('reduce_zero_label')
     reduced = bool(config.get('reduce_zero_label', False) if reduced is None else reduced)
-    pairs = _pairs(config)
-    if not pairs:
-        return _no_image(split)
+    folder, suffix = _folder(config, 'img_path'), config.get('img_suffix', '.jpg')
+    files = _files(folder) if folder is not None and isinstance(suffix, str) and suffix else None
+    if folder is None or files is None:
+        return []  # told by its key, or left to the whole check
+    names = [name for name in files if name.endswith(suffix)]
+    if not names:
+        return [_no_image(split.key, folder, suffix, files)]
+    maps, other = _folder(config, 'seg_map_path'), config.get('seg_map_suffix', '.png')
+    if maps is None or not isinstance(other, str):
+        return []
+    pairs = [(folder / name, maps / f'{name[: -len(suffix)]}{other}') for name in names]
+    return _check_maps(split, pairs, split.classes, ignored_by(cfg, split.stage), reduced)
+
+
+def _check_maps(
+    split: Split, pairs: Sequence[tuple[Path, Path]], classes: Sequence[str], ignored: Sequence[int], reduced: bool
+) -> list[Finding]:
+    """Check label maps beside their images; nothing is said of a set of which one cannot be read."""
     summary = MapSummary(total=len(pairs))
-    ignored = ignored_by(cfg, split.stage)
+    plain = is_loaded_plainly(split)
     deadline = time.monotonic() + _SECONDS
     found: dict[str, Finding] = {}
     for position in spread(len(pairs), _MAPS):
         if summary.seen and time.monotonic() > deadline:
             break
+        image, path = pairs[position]
         try:
-            finding = _look(*pairs[position], split.classes, ignored, reduced, summary)
-        except (OSError, ValueError, SyntaxError, cv2.error):  # no image, or none that is whole
+            finding = _look(image if plain else None, path, classes, ignored, reduced, summary)
+        except (OSError, ValueError, SyntaxError, cv2.error, Image.DecompressionBombError):  # none that is whole
             return []
         if finding is not None:
             found.setdefault(' '.join(finding.message.split(maxsplit=2)[:2]), finding)
-    return list(found.values()) or judge_maps(split.key, summary, split.classes, ignored, reduced)
+    return list(found.values()) or judge_maps(split.key, summary, classes, ignored, reduced)
 
 
-def _no_image(split: Split) -> list[Finding]:
+def _folder(config: dict[str, Any], name: str) -> Path | None:
+    """Return a folder of a data set, None where it is not there or a file backend serves it."""
+    root, prefix = str(config.get('data_root') or ''), config.get('data_prefix')
+    below = prefix.get(name) if isinstance(prefix, dict) else None
+    if not isinstance(below, str) or '://' in root + below or not Path(root, below).is_dir():
+        return None
+    return Path(root, below)
+
+
+def _files(folder: Path) -> list[str] | None:
+    """List a folder as ``BaseSegDataset`` does, through links, None where that takes long or is not allowed."""
+    deadline = time.monotonic() + _SECONDS
+    names = []
+    try:
+        for name in list_dir_or_file(folder, list_dir=False, recursive=True):
+            if time.monotonic() > deadline:
+                return None
+            names.append(name)
+    except OSError:
+        return None
+    return sorted(names)
+
+
+def _no_image(key: str, folder: Path, suffix: str, files: Sequence[str]) -> Finding:
     """Say why no image is found in a folder that is there."""
-    config = split.config
-    prefix = config.get('data_prefix')
-    name = prefix.get('img_path') if isinstance(prefix, dict) else None
-    folder = Path(str(config.get('data_root') or ''), name) if isinstance(name, str) else Path()
-    if not isinstance(name, str) or '://' in str(config.get('data_root')) + name or not folder.is_dir():
-        return []  # told by its key, or left to the whole check
-    suffix = config.get('img_suffix', '.jpg')
-    names = [path.name for path in folder.rglob('*') if path.is_file()]
-    if not isinstance(suffix, str) or any(name.endswith(suffix) for name in names):
-        return []
-    others = Counter(Path(name).suffix for name in names)
+    others = Counter(Path(name).suffix for name in files)
     there = f'{others.most_common(1)[0][1]} files of {others.most_common(1)[0][0]!r}' if others else 'no file'
-    return [error(split.key, f'finds no image: img_suffix is {suffix!r}, and {folder} holds {there}')]
-
-
-def _pairs(config: dict[str, Any]) -> list[tuple[Path, Path]]:
-    """Return the image and label map of each sample, as ``BaseSegDataset`` finds them in folders."""
-    root, prefix = str(config.get('data_root') or ''), config.get('data_prefix') or {}
-    if not isinstance(prefix, dict) or not all(isinstance(prefix.get(n), str) for n in ('img_path', 'seg_map_path')):
-        return []
-    if any('://' in text for text in (root, *prefix.values())):
-        return []
-    images, maps = Path(root, prefix['img_path']), Path(root, prefix['seg_map_path'])
-    ends, other = config.get('img_suffix', '.jpg'), config.get('seg_map_suffix', '.png')
-    if not (isinstance(ends, str) and ends and isinstance(other, str) and images.is_dir()):
-        return []
-    names = sorted(str(path.relative_to(images)) for path in images.rglob(f'*{ends}') if path.name[0] != '.')
-    return [(images / name, maps / f'{name[: -len(ends)]}{other}') for name in names]
+    return error(key, f'finds no image: img_suffix is {suffix!r}, and {folder} holds {there}')
 
 
 def _look(
-    image: Path, path: Path, classes: Sequence[str], ignored: Sequence[int], reduced: bool, summary: MapSummary
+    image: Path | None,
+    path: Path,
+    classes: Sequence[str],
+    ignored: Sequence[int],
+    reduced: bool,
+    summary: MapSummary,
 ) -> Finding | None:
+    """Check one label map, and its size where it is known how its image is loaded."""
     with Image.open(path) as opened:  # as mmseg's loader, which keeps the indices of a palette
         raw, lossy = np.array(opened), opened.format == 'JPEG'
-    shape = cv2.imread(str(image)).shape[:2] if image.is_file() else None
+    loaded = cv2.imread(str(image)) if image is not None and image.is_file() else None
+    shape = None if loaded is None else loaded.shape[:2]
     fault = fault_of_map(str(path), raw, str(image), shape, lossy)
     if fault is not None:
         return fault

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS, MODELS, Registry
 
 STAGES = ('train', 'val', 'test')
@@ -37,7 +38,7 @@ class Split:
         """Class names that it will have, None where that shows only once it is built."""
         own = (self.config.get('metainfo') or {}).get('classes')
         if isinstance(own, str):
-            return tuple(Path(own).read_text().split('\n')) if Path(own).is_file() else None
+            return tuple(list_from_file(own)) if Path(own).is_file() else None
         names = own or self.meta.get('classes')
         return tuple(names) if isinstance(names, (list, tuple)) else None
 

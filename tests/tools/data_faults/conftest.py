@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 
 from mila_mm import cli
+from mila_mm.engine.config.load import load_config, scope_of
+from mila_mm.engine.data.check import check_everything
+from mila_mm.engine.data.first_look import first_look
+from mila_mm.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +29,24 @@ def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Let a fault be found by the first look, and where that is left out, as in a distributed job."""
     if not request.param:
         monkeypatch.setattr(cli, 'look_first', lambda *_: None)
+
+
+@pytest.fixture
+def refusals() -> Callable[..., tuple[str, list[str]]]:
+    """Return what the first look refuses of a config, and what the whole check; the second holds with the first."""
+
+    def both(config: Path, stages: list[str]) -> tuple[str, list[str]]:
+        refused = ''
+        try:
+            first_look(str(config), (), stages)
+        except UserError as fault:
+            refused = str(fault)
+        cfg = load_config(str(config))
+        whole = [str(finding) for finding in check_everything(cfg, stages, scope_of(cfg)).of('error')]
+        assert whole or not refused, f'only the first look refuses: {refused}'
+        return refused, whole
+
+    return both
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Faults of a COCO file are said before the first step, each by a small set with that fault."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -179,3 +181,12 @@ def test_a_jpeg_that_is_cut_short(detector_of, own, edit, share, behind) -> None
     found = [str(finding) for finding in report.of('error')]
     assert len(found) == (share < 1)
     assert all(str(other) in line and ('is cut short' in line or 'cannot be decoded' in line) for line in found)
+
+
+def test_what_the_first_look_refuses_the_whole_check_refuses(refusals, detector_of, shapes, edit, tmp_path) -> None:
+    refused = 0
+    for fault, (change, _) in ENTRIES.items():
+        own = Path(shutil.copytree(shapes, tmp_path / fault))
+        edit(own, change)
+        refused += bool(refusals(detector_of(own), ['train', 'val'])[0])
+    assert refused > len(ENTRIES) / 2

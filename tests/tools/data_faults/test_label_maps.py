@@ -165,3 +165,18 @@ def test_images_that_indices_leave_out_are_not_told_to_have_another_suffix(segme
     shutil.copy(folder / 'img/train/0.png', folder / 'img/train/9.jpeg')
     (message,) = told('')
     assert message.startswith('1 images in') and "img_suffix is '.png'" in message
+
+
+@pytest.mark.parametrize('fault', [*MAPS, *LISTS, 'another suffix'])
+def test_what_the_first_look_refuses_the_whole_check_refuses(refusals, segmentor_of, maps, tmp_path, fault) -> None:
+    folder = maps(tmp_path / 'maps', MAPS[fault][0] if fault in MAPS else lambda m, k: m)
+    more = "train_dataloader['dataset']['img_suffix'] = '.jpg'" if fault == 'another suffix' else ''
+    if fault in LISTS:
+        (folder / 'own.txt').write_bytes(LISTS[fault][0])
+        more = "train_dataloader['dataset']['ann_file'] = 'own.txt'"
+    if fault == 'JPEG':
+        for path in (folder / 'ann/train').iterdir():
+            Image.open(path).save(path, format='JPEG', quality=100)
+    first, whole = refusals(segmentor_of(folder, more=more), ['train'])
+    assert whole
+    assert bool(first) == (fault not in LISTS or fault == 'empty')
