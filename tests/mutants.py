@@ -30,15 +30,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from mutants_report import PAGE, RESULT, Mutant, Outcome, from_json, page
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / 'benchmarks/results/mutants.json'
-PAGE = ROOT / 'docs/mutants.md'
 # The rooms, and what of tests/ is to notice faults in them beside the tests of the file's own name. No training of
 # minutes: what takes one to notice lacks a test.
 ROOMS = {
@@ -68,35 +68,6 @@ PRELOADED = [
     'cv2',
     'pycocotools.coco',
 ]
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A fault: the ``occurrence``-th place at which an operator of Cosmic Ray can work in a file."""
-
-    room: str
-    path: str
-    operator: str
-    arguments: tuple[tuple[str, object], ...]
-    occurrence: int
-    line: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a fault: 'caught', 'survived' or 'timeout', in how many seconds, and by which test."""
-
-    mutant: Mutant
-    status: str
-    seconds: float
-    diff: str
-    test: str = ''
-
-
-def from_json(row: dict[str, Any]) -> Outcome:
-    """Read an outcome back from the report."""
-    arguments = tuple((name, value) for name, value in row['mutant']['arguments'])
-    return Outcome(**{**row, 'mutant': Mutant(**{**row['mutant'], 'arguments': arguments})})
 
 
 def places(room: str) -> Iterator[Mutant]:
@@ -319,43 +290,6 @@ def run(
             list(pool.map(sound, controlled))
             end = time.monotonic() + seconds
             return [outcome for outcome in pool.map(one, mutants) if outcome is not None]
-
-
-def page(document: dict) -> str:
-    """Return docs/mutants.md."""
-    outcomes = document['outcomes']
-    rows = []
-    for room in ROOMS:
-        of_room = [outcome for outcome in outcomes if outcome['mutant']['room'] == room]
-        if of_room:
-            caught = sum(outcome['status'] == 'caught' for outcome in of_room)
-            rows.append(f'| `{room}` | {len(of_room)} | {caught} | {100 * caught / len(of_room):.0f} % |')
-    caught = sum(outcome['status'] == 'caught' for outcome in outcomes)
-    text = [
-        '<!-- Made by `python tests/mutants.py --docs`; see that script. -->',
-        '',
-        '# Do the tests notice faults?',
-        '',
-        '`make mutants` puts small faults into the package, one at a time ([Cosmic Ray](https://cosmic-ray.readthedocs.io)',
-        'makes them), and runs the tests of the room on each. Lines are drawn by a seed, a fault at each.',
-        '',
-        f'{document["machine"]["date"]}, seed {document["seed"]}, commit {document["machine"]["commit"][:10]}, '
-        f'Python {document["machine"]["python"]}: {caught} of {len(outcomes)} caught '
-        f'({100 * caught / max(len(outcomes), 1):.0f} %).',
-        '',
-        '| room | faults | caught | |',
-        '| --- | --- | --- | --- |',
-        *rows,
-        '',
-        'What no test noticed, and what is to be said of it:',
-        '',
-    ]
-    for outcome in outcomes:
-        if outcome['status'] != 'caught':
-            mutant = outcome['mutant']
-            remark = document['remarks'].get(f'{mutant["path"]}:{mutant["line"]}:{mutant["operator"]}', 'open')
-            text += [f'`{mutant["path"]}:{mutant["line"]}`: {remark}', '', '```diff', outcome['diff'], '```', '']
-    return '\n'.join(text).rstrip() + '\n'
 
 
 def main() -> None:
