@@ -13,23 +13,22 @@ import io
 import os
 import pickle
 import sys
+from collections import OrderedDict
 from numbers import Integral
 from types import ModuleType, SimpleNamespace
 from typing import Any, BinaryIO
 
+from mila_mm.compat import pickle_parts as parts
 from mila_mm.compat.import_hook import when_imported
-from mila_mm.errors import UserError, printable, printable_path
+from mila_mm.compat.pickle_reader import ADVICE, TRUST, OpcodeReader, UnsafePickleError, unfilled
+from mila_mm.errors import printable, printable_path
 
-TRUST = 'MILA_MM_TRUST_PICKLES'
-_ADVICE = f'If you trust where it comes from, {TRUST}=1 reads it all the same.'
 _MAX_PIXELS = 2**30
 
 _DATA = frozenset(
     {
         *(f'{module}.{name}' for module in ('builtins', '__builtin__') for name in ('complex', 'set', 'frozenset')),
         *(f'collections.{name}' for name in ('OrderedDict', 'defaultdict')),
-        'numpy.dtype',
-        *(f'numpy.{core}.numeric._frombuffer' for core in ('core', '_core')),
         'torch._utils._rebuild_parameter',
         *(f'torch.{name}' for name in ('Size', 'device')),
     }
@@ -38,11 +37,7 @@ _DATA = frozenset(
 _LIBRARIES = ('mmengine.structures', 'mmdet.structures', 'mmseg.structures', 'mmpretrain.structures')
 
 
-class UnsafePickleError(UserError):
-    """A pickle that asks for more than data."""
-
-
-class DataUnpickler(pickle.Unpickler):
+class DataUnpickler(OpcodeReader):
     """An unpickler that makes data and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -58,12 +53,36 @@ class DataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if '.' not in name and (module == 'torch' or full.startswith(_LIBRARIES)):
             found = super().find_class(module, name)
-            own = isinstance(found, type) and found.__module__.startswith(_LIBRARIES)
-            if own or type(found).__name__ == 'dtype':
+            if _is_own(found) or type(found).__name__ == 'dtype':
                 return found
         raise UnsafePickleError(
-            f'this pickle is not read, as it holds more than data: it asks for {printable(full)}. {_ADVICE}'
+            f'this pickle is not read, as it holds more than data: it asks for {printable(full)}. {ADVICE}'
         )
+
+    def check_call(self, function: Any, arguments: tuple[Any, ...]) -> None:
+        """Refuse what :meth:`find_class` did not return, and arguments for a sample, which pickles hold as state."""
+        if not callable(function) or (_is_own(function) and arguments):
+            raise UnsafePickleError(
+                f'this pickle is not read, as it holds more than data: it calls {printable(repr(function))}. {ADVICE}'
+            )
+
+    def check_state(self, value: Any, state: Any) -> None:
+        """Refuse a state that is not a dict of a sample, or what numpy writes for its arrays and types."""
+        if _is_own(type(value)) or type(value) is OrderedDict:
+            if type(state) is not dict:
+                raise unfilled(f'a {type(value).__name__} of an unknown state')
+            return
+        numpy = sys.modules.get('numpy')
+        if numpy is not None and isinstance(value, numpy.dtype):
+            parts.check_dtype_state(value, state)
+        elif numpy is not None and type(value) is numpy.ndarray:
+            parts.check_array_state(value, state, self)
+        else:
+            super().check_state(value, state)
+
+
+def _is_own(kind: Any) -> bool:
+    return isinstance(kind, type) and kind.__module__.startswith(_LIBRARIES)
 
 
 def load(file: BinaryIO, **options: Any) -> Any:
@@ -106,53 +125,6 @@ def load_array(file: BinaryIO) -> Any:
     return np.load(file, allow_pickle=False)
 
 
-class _Array:
-    """Stands for ``numpy.ndarray``, which would make an array of any size from a number."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        raise _unfilled('an array without content')
-
-
-def _array(kind: Any, shape: Any, code: Any) -> Any:
-    """Make the empty array that numpy's pickles begin with; its shape comes with its bytes, which numpy compares."""
-    import numpy as np
-
-    if kind is not _Array or shape != (0,) or code not in (b'b', 'b'):
-        raise _unfilled(f'an array of shape {shape}')
-    return np.ndarray((0,), 'b')
-
-
-def _scalar(kind: Any, data: Any = b'') -> Any:
-    """Make a number of numpy's from its bytes, which old pickles hold as text."""
-    import numpy as np
-
-    data = data.encode('latin1') if isinstance(data, str) else data
-    whole = isinstance(kind, np.dtype) and not kind.hasobject and isinstance(data, bytes)
-    if not whole or len(data) != kind.itemsize:
-        raise _unfilled('a number of numpy')
-    return np.frombuffer(data, kind)[0]
-
-
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """Make a tensor from its storage, which torch would enlarge to whatever the sizes say."""
-    import torch
-
-    whole = all(isinstance(part, tuple) and all(type(n) is int and n >= 0 for n in part) for part in (size, stride))
-    if not (isinstance(storage, torch.storage.TypedStorage) and type(offset) is int and offset >= 0 and whole):
-        raise _unfilled('a tensor')
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=False))
-    if len(size) != len(stride) or (0 not in size and last >= storage._size()) or offset > storage._size():
-        raise _unfilled(f'a tensor of shape {size}')
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *rest)
-
-
-def _unfilled(what: str) -> UnsafePickleError:
-    return UnsafePickleError(
-        f'this pickle is not read, as a size in it is wrong: it asks for {printable(what)}, of which it holds less, or '
-        f'which no file of data holds; damaged? {_ADVICE}'
-    )
-
-
 def check_masks(content: Any) -> None:
     """Check the sizes of run-length encoded masks, at which pycocotools takes memory without looking.
 
@@ -170,39 +142,34 @@ def check_masks(content: Any) -> None:
             if value.keys() >= {'size', 'counts'}:
                 _check_mask(value)
                 continue
-            parts = value.values()
-        elif isinstance(value, (list, tuple)):
-            parts = value
-        elif type(value).__module__.startswith(_LIBRARIES):
-            parts = vars(value).values()
+            held = [*value.values(), *getattr(value, '__dict__', {}).values()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            held = list(value)
+        elif _is_own(type(value)):
+            held = list(vars(value).values())
+        elif getattr(getattr(value, 'dtype', None), 'hasobject', False):
+            held = value.ravel().tolist()
         else:
             continue
         if id(value) not in seen:
             seen.add(id(value))
-            waiting.extend(parts)
+            waiting.extend(held)
 
 
 def _check_mask(mask: dict[str, Any]) -> None:
     size, counts = mask['size'], mask['counts']
     whole = isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, Integral) and n >= 0 for n in size)
     if not whole or size[0] * size[1] > _MAX_PIXELS:
-        raise _unfilled(f'a mask of size {size!r}')
+        raise unfilled(f'a mask of size {size!r}')
     if not isinstance(counts, (bytes, str)) and not (
         isinstance(counts, list) and all(isinstance(n, Integral) and n >= 0 for n in counts)
     ):
-        raise _unfilled(f'a mask with {type(counts).__name__} for counts')
+        raise unfilled(f'a mask with {type(counts).__name__} for counts')
 
 
 def _encode(text: str, *_: str) -> bytes:
     """Make the bytes that pickles of protocol 2 hold as text, in latin1 always."""
     return text.encode('latin1')
-
-
-def _storage(data: bytes) -> Any:
-    """Make a tensor's storage, which torch would unpickle once more, without limits."""
-    import torch
-
-    return torch.load(io.BytesIO(data), weights_only=True)
 
 
 def _empty(*_: Any) -> bytes:
@@ -214,11 +181,13 @@ _REPLACED = {
     '_codecs.encode': _encode,
     'builtins.bytes': _empty,
     '__builtin__.bytes': _empty,
-    'torch.storage._load_from_bytes': _storage,
-    'torch._utils._rebuild_tensor_v2': _tensor,
-    'numpy.ndarray': _Array,
-    **{f'numpy.{core}.multiarray._reconstruct': _array for core in ('core', '_core')},
-    **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
+    'torch.storage._load_from_bytes': parts.storage,
+    'torch._utils._rebuild_tensor_v2': parts.tensor,
+    'numpy.ndarray': parts.Array,
+    'numpy.dtype': parts.dtype,
+    **{f'numpy.{core}.multiarray._reconstruct': parts.array for core in ('core', '_core')},
+    **{f'numpy.{core}.multiarray.scalar': parts.scalar for core in ('core', '_core')},
+    **{f'numpy.{core}.numeric._frombuffer': parts.frombuffer for core in ('core', '_core')},
 }
 
 
