@@ -185,3 +185,8 @@ def test_a_validation_on_training_images_is_a_warning(detector_of, shapes) -> No
         told = [str(finding) for finding in found if finding.level == 'warning']
         assert len(told) == number
         assert all('reads the same files as train_dataloader.dataset' in line for line in told)
+
+
+def test_what_the_first_look_refuses_the_whole_check_refuses(refusals, detector_of, shapes) -> None:
+    for more, _ in CONFIGS.values():
+        refusals(detector_of(shapes, more), ['train', 'val'])
