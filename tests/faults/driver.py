@@ -93,7 +93,8 @@ class Faults:
             kind = ORDER[number % len(ORDER)]
             self.kill_once(work_dir, kind, chance, resume=number > 0)
             unfinished = list(work_dir.rglob('.*.unfinished'))
-            check(bool(unfinished) == (kind == 'write'), f'kill {number} in {kind}: unfinished files {unfinished}')
+            # the others may have come as far as the next writing before the kill
+            check(bool(unfinished) or kind != 'write', f'kill {number} in {kind}: nothing was half written')
             found = newest(work_dir)
             check(found is not None or not saved, f'kill {number} in {kind}: no readable checkpoint is left')
             saved = found is not None
