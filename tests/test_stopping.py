@@ -51,11 +51,16 @@ def signalled(program: str, argument: str, *signums: int, **env: str) -> tuple[i
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen(command, text=True, env={**os.environ, **env}, **pipes)
     process.stdout.readline()
+    hung = threading.Timer(60, process.kill)  # one that says nothing is not waited for
+    hung.start()
     said = ''
     for signum in signums:
         process.send_signal(signum)
         said = said or process.stderr.readline()
-    return process.wait(60), said + process.stderr.read()
+    said += process.stderr.read()
+    status = process.wait()
+    hung.cancel()
+    return status, said
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])

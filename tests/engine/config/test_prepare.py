@@ -151,6 +151,7 @@ def test_folders_are_checked_before_anything_is_fetched(home, tmp_path) -> None:
         ('link', 'a link that leads nowhere'),
         ('link/run', 'a link that leads nowhere'),
         ('x' * 300, 'expected a name of at most 255 bytes|File name too long'),
+        ('run/' + 'x' * 300, 'expected a name of at most 255 bytes'),
         ('run/' + 'y/' * 3000, 'expected a name of at most|File name too long'),
         ('circle', 'a link that leads nowhere|symbolic links'),
         ('circle/run', 'a link that leads nowhere|symbolic links'),
