@@ -68,6 +68,7 @@ def page(document: dict) -> str:
         f'{document["machine"]["date"]}, seed {document["seed"]}, commit {document["machine"]["commit"][:10]}, '
         f'Python {document["machine"]["python"]}: {caught} of {len(outcomes)} caught '
         f'({100 * caught / max(len(outcomes), 1):.0f} %).',
+        *(f'`{room}` was tried at commit {commit[:10]}.' for room, commit in document.get('commits', {}).items()),
         '',
         '| room | faults | caught | |',
         '| --- | --- | --- | --- |',

@@ -161,6 +161,11 @@ class _StorageReader(OpcodeReader):
     """Reads what torch writes about one storage: it names its type and refers to it, and calls nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the name of a storage's class, which is looked up later.
+
+        Raises:
+            UnsafePickleError: If it is the name of anything else.
+        """
         if module != 'torch' or not name.isalnum() or not name.endswith('Storage'):
             raise UnsafePickleError(
                 f'this pickle is not read, as it holds more than data: it asks for {printable(f"{module}.{name}")} '

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mila_mm.nn import down_node
+from mila_mm.nn import down_node, inspection
 from mila_mm.nn.layers import Downsample
 from mila_mm.nn.step_weights import CastConvolutions
 
@@ -150,3 +150,12 @@ def test_another_number_of_convolutions_is_called(taken):
     module.conv.append(type(module.conv[2])(8, 8, 1, bias=True))
     pairs = [(layer.conv.weight, layer.conv.bias) for layer in module.conv]
     assert not down_node.fits(module.conv, x, CastConvolutions(pairs, pairs)) and not taken
+
+
+@pytest.mark.parametrize('change', [lambda w: w.double(), lambda w: w.repeat(1, 2, 1, 1)[:, ::2]], ids=['fp64', 'gaps'])
+def test_weights_of_another_dtype_or_layout_are_not_cast_together(change):
+    module = make()
+    assert inspection.layers_of(module, Downsample) is not None
+    conv = module.conv[0].conv
+    conv.weight = nn.Parameter(change(conv.weight.detach()))
+    assert inspection.layers_of(module, Downsample) is None
