@@ -15,7 +15,7 @@ from sphinx.ext.autodoc.mock import _MockObject, mock
 LIBRARIES = [
     'cv2', 'faster_coco_eval', 'filelock', 'matplotlib', 'mmcv', 'mmdet', 'mmengine', 'mmpretrain', 'mmseg', 'numpy',
     'onnx', 'onnxruntime', 'onnxscript', 'openvino', 'pycocotools', 'safetensors', 'shapely', 'supervision', 'timm',
-    'torch', 'torchvision', 'tqdm', 'triton',
+    'torch', 'torchvision', 'tqdm', 'triton', 'PIL',
 ]  # fmt: skip
 
 __all__ = ['LIBRARIES', 'complete', 'mock']
