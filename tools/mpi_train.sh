@@ -34,20 +34,22 @@ done
 for name in MILA_MM_STOP_MARKER MILA_MM_MAX_STOPS; do
     [[ -z "${!name:-}" ]] || FORWARDED+=(-x "$name")
 done
-asked=
+asked='' job=''
 hear() {
     asked=${asked:-$1}
-    kill -USR1 "$job" 2> /dev/null || true
+    [[ -z "$job" ]] || kill -USR1 "$job" 2> /dev/null || true
 }
+# From before the training is there.
+trap 'hear TERM' TERM
+trap 'hear USR1' USR1
+trap 'hear INT' INT
 # In a session of its own: a signal to the group would reach mpirun as well. Some programs ignore it, and its children with it.
 # MPIRUN_ARGS is a list of words.
 # shellcheck disable=SC2086
 setsid mpirun -n "$COUNT" ${MPIRUN_ARGS:-} "${FORWARDED[@]}" \
     "$(pick_python)" -u "$TOOLS/train.py" "$CONFIG" "${@:3}" --launcher mpi &
 job=$!
-trap 'hear TERM' TERM
-trap 'hear USR1' USR1
-trap 'hear INT' INT
+[[ -z "$asked" ]] || hear "$asked"
 wait_for "$job"
 # 128 + SIGUSR1: it came before the processes could hear it
 if [[ -n "$asked" && ("$status" == 75 || "$status" == 138) ]]; then

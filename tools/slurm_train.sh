@@ -50,13 +50,26 @@ MARKER=$WORK_DIR/stopped.json
 [[ "$MARKER" == /* ]] || MARKER=$PWD/$MARKER
 rm -f "$MARKER"
 export MILA_MM_STOP_MARKER=$MARKER
+# Slurm may signal this shell instead of the training (--signal=B:USR1@120), or as well; srun passes it on. The training has
+# its own SIGTERM by then, or takes a second one for nothing. Heard from before the training is there.
+asked='' job=''
+pass_on() {
+    asked=$1
+    [[ -n "$job" ]] || return 0
+    if [[ "$1" == TERM ]]; then
+        (sleep 2 && kill -TERM "$job" 2> /dev/null) &
+    else
+        kill -USR1 "$job" 2> /dev/null || true
+    fi
+}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
 "${COMMAND[@]}" &
 job=$!
-# Slurm may signal this shell instead of the training (--signal=B:USR1@120), or as well; srun passes it on. The training has
-# its own SIGTERM by then, or takes a second one for nothing.
-trap 'kill -USR1 "$job" 2> /dev/null || true' USR1
-trap '(sleep 2 && kill -TERM "$job" 2> /dev/null) &' TERM
+[[ -z "$asked" ]] || pass_on "$asked"
 wait_for "$job"
+# 128 + SIGUSR1: it came before the tasks could hear it
+[[ -z "$asked" || "$status" != 138 ]] || status=75
 if [[ "$status" == 75 || -e "$MARKER" ]]; then # stopped by a signal, to be continued
     scontrol requeue "$SLURM_JOB_ID"
     status=75

@@ -102,6 +102,24 @@ def test_a_signal_to_the_batch_script_alone_is_passed_on(tmp_path) -> None:
     assert (tmp_path / 'told').read_text() == 'requeue 77\n'
 
 
+@pytest.mark.parametrize('signum', [signal.SIGUSR1, signal.SIGTERM], ids=['USR1', 'TERM'])
+def test_a_signal_while_srun_is_being_started_asks_for_another_start(tmp_path, signum) -> None:
+    """Its parent, the batch script, gets it from srun's own first line, before any task can hear it."""
+    for name, body in (
+        ('srun', f'kill -{int(signum)} $PPID; exec sleep 30'),
+        ('scontrol', f'echo "$@" >> {tmp_path}/told'),
+    ):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PYTHON': sys.executable, **BATCH}
+    command = ['bash', SCRIPT, 'gpu', 'job', 'c.py', 'run', '--resume']
+    ended = subprocess.run(command, env=env, timeout=20, check=False)
+    if signum == signal.SIGTERM:  # scancel sends it as well: what no task has heard is not queued again
+        assert ended.returncode == 143 and not (tmp_path / 'told').exists()
+    else:
+        assert ended.returncode == 75 and (tmp_path / 'told').read_text() == 'requeue 77\n'
+
+
 @pytest.mark.parametrize(
     ('name', 'value'),
     [
