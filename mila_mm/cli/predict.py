@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from mila_mm import cli
 from mila_mm.errors import UserError
-from mila_mm.stopping import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from mila_mm.engine.inference.predict import Summary
     from mila_mm.engine.inference.sources import Picture, Source
 
 _SHOWN = 10
+_KILLED = 128  # and the number of the signal, as shells say it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     print(described(summary))
     if summary.interrupted:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.stderr.write('interrupted; what came before is written\n')
+        sys.exit(_KILLED + summary.signum)
     if summary.failures:
         lines = summary.failures[:_SHOWN]
         if len(summary.failures) > _SHOWN:

@@ -1,5 +1,7 @@
 """``mila predict`` as a user types it."""
 
+import json
+import signal
 from pathlib import Path
 
 import cv2
@@ -58,6 +60,28 @@ def test_unreadable_pictures_are_named_at_the_end(run, checkpoint: Path) -> None
     assert '2 of 4 could not be read' in err
     assert 'pictures/c.png' in err and 'pictures/d.png' in err
     assert len(list(Path('predictions/pictures').iterdir())) == 2
+
+
+@pytest.mark.parametrize(('signum', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_one_line(
+    signum: int, status: int, run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def second(images, source):
+        for index, image in enumerate(images):
+            yield image
+            if index == 0:
+                signal.raise_signal(signum)
+
+    monkeypatch.setattr('mila_mm.cli.predict.show_progress', second)
+    with pytest.raises(SystemExit) as ended:
+        run(CONFIG, checkpoint, 'pictures', '--json')
+    assert ended.value.code == status
+    captured = capsys.readouterr()
+    assert '1 image in' in captured.out
+    assert captured.err == 'interrupted; what came before is written\n'
+    assert [image['file_name'] for image in json.loads(Path('predictions/predictions.json').read_text())['images']] == [
+        'a.png'
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Predict on everything that a source gives, and write it."""
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -27,7 +30,8 @@ class Summary:
         model_seconds: That of the model and its pipeline alone.
         written: A line for each kind of output.
         failures: A line for each image that could not be read, and for a video that broke off.
-        interrupted: Whether Ctrl-C ended it.
+        interrupted: Whether Ctrl-C ended it, or SIGTERM or SIGHUP.
+        signum: The signal that did.
     """
 
     images: int = 0
@@ -37,6 +41,60 @@ class Summary:
     written: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     interrupted: bool = False
+    signum: int = signal.SIGINT
+
+
+class _Interruptions:
+    """SIGINT, SIGTERM and SIGHUP as ``KeyboardInterrupt``, which comes between two images and not while one is written.
+
+    Attributes:
+        signum: The last signal that came, None before.
+        writing: Whether it must wait.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.writing = False
+
+    def receive(self, signum: int, frame: Any) -> None:
+        """Handle a signal.
+
+        Raises:
+            KeyboardInterrupt: Unless something is being written.
+        """
+        self.signum = signum
+        if not self.writing:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Set the handlers, and those of before at the end; outside the main thread Python allows none."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, 'SIGHUP') else [])]
+            # nohup ignores SIGHUP for a program
+            heard = [each for each in signals if signal.getsignal(each) != signal.SIG_IGN]
+            before = {signum: signal.signal(signum, self.receive) for signum in heard}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Let a signal wait until the block has ended.
+
+        Raises:
+            KeyboardInterrupt: At the end, where one has come.
+        """
+        self.writing = True
+        try:
+            yield
+        finally:
+            self.writing = False
+        if self.signum is not None:
+            raise KeyboardInterrupt
 
 
 def predict(
@@ -89,24 +147,33 @@ def predict(
     options: dict[str, Any] = dict(pictures=pictures, write_json=write_json, masks=masks, score_thr=score_thr)
     outputs = Outputs(out, predictor, images, **options)
     summary = Summary()
-    start = time.perf_counter()
     shown = images if progress is None else progress(images, images)
-    try:
-        with plain_failures():
-            for group in _groups(islice(shown, limit), batch):
-                began = time.perf_counter()
-                samples = _run(predictor, group)
-                summary.model_seconds += time.perf_counter() - began
-                for picture, sample in zip(group, samples, strict=True):
-                    outputs.add(picture, sample)
-                summary.images += len(group)
-    except KeyboardInterrupt:
-        summary.interrupted = True
-    finally:
-        summary.written = outputs.close()
-    summary.seconds = time.perf_counter() - start
+    _predict_all(predictor, _groups(islice(shown, limit), batch), outputs, summary)
     summary.found, summary.failures = outputs.found, images.failures
     return summary
+
+
+def _predict_all(predictor: Predictor, groups: Iterable[list[Picture]], outputs: Outputs, summary: Summary) -> None:
+    start = time.perf_counter()
+    interruptions = _Interruptions()
+    with interruptions.heard():
+        try:
+            with plain_failures():
+                for group in groups:
+                    began = time.perf_counter()
+                    samples = _run(predictor, group)
+                    summary.model_seconds += time.perf_counter() - began
+                    for picture, sample in zip(group, samples, strict=True):
+                        with interruptions.held_back():
+                            outputs.add(picture, sample)
+                            summary.images += 1
+        except KeyboardInterrupt:
+            summary.interrupted = True
+            summary.signum = interruptions.signum or signal.SIGINT
+        finally:
+            interruptions.writing = True  # a second Ctrl-C would leave half a video
+            summary.written = outputs.close()
+    summary.seconds = time.perf_counter() - start
 
 
 def _run(predictor: Predictor, group: list[Picture]) -> list[Any]:

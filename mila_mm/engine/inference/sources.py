@@ -1,11 +1,13 @@
 """Where images to predict on come from: pictures, folders, glob patterns, videos, cameras."""
 
 import glob
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import mmcv
@@ -79,7 +81,9 @@ class Pictures(Source):
 
 
 class Video(Source):
-    """Frames of a video file or a camera.
+    """Frames of a camera, a stream or, where PyAV is not installed, of a video file, read with OpenCV.
+
+    OpenCV tells neither that a frame is damaged nor why no more come: a file is held against the number in its header.
 
     Args:
         where: File, number of a camera, or address of a stream.
@@ -124,6 +128,114 @@ class Video(Source):
             self.failures.append(f'{self.where}: broke off after {index} of {self.total} frames')
 
 
+class VideoFile(Source):
+    """Frames of a video file, read with PyAV, which goes on after damage and tells where it is.
+
+    Args:
+        where: The file.
+
+    Raises:
+        UserError: If it cannot be opened, or holds no video.
+    """
+
+    def __init__(self, where: str) -> None:
+        import av
+
+        self.where = where
+        try:
+            self._container = av.open(where)
+            self._stream = self._container.streams.video[0]
+        except (av.FFmpegError, IndexError) as error:
+            raise UserError(f'{where} cannot be read as a video: damaged, or of an unknown format') from error
+        rate = float(self._stream.average_rate or 0)
+        seconds = (self._container.duration or 0) / av.time_base
+        # Some formats say how long they are, and not how many frames that is.
+        total = self._stream.frames or round(seconds * rate)
+        super().__init__(Path(where).stem, total if total > 0 else None, rate if 0 < rate < 1000 else 25.0)
+
+    def __iter__(self) -> Iterator[Picture]:
+        damage = _Damage(self.fps or 25.0)
+        with self._container:
+            for frame in self._frames(damage):
+                name = f'{self.name}_{damage.shown:06d}'
+                yield Picture(name, _upright(frame), name)
+                damage.see(frame)
+        if not damage.shown:
+            self.failures.append(f'{self.where}: holds no frame that can be read')
+        elif told := damage.told(self.total):
+            self.failures.append(f'{self.where}: {told}')
+
+    def _frames(self, damage: '_Damage') -> Iterator[Any]:
+        import av
+
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                damage.packets += packet.size > 0  # the last one is empty, and asks for the frames held back
+                frames = packet.decode()
+            except av.FFmpegError:
+                damage.lose()
+                continue
+            yield from frames
+
+
+class _Damage:
+    """What is wrong with a video: frames that no decoder takes, that are not there, or that are shown as they are."""
+
+    def __init__(self, fps: float) -> None:
+        self.fps = fps
+        self.shown = self.packets = self.lost = self.damaged = 0
+        self.first: int | None = None
+        self._gap: int | None = None
+        self._time: float | None = None
+
+    def lose(self) -> None:
+        """Note a frame that cannot be decoded."""
+        self.lost += 1
+        self._note()
+
+    def see(self, frame: Any) -> None:
+        """Note a frame that was shown."""
+        if frame.is_corrupt:
+            self.damaged += 1
+            self._note()
+        if frame.time is not None and self._time is not None and (frame.time - self._time) * self.fps > 1.5:
+            self._gap = self.shown if self._gap is None else self._gap
+        self._time = frame.time
+        self.shown += 1
+
+    def told(self, total: int | None) -> str:
+        """Return what is wrong in one line, empty where nothing is.
+
+        Args:
+            total: Frames that the file should hold; None where it does not say.
+        """
+        missing = total - self.packets if total is not None and self.packets < total - _MISCOUNTED else 0
+        if missing and not self.lost and not self.damaged and self._gap is None:
+            return f'broke off after {self.shown} of {total} frames'
+        if missing and self.first is None:
+            self.first = self._gap
+        counts = {'cannot be decoded': self.lost, 'not there': missing, 'damaged but shown': self.damaged}
+        found = [f'{count} {what}' for what, count in counts.items() if count]
+        if not found:
+            return ''
+        assert self.first is not None
+        frames = f'of {total} frames' if total else 'frames:'
+        return f'{frames} {", ".join(found)}; from frame {self.first} on ({self.first / self.fps:.1f} s)'
+
+    def _note(self) -> None:
+        self.first = self.shown if self.first is None else self.first
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """Return a frame as (H, W, 3) uint8, BGR, turned as its file says, as OpenCV does."""
+    image = frame.to_ndarray(format='bgr24')
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+
+
 def read_picture(path: str | Path) -> np.ndarray:
     """Read a picture as training does: (H, W, 3) uint8, BGR, turned as its EXIF data say.
 
@@ -160,7 +272,7 @@ def open_source(source: str) -> Source:
         return Pictures(_pictures_among([entry for entry in path.iterdir() if entry.is_file()], source), path)
     if path.is_file():
         if path.suffix.lower() in VIDEOS:
-            return Video(str(path), source)
+            return VideoFile(str(path)) if importlib.util.find_spec('av') else Video(str(path), source)
         if path.suffix.lower() not in PICTURES:
             kinds = f'a picture ({" ".join(PICTURES)}), a video ({" ".join(VIDEOS)})'
             raise UserError(f'{source}: expected {kinds}, a folder or a pattern')

@@ -1,6 +1,7 @@
 """Predictions, and what is written of them."""
 
 import json
+import signal
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,7 @@ import torch
 
 from mila_mm.engine import Predictor, load_config, predict
 from mila_mm.engine.inference import drawing
+from mila_mm.engine.inference.outputs import Outputs
 from mila_mm.errors import UserError
 
 DETECTOR, SEGMENTOR = 'mask_rcnn_mila_nano_shapes', 'upernet_mila_nano_shapes'
@@ -93,6 +95,36 @@ def test_what_was_done_before_a_break_is_kept(end: str, video: Path, weights, tm
     assert summary.images >= 3
     assert len(json.loads((out / 'predictions.json').read_text())['images']) == summary.images
     assert int(cv2.VideoCapture(str(out / 'clip.mp4')).get(cv2.CAP_PROP_FRAME_COUNT)) == summary.images
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('moment', ['in the model', 'while a frame is drawn', 'while the video is finished'])
+def test_a_signal_at_any_moment_leaves_whole_files(
+    moment: str, signum: int, video: Path, weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, name = {
+        'in the model': (Predictor, '__call__'),
+        'while a frame is drawn': (Predictor, 'draw'),
+        'while the video is finished': (Outputs, 'close'),
+    }[moment]
+    calls, original = [], getattr(place, name)
+
+    def send(*args):
+        calls.append(args)
+        if len(calls) == (1 if name == 'close' else 3):
+            signal.raise_signal(signum)
+        return original(*args)
+
+    monkeypatch.setattr(place, name, send)
+    before, out = signal.getsignal(signum), tmp_path / 'out'
+    options = dict(out=str(out), write_json=True, device='cpu', batch=1)
+    summary = predict(DETECTOR, str(weights(DETECTOR)), str(video), **options)
+    assert signal.getsignal(signum) is before
+    images = {'in the model': 2, 'while a frame is drawn': 3, 'while the video is finished': 8}[moment]
+    assert (summary.images, summary.interrupted) == (images, images < 8)
+    assert summary.signum == (signum if images < 8 else signal.SIGINT)
+    assert len(json.loads((out / 'predictions.json').read_text())['images']) == images
+    assert int(cv2.VideoCapture(str(out / 'clip.mp4')).get(cv2.CAP_PROP_FRAME_COUNT)) == images
 
 
 PANOPTIC = """

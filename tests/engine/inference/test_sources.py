@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mila_mm.engine.inference.sources import open_source, read_picture
+from mila_mm.engine.inference.sources import Video, open_source, read_picture
 from mila_mm.errors import UserError
 
 
@@ -52,7 +52,7 @@ def test_opencv_5_has_its_levels_elsewhere(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delattr(cv2, name, raising=False)
     (tmp_path / 'broken.mp4').write_bytes(bytes(1000))
     with pytest.raises(UserError, match='cannot be read as a video'):
-        open_source(str(tmp_path / 'broken.mp4'))
+        Video(str(tmp_path / 'broken.mp4'), 'broken.mp4')
     assert set_to == [0, 3]
 
 
@@ -64,10 +64,13 @@ def test_an_animated_gif_is_a_video(tmp_path: Path) -> None:
     assert (source.fps, source.failures) == (10.0, [])
 
 
-def test_a_video_that_breaks_off_says_where(video: Path) -> None:
+@pytest.mark.parametrize('has_av', [True, False], ids=['PyAV', 'OpenCV'])
+def test_a_video_that_breaks_off_says_where(has_av: bool, video: Path) -> None:
+    if has_av:
+        pytest.importorskip('av', reason='PyAV is not installed')
     data = video.read_bytes()
     video.write_bytes(data[: len(data) // 2])
-    source = open_source(str(video))
+    source = open_source(str(video)) if has_av else Video(str(video), str(video))
     source.total = source.total or 8  # the cut file may have lost its count
     frames = len(list(source))
     assert 0 < frames < 6
