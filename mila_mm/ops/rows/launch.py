@@ -14,9 +14,11 @@ def column_parts_launch(rows: int, channels: int, row_stride: int, matrices: int
     setting = configs.COLUMN_SUM
     run = configs.column_rows_per_split(rows, channels)
     splits = -(-rows // run)
+    # Where rows begin anywhere, channels are loaded one by one: half as many at a time, or registers spill.
+    block = setting.rows if aligned(row_stride) else setting.rows // 2
     launch = Launch(
         row_kernels, 'column_parts_kernel', (-(-channels // setting.columns), splits, matrices),
-        (row_stride, channels, rows, run), BLOCK=setting.rows, CHANNELS=setting.columns, **setting.options(),
+        (row_stride, channels, rows, run), BLOCK=block, CHANNELS=setting.columns, **setting.options(),
     )  # fmt: skip
     return launch, splits
 

@@ -162,7 +162,7 @@ _FAST = {
 _EXACT = {
     'state': _EXACT_STATE,
     'output': _EXACT_TILE,
-    'gate_backward': _EXACT_TILE,
+    'gate_backward': {**_EXACT_TILE, 16: Launch(4, 8, 2)},
     'query_backward': _EXACT_QUERY,
     'key_value_backward': _EXACT_KEY_VALUE,
 }
@@ -184,7 +184,7 @@ _TABLE: dict[str, dict[str, dict[int, Launch]]] = {
         # Triton 3.6 fails on sm_100 where a single TF32 product has a transposed operand 64 wide; three terms compile.
         'state': {**_STATE, 32: Launch(4, 16, 4), 64: Launch(4, 8, 8, precision='tf32x3')},
         'output': _TF32_TILE,
-        'gate_backward': _TF32_TILE,
+        'gate_backward': {**_TF32_TILE, 24: Launch(4, 8, 4)},
         'query_backward': {**_QUERY, 24: Launch(4, 8, 4, 2), 64: _PLAIN_QUERY},
         'key_value_backward': {**_TILE, 64: Launch(4, 4, 4)},
     },
