@@ -48,7 +48,7 @@ TIMM = {
 WHAT = ('attention', 'memory', 'forward', 'step')
 SHORTEST = 20.0
 """Seconds: a case that is done earlier is repeated, up to three times."""
-MEMORY_SHARE = 0.5
+MEMORY_SHARE = 0.6
 """Of the memory that is free, what a case may be expected to take."""
 Row = dict[str, Any]
 
@@ -166,7 +166,7 @@ def reason_to_leave_out(row: Row, rows: list[Row], limit: float) -> str | None:
     if row['stage'] == 'step':
         needed = next((each['computed_bytes'] for each in rows if same({**row, 'stage': 'memory'}, each)), needed)
     if needed > MEMORY_SHARE * free_bytes():
-        return f'expected to take {needed / 2**30:.0f} GiB, more than half of what is free'
+        return f'expected to take {needed / 2**30:.0f} GiB, more than {MEMORY_SHARE:.0%} of what is free'
     return None
 
 

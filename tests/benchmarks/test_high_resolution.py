@@ -41,7 +41,7 @@ def test_what_would_take_too_long_or_too_much_is_left_out_with_the_reason(monkey
     assert high_resolution.reason_to_leave_out(row, rows, 300.0) is None
     step, memory = {**row, 'stage': 'step'}, {**row, 'stage': 'memory'}
     much, little = ([{**memory, 'computed_bytes': size * 2**30}] for size in (5, 3))
-    assert 'more than half of what is free' in high_resolution.reason_to_leave_out(step, much, 180.0)
+    assert 'more than 60% of what is free' in high_resolution.reason_to_leave_out(step, much, 180.0)
     assert high_resolution.reason_to_leave_out(step, little, 180.0) is None
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mila_mm.ops import mila_attention, mila_attention_reference, rope_tables
+from mila_mm.ops.attention import closed_form
 from mila_mm.ops.rope import rope_grid
 
 # batch, height, width, channels, heads: odd; a head across the halves of RoPE; one row, one column, one token; wide
@@ -263,6 +264,22 @@ def test_triton_by_name_on_the_cpu_says_why_not():
     qk, v, *_ = draw(1, 4, 5, 32, torch.float32)
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: expected CUDA tensors, got cpu"):
         mila_attention(qk, v, None, None, (4, 5), 1, backend='triton')
+
+
+@pytest.mark.parametrize('with_gate', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_a_large_map_taken_in_bands_is_the_same(dtype, with_gate, monkeypatch):
+    """Batches, bands that end anywhere in a row, and qk, v, gate that are read in place."""
+    channels, height, width = 24, 23, 31
+    buffer = torch.randn(2, height * width, 4 * channels, dtype=torch.float64).to(dtype)
+    qk, v, gate = buffer.split((2 * channels, channels, channels), dim=-1)
+    lepe = torch.randn(channels, 1, 3, 3), torch.randn(channels)
+    arguments = (qk, v, *lepe, gate if with_gate else None, height, width, 3, 1e-6, 10000.0)
+    whole = closed_form.attention_forward(*arguments)
+    monkeypatch.setattr(closed_form, 'BAND', 50 * channels)
+    y, *sums = torch.ops.mila_mm.attention_forward(*arguments)
+    assert y.dtype == dtype
+    torch.testing.assert_close([y, *sums], list(whole))
 
 
 def test_large_sums_do_not_drift():

@@ -31,6 +31,9 @@ from mila_mm.ops.rope import rope_grid, to_device
 
 NO_SECOND_ORDER = "mila_attention: expected one differentiation, got a second; take backend='reference' for it"
 Options = tuple[int, int, int, float, float]  # height, width, num_heads, eps, rope_base
+BAND = 2**18
+"""Elements of v that large maps are taken by, where nothing is kept for a backward: what is computed between input and
+result then stays in a core's cache, in memory that is not asked for anew, and time grows with the tokens alone."""
 
 
 def _feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,18 +175,9 @@ def _lepe_gradients(
     """Compute the gradients of the values (B, N, C), weight and bias of the depthwise 3x3 convolution over the map."""
     channels = values.shape[-1]
     grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        to_image(grad, height, width),
-        to_image(values, height, width),
-        weight.to(values.dtype),
-        [channels],
-        [1, 1],
-        [1, 1],
-        [1, 1],
-        False,
-        [0, 0],
-        channels,
-        [True, True, True],
-    )
+        to_image(grad, height, width), to_image(values, height, width), weight.to(values.dtype),
+        [channels], [1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True],
+    )  # fmt: skip
     return grad_image.permute(0, 2, 3, 1).flatten(1, 2), grad_weight, grad_bias
 
 
@@ -201,12 +195,46 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y (B, N, C) in v's dtype, and in fp32 (fp64 for fp64 inputs) S (B, heads, d, d) and m (B, heads, d)."""
     dtype = compute_dtype(v)
+    options = height, width, num_heads, eps, rope_base
+    if v.shape[1] * v.shape[2] > 4 * BAND:
+        return _attend_in_bands(qk, v, lepe_weight, lepe_bias, gate, options)
     features = _feature_map(qk, dtype).unflatten(-1, (2, v.shape[-1]))
-    out, state, key_mean, _ = _attend(
-        features, v.to(dtype), lepe_weight, lepe_bias, (height, width, num_heads, eps, rope_base), keep=False
-    )
+    out, state, key_mean, _ = _attend(features, v.to(dtype), lepe_weight, lepe_bias, options, keep=False)
     if gate is not None:
         out *= F.silu(gate.to(dtype))
+    return out.to(v.dtype), state, key_mean
+
+
+def _attend_in_bands(
+    qk: Tensor, v: Tensor, lepe_weight: Tensor | None, lepe_bias: Tensor | None, gate: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the same y, S and m, some tokens at a time: all keys' sums first, then each query's result."""
+    height, width, num_heads, eps, rope_base = options
+    batch, tokens, channels = v.shape
+    dtype, head_width = compute_dtype(v), channels // num_heads
+    grid = rope_grid(height, width, channels, rope_base, v.device, dtype)
+    step = max(1, BAND // channels)
+    bands = [slice(first, first + step) for first in range(0, tokens, step)]
+
+    state = torch.zeros(batch, num_heads, head_width, head_width, dtype=dtype, device=v.device)
+    key_sum = state.new_zeros(batch, channels)
+    for band in bands:
+        keys = _feature_map(qk[:, band, channels:], dtype).unsqueeze(2)
+        key_sum += keys.sum(dim=(1, 2))
+        _rotate(keys, grid[band], out=keys)
+        _multiply(_heads(keys[:, :, 0], num_heads).mT, _heads(v[:, band].to(dtype), num_heads), state, add=True)
+    state /= tokens
+    key_mean = (key_sum / tokens).unflatten(-1, (num_heads, -1))
+
+    out = _lepe(v.to(dtype), lepe_weight, lepe_bias, height, width)
+    for band in bands:
+        queries = _feature_map(qk[:, band, :channels], dtype).unsqueeze(2)
+        z = _normaliser(queries[:, :, 0], key_mean, eps)
+        rotated = _heads(_rotate(queries, grid[band], out=queries)[:, :, 0], num_heads)
+        part = out[:, band]
+        _multiply(rotated.mul_(_over_heads(z)), state, _heads(part, num_heads), add=True)
+        if gate is not None:
+            part.mul_(F.silu(gate[:, band].to(dtype)))
     return out.to(v.dtype), state, key_mean
 
 
