@@ -1,6 +1,7 @@
 """Test a checkpoint and show where it errs: by class, size and kind, with the worst images."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f'--worst: expected a number of images, got {args.worst}')
     if not 0 <= args.score_thr <= 1:
         raise UserError(f'--score-thr: expected a score from 0 to 1, got {args.score_thr}')
-    from mila_mm.engine.analysis.report import analyze
+    from mila_mm.engine.analysis.report import analyze, occurring
     from mila_mm.engine.screen import quiet
 
     with quiet(args.verbose):
@@ -43,10 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, table in result.items():
         if name != 'metrics':
             print(f'\n{name}')
-            for row, values in table.items():
-                told = ', '.join(
-                    f'{key} {value}' if isinstance(value, int) else f'{key} {value:.3f}'
-                    for key, value in values.items()
-                )
-                print(f'  {row}: {told}')
+            shown = occurring(table)
+            for row, values in shown.items():
+                print(f'  {row}: {", ".join(f"{key} {_number(value)}" for key, value in values.items())}')
+            if len(shown) < len(table):
+                print(f'  ({len(table) - len(shown)} of {len(table)} do not occur)')
     print(f'\n{args.out / "index.html"} shows all of it')
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return '-' if math.isnan(value) else f'{value:.3f}'

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mila_mm.datasets import write_shapes
 from mila_mm.engine.analysis.detections import Image, Objects, summarise
 from mila_mm.engine.analysis.label_maps import confusion_of, intersection_over_union, per_class
+from mila_mm.engine.analysis.report import occurring
 from mila_mm.engine.data.browse import as_rgb, browse
 from mila_mm.visualization.name_places import NamePlaces
 
@@ -99,6 +100,22 @@ def test_analyze_a_segmentor(command, segmentor, trained_segmentor, workspace) -
     ious = [row['iou'] for row in report['IoU by class'].values()]
     assert 100 * np.nanmean(ious) == pytest.approx(report['metrics']['mIoU'], abs=0.02)
     assert len(list((workspace / 'out/worst').iterdir())) == 1
+
+
+def test_rows_of_what_does_not_occur_are_left_out() -> None:
+    nan = float('nan')
+    by_class = {
+        'there': {'ap': 0.0, 'ap50': 0.0, 'truth': 3, 'found': 0},
+        'found alone': {'ap': nan, 'ap50': nan, 'truth': 0, 'found': 2},
+        'nowhere': {'ap': nan, 'ap50': nan, 'truth': 0, 'found': 0},
+    }
+    assert list(occurring(by_class)) == ['there', 'found alone']
+    by_pixels = {
+        'found alone': {'iou': 0.0, 'accuracy': nan, 'pixels': 0},
+        'nowhere': {'iou': nan, 'accuracy': nan, 'pixels': 0},
+    }
+    assert list(occurring(by_pixels)) == ['found alone']
+    assert occurring({'missed': {'errors': 0}}) == {'missed': {'errors': 0}}
 
 
 def objects(*boxes: tuple[float, ...], labels: tuple[int, ...], scores: tuple[float, ...] = ()) -> Objects:

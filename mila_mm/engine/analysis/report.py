@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,23 @@ def analyze(
     result = {'metrics': {key: float(value) for key, value in metrics.items()}, **tables}
     (out / 'analysis.json').write_text(json.dumps(result, indent=2) + '\n')
     first = ', '.join(f'{key} {value:.3f}' for key, value in list(result['metrics'].items())[:6])
-    write_page(out / 'index.html', f'{Path(config).stem}: what the test came to', tables, pictures, [first, *notes])
+    for heading, rows in tables.items():
+        if absent := len(rows) - len(occurring(rows)):
+            notes.append(f'{heading}: {absent} of {len(rows)} do not occur.')
+    shown = {heading: occurring(rows) for heading, rows in tables.items()}
+    write_page(out / 'index.html', f'{Path(config).stem}: what the test came to', shown, pictures, [first, *notes])
     return result
+
+
+def occurring(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Return a table without the rows of what is neither in the truth nor found: no figure, and all counts are 0."""
+
+    def occurs(row: Mapping[str, float]) -> bool:
+        figures = [value for value in row.values() if isinstance(value, float)]
+        counts = [value for value in row.values() if isinstance(value, int)]
+        return not figures or any(counts) or not all(math.isnan(value) for value in figures)
+
+    return {name: row for name, row in rows.items() if occurs(row)}
 
 
 def _detections(hook: CollectHook, out: Path, worst: int, score_thr: float) -> tuple[dict, list, list[str]]:
