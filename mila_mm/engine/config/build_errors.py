@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def _config_mistake(error: Exception) -> str | None:
 def _wrong_arguments(error: TypeError, text: str, frames: list[Any], part: dict[str, Any] | None) -> str | None:
     name = _UNEXPECTED.search(text)
     if part is not None and name and name['name'] in part:
-        return _unexpected_argument(name['name'], part)
+        return unexpected_argument(_kind(part), name['name'], _arguments(part.get('__class__')))
     if part is not None and _ARGUMENTS.search(text) and _only_constructors(frames):
         return f'{_kind(part)}: {text}'
     # The call itself failed inside mmengine: the arguments do not fit the constructor's.
@@ -124,11 +124,17 @@ def _only_constructors(frames: list[Any]) -> bool:
     return all(name in ('__init__', 'get_instance', '__call__') for name in names[start + 1 :])
 
 
-def _unexpected_argument(name: str, part: dict[str, Any]) -> str:
-    known = sorted(_arguments(part.get('__class__')))
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f'; did you mean {close[0]!r}?' if close else f'; it takes {", ".join(known)}' if known else ''
-    return f'{_kind(part)} does not take {name!r} (unexpected argument){hint}'
+def unexpected_argument(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that a part of a config is given an argument that it does not take.
+
+    Args:
+        kind: Type of the part.
+        name: The argument.
+        known: Those that it takes.
+    """
+    known = sorted(known)
+    hint = did_you_mean(name, known) or (f'; it takes {", ".join(known)}' if known else '')
+    return f'{kind} does not take {name!r} (unexpected argument){hint}'
 
 
 def _arguments(kind: Any) -> set[str]:
@@ -156,8 +162,13 @@ def _unknown_type(text: str, frames: list[Any]) -> str:
         if names:
             break
     wanted = kind['kind'].rpartition('.')[2] if kind else ''
-    close = difflib.get_close_matches(wanted, names, n=1)
-    return f'{text}; did you mean {close[0]!r}?' if close else text
+    return f'{text}{did_you_mean(wanted, names)}'
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the most similar name, '' where none is similar."""
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    return f'; did you mean {close[0]!r}?' if close else ''
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from mila_mm.visualization.name_places import NamePlaces
 
 # Longer side in pixels up to which small images are enlarged, and the side of a box that has room for its name.
 _SIDE, _ROOM = 1000, 60
+# A label map covers the whole image, which must be seen through it.
+_SEEN_THROUGH = {'mmseg': {'alpha': 0.5}}
 
 
 def browse(cfg: Config, stage: str, number: int, out: Path | None, show: bool) -> list[Path]:
@@ -57,7 +59,7 @@ def browse(cfg: Config, stage: str, number: int, out: Path | None, show: bool) -
             )
             preprocessor = models.build(config)
         kind = 'DetLocalVisualizer' if scope == 'mmdet' else 'SegLocalVisualizer'
-        visualizer = visualizers.build(dict(type=kind, name=f'browse_{stage}'))
+        visualizer = visualizers.build(dict(type=kind, name=f'browse_{stage}', **_SEEN_THROUGH.get(scope, {})))
     dataset = loader.dataset
     visualizer.dataset_meta = dataset.metainfo
     written: list[Path] = []

@@ -14,7 +14,7 @@ from mila_mm.engine.data.heads import default_of
 from mila_mm.engine.data.splits import Split, kind_name
 
 # What mmdet 2 and mmseg 0 called the arguments of a data set.
-_OLD_DATASET_KEYS = {
+OLD_DATASET_KEYS = {
     'classes': "metainfo=dict(classes=('a', 'b'))",
     'CLASSES': "metainfo=dict(classes=('a', 'b'))",
     'palette': 'metainfo=dict(palette=[...])',
@@ -27,15 +27,15 @@ _OLD_DATASET_KEYS = {
     'workers_per_gpu': 'train_dataloader.num_workers',
     'filter_empty_gt': 'filter_cfg=dict(filter_empty_gt=True)',
 }
-_OLD_LOADER_KEYS = {'samples_per_gpu': 'batch_size', 'workers_per_gpu': 'num_workers'}
+OLD_LOADER_KEYS = {'samples_per_gpu': 'batch_size', 'workers_per_gpu': 'num_workers'}
 _OLD_META_KEYS = {'CLASSES': 'classes', 'PALETTE': 'palette'}
-_OLD_TRANSFORMS = {
+OLD_TRANSFORMS = {
     'DefaultFormatBundle': 'PackDetInputs or PackSegInputs',
     'ImageToTensor': 'PackDetInputs or PackSegInputs',
     'Collect': 'PackDetInputs or PackSegInputs',
     'MultiScaleFlipAug': 'TestTimeAug, in tta_pipeline',
 }
-_OLD_TRANSFORM_KEYS = {
+OLD_TRANSFORM_KEYS = {
     ('Resize', 'img_scale'): 'scale',
     ('Resize', 'ratio_range'): "type='RandomResize' with scale and ratio_range",
     ('Resize', 'multiscale_mode'): "type='RandomChoiceResize' with scales",
@@ -102,11 +102,11 @@ def check_keys(split: Split, loader: dict[str, Any]) -> list[Finding]:
     """
     findings = [
         error(f'{split.stage}_dataloader.{old}', f'is of mmdet 2 or mmseg 0; its successor is {new}')
-        for old, new in _OLD_LOADER_KEYS.items()
+        for old, new in OLD_LOADER_KEYS.items()
         if old in loader
     ]
     own_arguments = _arguments(split.kind)
-    for old, new in _OLD_DATASET_KEYS.items():
+    for old, new in OLD_DATASET_KEYS.items():
         if old in split.config and old not in own_arguments:
             value, successor = split.config[old], new
             if old in ('classes', 'CLASSES') and isinstance(value, (list, tuple)):
@@ -192,14 +192,14 @@ def _transforms(split: Split) -> list[Finding]:
     findings = []
     for step in split.steps:
         name = kind_name(step)
-        if name in _OLD_TRANSFORMS:
+        if name in OLD_TRANSFORMS:
             findings.append(
                 error(
                     f'{split.key}.pipeline',
-                    f'{name} is of mmdet 2 or mmseg 0; its successor is {_OLD_TRANSFORMS[name]}',
+                    f'{name} is of mmdet 2 or mmseg 0; its successor is {OLD_TRANSFORMS[name]}',
                 )
             )
-        for (kind, old), new in _OLD_TRANSFORM_KEYS.items():
+        for (kind, old), new in OLD_TRANSFORM_KEYS.items():
             if name == kind and old in step:
                 findings.append(
                     error(f'{split.key}.pipeline', f'{kind}: {old} is of mmdet 2 or mmseg 0; it is {new} now')

@@ -8,6 +8,7 @@ from mmengine.config import Config
 
 from mila_mm.datasets.checks.classes import check_same_names
 from mila_mm.datasets.checks.findings import Finding, error, warning
+from mila_mm.engine.data.arguments import check_arguments
 from mila_mm.engine.data.channels import check_channels
 from mila_mm.engine.data.heads import check_heads, default_of, reads_text
 from mila_mm.engine.data.ignored import check_ignored
@@ -26,7 +27,7 @@ def check_static(cfg: Config, stages: Sequence[str], scope: str, splits: Sequenc
         scope: 'mmdet' or 'mmseg'.
         splits: Its data sets.
     """
-    findings = check_stages(cfg, stages)
+    findings = check_stages(cfg, stages) + check_arguments(cfg, stages, scope)
     for split in splits:
         findings += check_keys(split, cfg[f'{split.stage}_dataloader'])
         findings += check_test_mode(split)

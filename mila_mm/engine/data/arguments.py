@@ -1,0 +1,226 @@
+"""Types and arguments in a config that nothing knows, told from the source and before anything is built."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from mmengine import registry as root_registries
+from mmengine.config import Config
+
+from mila_mm.datasets.checks.findings import Finding, error
+from mila_mm.engine.config.build_errors import did_you_mean, unexpected_argument
+from mila_mm.engine.config.sources import (
+    SourceClass,
+    arguments_of,
+    find_class,
+    mentions,
+    names_registered,
+    registered,
+)
+from mila_mm.engine.data.keys import OLD_DATASET_KEYS, OLD_LOADER_KEYS, OLD_TRANSFORM_KEYS, OLD_TRANSFORMS
+
+# Where libraries keep what they register, by registry: in a library, and in what all of them build on.
+_FOLDERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    'TRANSFORMS': ('datasets', (('mmcv', 'transforms'),)),
+    'DATASETS': ('datasets', (('mmengine', 'dataset'),)),
+    'DATA_SAMPLERS': ('datasets', (('mmengine', 'dataset'),)),
+    'METRICS': ('evaluation', (('mmengine', 'evaluator'),)),
+    'HOOKS': ('engine', (('mmengine', 'hooks'),)),
+    'LOOPS': ('engine', (('mmengine', 'runner'),)),
+    'OPTIM_WRAPPERS': ('engine', (('mmengine', 'optim'),)),
+    'PARAM_SCHEDULERS': ('engine', (('mmengine', 'optim'),)),
+    'VISUALIZERS': ('visualization', (('mmengine', 'visualization'),)),
+    'VISBACKENDS': ('visualization', (('mmengine', 'visualization'),)),
+    'MODELS': ('models', ()),
+}
+_SCOPES = ('mmdet', 'mmseg', 'mmpretrain', 'mila_mm')
+# What is taken out of a part before it is built, by registry.
+_TAKEN_OUT = {
+    'HOOKS': {'priority'},
+    'LOOPS': {'by_epoch'},
+    'OPTIM_WRAPPERS': {'constructor', 'paramwise_cfg'},
+    'PARAM_SCHEDULERS': {'convert_to_iter_based'},
+    'LOADERS': {'num_batch_per_epoch', 'disable_subprocess_warning'},  # what mmengine reads before torch's DataLoader
+}
+# Transforms that hold other transforms, in ``transforms``; what others hold may be of another library.
+_HOLDERS = ('Compose', 'RandomApply', 'RandomChoice', 'TestTimeAug', 'KeyMapper', 'TransformBroadcaster')
+# Parts of a model that are built from their config as it is.
+_MODEL_PARTS = (
+    'backbone', 'neck', 'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head',
+    'semantic_head', 'panoptic_head', 'panoptic_fusion_head', 'data_preprocessor', 'bbox_roi_extractor',
+    'mask_roi_extractor', 'mask_iou_head',
+)  # fmt: skip
+_LIBRARIES = (*_SCOPES, 'mmcv', 'mmengine')
+# Registries of which everything stands in the folders above, with what mmengine calls them.
+_COMPLETE = {
+    'TRANSFORMS': 'transform',
+    'DATASETS': 'dataset',
+    'METRICS': 'metric',
+    'HOOKS': 'hook',
+}
+# What is told by its successor.
+_TOLD_BY_KEY = {
+    'DATASETS': set(OLD_DATASET_KEYS),
+    'LOADERS': set(OLD_LOADER_KEYS),
+    'TRANSFORMS': {name for _, name in OLD_TRANSFORM_KEYS},
+}
+
+
+class Part(NamedTuple):
+    """A part of a config that a registry builds."""
+
+    key: str
+    registry: str
+    config: dict[str, Any]
+
+
+def check_arguments(cfg: Config, stages: Sequence[str], scope: str) -> list[Finding]:
+    """Find types and arguments that nothing knows, in the words in which building the part would refuse them.
+
+    Nothing is said where anything is not certain: classes of the user's, ``**kwargs`` that go elsewhere.
+
+    Args:
+        cfg: A config.
+        stages: Those that will run, of 'train', 'val', 'test'.
+        scope: 'mmdet', 'mmseg' or 'mmpretrain'.
+    """
+    if cfg.get('custom_imports') or cfg.get('runner_type'):
+        return []
+    findings = []
+    for part in _parts(cfg, stages):
+        kind = _kind(part, scope)
+        if kind is not None:
+            findings += _unexpected(part, kind)
+        elif _is_unknown(part, scope):
+            findings.append(error(part.key, _unknown(part, scope)))
+    loader = find_class('torch.utils.data.dataloader', 'DataLoader')
+    for stage in stages:
+        config = cfg.get(f'{stage}_dataloader')
+        if loader is not None and isinstance(config, dict):
+            findings += _unexpected(Part(f'{stage}_dataloader', 'LOADERS', {**config, 'type': 'DataLoader'}), loader)
+    return findings
+
+
+def _unexpected(part: Part, kind: SourceClass) -> list[Finding]:
+    elsewhere = {'type', '_scope_'} | _TAKEN_OUT.get(part.registry, set()) | _TOLD_BY_KEY.get(part.registry, set())
+    given = [name for name in part.config if name not in elsewhere]
+    known = arguments_of(kind, given) if given else None
+    wrong = [name for name in given if known is not None and name not in known]
+    return [error(part.key, unexpected_argument(str(part.config['type']), wrong[0], known or ()))] if wrong else []
+
+
+def _places(registry: str, scope: str) -> list[tuple[str, str]]:
+    """Return packages and folders in which a scope looks for what is in a registry, its own first."""
+    folder, roots = _FOLDERS[registry]
+    return [(scope, folder), *([(scope, 'engine')] if scope == 'mila_mm' else []), *roots]
+
+
+def _kind(part: Part, scope: str) -> SourceClass | None:
+    """Find the class that a part is built from, None where it is not certain which."""
+    name = part.config.get('type')
+    if not isinstance(name, str) or part.config.get('_scope_', scope) != scope:
+        return None
+    own, _, name = name.rpartition('.')
+    scope = own or scope
+    if scope not in _SCOPES:
+        return None
+    places = _places(part.registry, scope)
+    found = next(filter(None, (registered(*place, part.registry, name) for place in places)), None)
+    kinds = _registered_now(part.registry, scope, name)
+    return found if all(kind.__module__.partition('.')[0] in _LIBRARIES for kind in kinds) else None
+
+
+def _registered_now(registry: str, scope: str, name: str) -> list[Any]:
+    """Return what has been registered under a name so far, perhaps by what the config has imported."""
+    modules = [root_registries, sys.modules.get(f'{scope}.registry')]
+    known = [getattr(module, registry, None) for module in modules]
+    return [each.module_dict[name] for each in known if each is not None and name in each.module_dict]
+
+
+def _is_unknown(part: Part, scope: str) -> bool:
+    """Tell whether a type is one that nothing can have registered: its name stands nowhere in the libraries."""
+    name = part.config.get('type')
+    if not isinstance(name, str) or not name.isidentifier() or scope not in ('mmdet', 'mmseg'):
+        return False
+    if '_scope_' in part.config or name in OLD_TRANSFORMS or _registered_now(part.registry, scope, name):
+        return False
+    return part.registry in _COMPLETE and not any(mentions(*place, name) for place in _places(part.registry, scope))
+
+
+def _unknown(part: Part, scope: str) -> str:
+    names = set().union(*(names_registered(*place, part.registry) for place in _places(part.registry, scope)))
+    kind = part.config['type']
+    return f'{kind} is not in the {scope}::{_COMPLETE[part.registry]} registry{did_you_mean(kind, names)}'
+
+
+def _parts(cfg: Config, stages: Sequence[str]) -> Iterator[Part]:
+    """Go through what is built of a config for some stages."""
+    for stage in stages:
+        loader = cfg.get(f'{stage}_dataloader')
+        if isinstance(loader, dict):
+            yield from _datasets(f'{stage}_dataloader.dataset', loader.get('dataset'))
+            for name in ('sampler', 'batch_sampler'):
+                yield from _one(f'{stage}_dataloader.{name}', 'DATA_SAMPLERS', loader.get(name))
+        evaluator = cfg.get(f'{stage}_evaluator')
+        metrics = evaluator.get('metrics', evaluator) if isinstance(evaluator, dict) else evaluator
+        yield from _each(f'{stage}_evaluator', 'METRICS', metrics)
+        yield from _one(f'{stage}_cfg', 'LOOPS', cfg.get(f'{stage}_cfg'))
+    if 'train' in stages:
+        yield from _one('optim_wrapper', 'OPTIM_WRAPPERS', cfg.get('optim_wrapper'))
+        yield from _each('param_scheduler', 'PARAM_SCHEDULERS', cfg.get('param_scheduler'))
+    default_hooks = cfg.get('default_hooks')
+    for name, hook in default_hooks.items() if isinstance(default_hooks, dict) else ():
+        yield from _one(f'default_hooks.{name}', 'HOOKS', hook)
+    yield from _each('custom_hooks', 'HOOKS', cfg.get('custom_hooks'))
+    visualizer = cfg.get('visualizer')
+    yield from _one('visualizer', 'VISUALIZERS', visualizer)
+    if isinstance(visualizer, dict):
+        yield from _each('visualizer.vis_backends', 'VISBACKENDS', visualizer.get('vis_backends'))
+    yield from _model('model', cfg.get('model'))
+
+
+def _one(key: str, registry: str, config: Any) -> Iterator[Part]:
+    if isinstance(config, dict) and 'type' in config:
+        yield Part(key, registry, config)
+
+
+def _each(key: str, registry: str, configs: Any) -> Iterator[Part]:
+    if isinstance(configs, (list, tuple)):
+        for index, config in enumerate(configs):
+            yield from _one(f'{key}.{index}', registry, config)
+    else:
+        yield from _one(key, registry, configs)
+
+
+def _datasets(key: str, dataset: Any) -> Iterator[Part]:
+    """Go through a data set, those that it wraps, and their transforms."""
+    if not isinstance(dataset, dict):
+        return
+    yield from _one(key, 'DATASETS', dataset)
+    yield from _transforms(f'{key}.pipeline', dataset.get('pipeline'))
+    yield from _datasets(f'{key}.dataset', dataset.get('dataset'))
+    inner = dataset.get('datasets')
+    for index, each in enumerate(inner if isinstance(inner, (list, tuple)) else ()):
+        yield from _datasets(f'{key}.datasets.{index}', each)
+
+
+def _transforms(key: str, steps: Any) -> Iterator[Part]:
+    if isinstance(steps, (list, tuple)):
+        for index, step in enumerate(steps):
+            yield from _transforms(f'{key}.{index}', step)
+    elif isinstance(steps, dict) and 'type' in steps:
+        yield Part(key, 'TRANSFORMS', steps)
+        if steps['type'] in _HOLDERS:
+            yield from _transforms(f'{key}.transforms', steps.get('transforms'))
+
+
+def _model(key: str, part: Any) -> Iterator[Part]:
+    if isinstance(part, (list, tuple)):
+        for index, each in enumerate(part):
+            yield from _model(f'{key}.{index}', each)
+    elif isinstance(part, dict):
+        yield from _one(key, 'MODELS', part)
+        for name in _MODEL_PARTS:
+            yield from _model(f'{key}.{name}', part.get(name))
