@@ -216,14 +216,11 @@ def batch_of(runner: Runner) -> int | None:
 def summary(runner: Runner) -> list[str]:
     """Return what is about to be trained, on what, for how long, and where it is written."""
     model = getattr(runner.model, 'module', runner.model)
-    backbone = getattr(model, 'backbone', None)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
-    arch = (runner.cfg.get('model', {}).get('backbone') or {}).get('arch', '')
-    named = f'{type(backbone).__name__} {arch}'.rstrip() if isinstance(arch, str) else type(backbone).__name__
     device = next(model.parameters()).device
     lines = [
-        f'model:     {type(model).__name__} on {named}, {total / 1e6:.1f} M parameters'
+        f'model:     {_named(model, runner.cfg.get("model") or {})}, {total / 1e6:.1f} M parameters'
         + ('' if trained == total else f', {trained / 1e6:.1f} M of them trained'),
         f'data:      {_described(runner.train_dataloader.dataset)}',
     ]
@@ -243,6 +240,14 @@ def summary(runner: Runner) -> list[str]:
     lines.append(f'run:       {length}, {batch} images each{processes}, on {device}{precision}')
     lines.append(f'writes to: {runner.work_dir} (log: {runner.log_dir})')
     return lines
+
+
+def _named(model: Any, config: dict[str, Any]) -> str:
+    """Return a model by its name and its backbone's, each with its size where the config names one."""
+    arch = config.get('arch')
+    name = f'{type(model).__name__} {arch}' if isinstance(arch, str) else type(model).__name__
+    backbone = getattr(model, 'backbone', None)
+    return name if backbone is None else f'{name} on {_named(backbone, config.get("backbone") or {})}'
 
 
 def _described(dataset: Any, count: bool = True) -> str:

@@ -208,7 +208,7 @@ class MILAClassifier(MILATrunk):
         self.num_features = self.head_hidden_size = self.dims[last_taken]
         if prune_head or shorter:
             self.reset_classifier(0, '')
-        return taken
+        return list(taken)  # a set in timm 1.0.3
 
     def load_pretrained(self, source: str | Path) -> None:
         """Load published or own weights; a head of another number of classes and another stem are adapted.

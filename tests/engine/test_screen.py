@@ -5,13 +5,18 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.logging import MMLogger
+from mmengine.optim import LinearLR
 
+from mila_mm import cli
 from mila_mm.cli import command
 from mila_mm.engine import screen
+from mila_mm.models import MILAImageClassifier
 
 SHORT = [
     'shapes.num_train=4', 'shapes.num_val=2', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
@@ -66,6 +71,29 @@ def test_warnings_pass_before_the_first_batch() -> None:
     assert not shown.filter(record)
     shown.started = True
     assert shown.filter(record)
+
+
+@pytest.mark.parametrize('why', ['gradients are accumulated', 'mixed precision'])
+def test_what_mmengine_says_of_its_own_order_of_steps_is_not_shown(why: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = LinearLR(optimizer, start_factor=0.5, end=2)
+    if why == 'mixed precision':
+        optimizer.step = lambda: None  # as torch's scaler does
+    for options, shown in ((['--verbose'], 1), ([], 0)):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            scheduler._global_step = 0
+            assert cli.execute(lambda argv: scheduler.step(), options) == 0
+        assert len(seen) == shown, [str(each.message) for each in seen]
+
+
+def test_a_model_without_a_backbone_is_named_by_itself() -> None:
+    detector, classifier = torch.nn.Module(), MILAImageClassifier('nano', num_classes=2)
+    detector.backbone = torch.nn.Identity()
+    assert screen._named(classifier, {'arch': 'nano'}) == 'MILAImageClassifier nano'
+    assert screen._named(detector, {'backbone': {'arch': 'tiny'}}) == 'Module on Identity tiny'
+    assert screen._named(detector, {'backbone': {'arch': {'embed_dim': 8}}}) == 'Module on Identity'
 
 
 def test_what_a_library_says_in_its_own_terms_is_said_in_ours(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
