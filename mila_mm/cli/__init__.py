@@ -42,6 +42,7 @@ _NOISE = (
     (UserWarning, r'For binary segmentation, we suggest'),
     (UserWarning, r'threshold is not defined for binary'),
     (UserWarning, r'``build_loss`` would be deprecated soon'),
+    (UserWarning, r"Failed to add <class 'mmengine\.visualization\.vis_backend\.LocalVisBackend'>"),
     # with mixed precision, and where gradients are accumulated: mmengine steps them in its own order
     (UserWarning, r'Seems like `optimizer\.step\(\)` has been overridden'),
     (UserWarning, r'Detected call of `scheduler\.step\(\)` before `optimizer\.step\(\)`'),
