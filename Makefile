@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_CLASSIC ?= .venv-classic
 VENV_LATEST ?= .venv-latest
+VENV_OLDEST ?= .venv-oldest
 VENV_DOCS ?= .venv-docs
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 WORK_DIR ?= work_dirs
 JOBS ?= 2
 
-.PHONY: install demo demo-seg test test-classic test-latest lint gpu-check faults mutants test-scale gpu-scale docs docs-links clean
+.PHONY: install demo demo-seg test test-classic test-latest test-oldest lint gpu-check faults mutants test-scale gpu-scale docs docs-links clean
 
 install: $(READY)
 
@@ -34,11 +35,18 @@ $(READY): requirements.txt setup.cfg pyproject.toml
 $(VENV_CLASSIC)/.ready: requirements-classic.txt setup.cfg pyproject.toml
 	$(call environment,$(VENV_CLASSIC),requirements-classic.txt)
 
-# The pins of requirements.txt with the torch of requirements-latest.txt
+# $(call mixed,PLACE,REQUIREMENTS): an environment of REQUIREMENTS and, of requirements.txt, what those do not name.
+define mixed
+mkdir -p $(1)
+grep -vE "^($$(sed -n 's/==.*//p' $(2) | paste -sd '|' -))==" requirements.txt | cat $(2) - > $(1)/requirements.txt
+$(call environment,$(1),$(1)/requirements.txt)
+endef
+
 $(VENV_LATEST)/.ready: requirements.txt requirements-latest.txt setup.cfg pyproject.toml
-	mkdir -p $(VENV_LATEST)
-	grep -vE '^torch(vision)?==' requirements.txt | cat requirements-latest.txt - > $(VENV_LATEST)/requirements.txt
-	$(call environment,$(VENV_LATEST),$(VENV_LATEST)/requirements.txt)
+	$(call mixed,$(VENV_LATEST),requirements-latest.txt)
+
+$(VENV_OLDEST)/.ready: requirements.txt requirements-oldest.txt setup.cfg pyproject.toml
+	$(call mixed,$(VENV_OLDEST),requirements-oldest.txt)
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py det --work-dir $(WORK_DIR)/demo
@@ -78,6 +86,11 @@ test-classic: $(VENV_CLASSIC)/.ready
 test-latest: $(VENV_LATEST)/.ready
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_LATEST)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/ops \
 	  tests/models tests/nn tests/compat tests/weights
+
+# The core of the suite on the oldest packages that setup.cfg lets in, in an environment of its own.
+test-oldest: $(VENV_OLDEST)/.ready
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/nn \
+	  tests/models/test_mila.py tests/weights tests/engine/inference tests/export/test_files.py tests/tools/test_train_test.py
 
 # Put faults into a copy of the package, one at a time, and see whether its tests notice: half an hour, by a seed.
 mutants: $(READY)
@@ -128,4 +141,4 @@ gpu-scale: $(READY)
 	  --plot docs/images/precision_curves_gpu.png
 
 clean:
-	rm -rf $(VENV) $(VENV_CLASSIC) $(VENV_LATEST) $(VENV_DOCS) docs/_build docs/_generated build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV_CLASSIC) $(VENV_LATEST) $(VENV_OLDEST) $(VENV_DOCS) docs/_build docs/_generated build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

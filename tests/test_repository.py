@@ -1,9 +1,11 @@
 """What the files around the package say of each other."""
 
+import configparser
 import re
 from pathlib import Path
 
 import yaml
+from packaging.version import Version
 
 import mila_mm
 
@@ -25,6 +27,21 @@ def test_hooks_before_a_commit_use_the_pinned_tools() -> None:
     assert {'ruff-check', 'ruff-format', 'end-of-file-fixer', 'check-added-large-files'} <= {h['id'] for h in hooks}
     pinned = pins(ROOT / 'requirements.txt')
     assert {name: version for name, version in asked if name in pinned} == {'ruff': pinned['ruff']}
+
+
+def test_the_oldest_packages_that_are_let_in_are_tested() -> None:
+    """``make test-oldest`` and ``make test-classic`` run what the lower bounds of setup.cfg say."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / 'setup.cfg')
+    extras = setup['options.extras_require']
+    oldest = pins(ROOT / 'requirements.txt') | pins(ROOT / 'requirements-oldest.txt')
+    for tested, needed in (
+        (oldest, [setup['options']['install_requires'], *(extras[name] for name in ('onedl', 'export', 'predict'))]),
+        (pins(ROOT / 'requirements-classic.txt'), [extras['classic']]),
+    ):
+        bounds = dict(re.findall(r'^([\w.-]+)>=([\d.]+)', '\n'.join(needed), re.MULTILINE))
+        assert bounds
+        assert {name: Version(bound) for name, bound in bounds.items()} == {n: Version(tested[n]) for n in bounds}
 
 
 def test_the_workflow_runs_what_contributors_run() -> None:
