@@ -148,9 +148,10 @@ class VideoFile(Source):
         except (av.FFmpegError, IndexError) as error:
             raise UserError(f'{where} cannot be read as a video: damaged, or of an unknown format') from error
         rate = float(self._stream.average_rate or 0)
-        seconds = (self._container.duration or 0) / av.time_base
-        # Some formats say how long they are, and not how many frames that is.
-        total = self._stream.frames or round(seconds * rate)
+        # Some formats do not say how many frames they hold, and a trimmed MP4 still holds those that it does not show.
+        total, shown = self._stream.frames, round((self._container.duration or 0) / av.time_base * rate)
+        if shown > 0 and (not total or 'mp4' in self._container.format.name):
+            total = min(shown, total or shown)
         super().__init__(Path(where).stem, total if total > 0 else None, rate if 0 < rate < 1000 else 25.0)
 
     def __iter__(self) -> Iterator[Picture]:

@@ -108,6 +108,20 @@ def test_a_file_without_a_video(fault: str, tmp_path: Path) -> None:
         open_source(str(path))
 
 
+def test_a_file_that_a_phone_has_trimmed_is_whole(write) -> None:
+    """Its frames are all there, and a list of edits says which are shown: here those from 1.2 s on, for a second."""
+    path = write('clip.mp4')
+    data = bytearray(path.read_bytes())
+    edits, movie, media = (data.index(name) for name in (b'elst', b'mvhd', b'mdhd'))
+    ticks, media_ticks = (struct.unpack_from('>I', data, place + 16)[0] for place in (movie, media))
+    struct.pack_into('>Ii', data, edits + 12, ticks, round(1.2 * media_ticks))
+    struct.pack_into('>I', data, movie + 20, ticks)
+    path.write_bytes(data)
+    source = open_source(str(path))
+    assert (source.total, len(list(source))) == (10, 10)
+    assert source.failures == []
+
+
 UPRIGHT = struct.pack('>9i', 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 
 
