@@ -206,7 +206,7 @@ class BlockNode(torch.autograd.Function):
         stencils = [params[i] for i in _STENCILS]
         ctx.setting = setting
         # Of the parameters behind the products and of the first three biases nobody asks for values.
-        ctx.master = params[4].dtype
+        ctx.master, ctx.params = params[4].dtype, params
         ctx.plan, done = call.plan(x, ctx.master, True), None
         if ctx.plan is not None:
             assert taps is not None
@@ -231,7 +231,7 @@ class BlockNode(torch.autograd.Function):
         with torch.no_grad(), as_written(grad):
             grads = _gradients(ctx, grad.contiguous(), saved[:7], saved[7:9], params, saved[21:])
         if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(FirstOrderOnly.apply(each, given, x, *params) for each in grads)
+            grads = tuple(FirstOrderOnly.apply(each, given, x, *ctx.params) for each in grads)
         return grads[0], None, *grads[1:]
 
 

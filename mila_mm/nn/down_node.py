@@ -42,6 +42,7 @@ class DownNode(torch.autograd.Function):
         out, h, y = _forward(x, weights, (params[2], params[3]), size)
         ctx.size, ctx.shapes, ctx.master = size, (params[0].shape, params[4].shape), params[0].dtype
         ctx.strides = params[0].stride(), params[4].stride()
+        ctx.params = params  # not for their values, which may have changed by then
         ctx.save_for_backward(x, h, y, weights[0], weights[2], *params[2:4])
         return out
 
@@ -60,7 +61,7 @@ class DownNode(torch.autograd.Function):
             of_first, of_last = (matrix.as_strided(shape, strides) for matrix, shape, strides in matrices)
         grads = of_x, of_first, of_first_bias, *of_stencil, of_last, of_last_bias
         if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(FirstOrderOnly.apply(each, grad, x, *stencil) for each in grads)
+            grads = tuple(FirstOrderOnly.apply(each, grad, x, *ctx.params) for each in grads)
         return grads[0], None, None, *grads[1:]
 
 

@@ -231,6 +231,16 @@ def test_a_second_differentiation_is_refused():
     grad.square().sum().backward()
 
 
+def test_a_second_differentiation_is_refused_where_only_a_product_is_trained():
+    _, twin = pair()
+    twin.requires_grad_(False)
+    twin.norm1 = nn.Identity()  # so that nothing behind the block depends on its result
+    weight = twin.layers[1].blocks[1].mlp.fc1.weight.requires_grad_()
+    (grad,) = torch.autograd.grad(twin(image())[1].sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match='expected one differentiation, got a second'):
+        grad.sum().backward()
+
+
 class LowRank(nn.Module):
     """An adapter as LoRA puts one in the place of a Linear."""
 

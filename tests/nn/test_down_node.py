@@ -159,3 +159,15 @@ def test_weights_of_another_dtype_or_layout_are_not_cast_together(change):
     conv = module.conv[0].conv
     conv.weight = nn.Parameter(change(conv.weight.detach()))
     assert inspection.layers_of(module, Downsample) is None
+
+
+def test_a_second_differentiation_is_refused_behind_a_frozen_stencil(taken):
+    """Nor may it go unseen where neither the input nor the stencil needs gradients."""
+    module, x = make(lambda dim: nn.Identity()), torch.randn(1, 4, 4)
+    for p in module.conv[1].parameters():
+        p.requires_grad_(False)
+    y = module(x, 2, 2, params=node_pass(module))[0]
+    weights = [module.conv[0].conv.weight, module.conv[2].conv.weight]
+    grads = torch.autograd.grad(y.sum(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match='expected one differentiation, got a second'):
+        sum(grad.square().sum() for grad in grads).backward()
