@@ -28,12 +28,22 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.attention_op import DTYPES, SIZES, percent_of_copy, size
 from benchmarks.attention_op import describe as describe_stage
-from mila_mm.ops import column_sum, cpe_norm, dwc_silu, layer_norm, mlp, relu_dwc_relu, why_not_triton_stencil
+from mila_mm.ops import (
+    batch_norm,
+    column_sum,
+    cpe_norm,
+    dwc_silu,
+    layer_norm,
+    mlp,
+    relu_dwc_relu,
+    why_not_triton_stencil,
+)
 
 # Passes over a (B, N, C) tensor. cpe_norm: x, x', y, and backward x', dy, dx', g; g, x, dx. dwc_silu: x, u, and
 # backward x, du, g; g, x, dx. The projections, as if products were free: y and both results, and their gradients.
 # layer_norm: x, y, and dy, x, dx. bias, whose sum is ours: x, y, and dy. relu_dwc_relu, over its 8C wide input: x, a
-# quarter for y, and a half for y and dy, x, dx. mlp, as if the hidden map took none: x, y, and x, dy, dx.
+# quarter for y, and a half for y and dy, x, dx. batch_norm, with its ReLU: x twice, y, and x, dy twice, dx. mlp, as if
+# the hidden map took none: x, y, and x, dy, dx.
 PASSES = {
     'cpe_norm': (3, 7),
     'dwc_silu': (2, 6),
@@ -41,6 +51,7 @@ PASSES = {
     'layer_norm': (2, 3),
     'bias': (2, 1),
     'relu_dwc_relu': (1.25, 2.5),
+    'batch_norm': (3, 5),
     'mlp': (2, 3),
 }
 LIMITS = {'bf16': (8e-3, 2e-2), 'fp16': (1e-3, 3e-3), 'fp32': (1e-5, 1e-4)}
@@ -92,13 +103,19 @@ def modules(fusion: str) -> Op:
         y = F.relu(F.conv2d(image, weight, bias, stride=2, padding=1, groups=x.shape[-1]))
         return (y.permute(0, 2, 3, 1).flatten(1, 2),)
 
+    def batch(x: Tensor, gamma: Tensor, beta: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+        image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        y = F.relu(F.batch_norm(image, None, None, gamma, beta, training=True), inplace=True)
+        return (y.permute(0, 2, 3, 1).flatten(1, 2),)
+
     def feed_forward(
         x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, shortcut: Tensor, *_: int
     ) -> tuple[Tensor, ...]:
         return (shortcut + F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),)
 
     forms = {'cpe_norm': norm, 'dwc_silu': silu, 'projections': projections}
-    return {**forms, 'layer_norm': layer, 'bias': bias, 'relu_dwc_relu': down, 'mlp': feed_forward}[fusion]
+    forms |= {'layer_norm': layer, 'bias': bias, 'relu_dwc_relu': down, 'batch_norm': batch, 'mlp': feed_forward}
+    return forms[fusion]
 
 
 def fused(fusion: str) -> Op:
@@ -122,11 +139,15 @@ def fused(fusion: str) -> Op:
     def down(*args: Any) -> tuple[Tensor, ...]:
         return (relu_dwc_relu(*args[:3], args[3:], backend='triton'),)
 
+    def batch(x: Tensor, gamma: Tensor, beta: Tensor, *_: int) -> tuple[Tensor, ...]:
+        return (batch_norm(x, gamma, beta, relu=True, backend='triton'),)
+
     def feed_forward(*args: Any) -> tuple[Tensor, ...]:
         return (mlp(*args[:6]),)
 
     forms = {'cpe_norm': norm, 'dwc_silu': silu, 'projections': projections}
-    return {**forms, 'layer_norm': layer, 'bias': bias, 'relu_dwc_relu': down, 'mlp': feed_forward}[fusion]
+    forms |= {'layer_norm': layer, 'bias': bias, 'relu_dwc_relu': down, 'batch_norm': batch, 'mlp': feed_forward}
+    return forms[fusion]
 
 
 def draw(fusion: str, batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> list[Tensor]:
@@ -140,6 +161,7 @@ def draw(fusion: str, batch: int, height: int, width: int, channels: int, dtype:
         'layer_norm': [vector, vector],
         'bias': [vector],
         'relu_dwc_relu': [kernel, vector],
+        'batch_norm': [vector, vector],
         'mlp': [(4 * channels, channels), (4 * channels,), (channels, 4 * channels), vector],
     }[fusion]
     x = torch.randn(batch, height * width, channels, device=measure.DEVICE).to(dtype)

@@ -15,6 +15,8 @@ import torch
 import triton
 
 from mila_mm.ops.attention import backward_kernels, forward_kernels, launch
+from mila_mm.ops.batch_norm import kernels as batch_norm_kernels
+from mila_mm.ops.batch_norm import launch as batch_norm_launch
 from mila_mm.ops.block import kernels as block_kernels
 from mila_mm.ops.block import launch as block_launch
 from mila_mm.ops.block.layout import Shape
@@ -35,7 +37,7 @@ MODES = (
     ('fp16', torch.float16, 'tf32'),
     ('bf16', torch.bfloat16, 'low'),
 )
-POINTERS = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}
+POINTERS = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.int64: '*i64'}
 KERNELS = (
     (forward_kernels, 'state_kernel'),
     (forward_kernels, 'reduce_kernel'),
@@ -52,6 +54,11 @@ KERNELS = (
     (stencil_kernels, 'stencil_backward_kernel'),
     (down_kernels, 'relu_dwc_relu_kernel'),
     (down_kernels, 'relu_dwc_relu_backward_kernel'),
+    (batch_norm_kernels, 'batch_statistics_kernel'),
+    (batch_norm_kernels, 'batch_moments_kernel'),
+    (batch_norm_kernels, 'batch_norm_kernel'),
+    (batch_norm_kernels, 'batch_norm_sums_kernel'),
+    (batch_norm_kernels, 'batch_norm_backward_kernel'),
     (mlp_kernels, 'mlp_kernel'),
     (mlp_kernels, 'gelu_backward_kernel'),
     (mlp_kernels, 'hidden_backward_kernel'),
@@ -172,6 +179,8 @@ def record_stencils(
         y = stencil_launch.relu_dwc_relu_forward(x, *weights, *size)
         stencil_launch.relu_dwc_relu_backward(y, x, *weights, y, *size)
         row_launch.column_sum(x, dtype)
+        for relu in (False, True):
+            record_batch_norm(x, vector, relu)
         if channels % 32 == 0:
             dots = next(dots for name, _, dots in MODES if name == mode)
             for scaled in (False, True):
@@ -182,6 +191,13 @@ def record_stencils(
             _, mean, rstd = row_launch.layer_norm_forward(source, vector, vector, 1e-5, dtype)
             row_launch.layer_norm_backward(x, source, mean, rstd, vector, vector, None, source.dtype)
     return launches
+
+
+def record_batch_norm(x: torch.Tensor, vector: torch.Tensor, relu: bool) -> None:
+    """The launches of a BatchNorm in training mode, forward and backward."""
+    running = vector, vector, torch.tensor(0)
+    _, statistics = batch_norm_launch.batch_norm_forward(x, vector, vector, running, 0.1, 1e-5, relu)
+    batch_norm_launch.batch_norm_backward(x, x, vector, vector, statistics, relu)
 
 
 def record_block(x: torch.Tensor, size: tuple[int, int], dots: str, scaled: bool) -> None:

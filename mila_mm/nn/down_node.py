@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mila_mm.nn import batch_norm
 from mila_mm.nn.nodes import FirstOrderOnly, direct_ops
 from mila_mm.nn.step_weights import CastConvolutions
 from mila_mm.ops.common import as_written, to_image, to_tokens
@@ -108,4 +109,8 @@ def downsample(layers: Any, x: Tensor, params: CastConvolutions, recompute: bool
     y = to_tokens(x)
     y = checkpoint(run, y, *rest, use_reentrant=False) if recompute else run(y, *rest)
     height, width, norm = height // 2, width // 2, layers[2].norm
-    return y if norm is None else to_tokens(norm(to_image(y, height, width))), height, width
+    if norm is None:
+        return y, height, width
+    image = to_image(y, height, width)
+    image = batch_norm.run(norm, image, False) if batch_norm.fits(norm, image) else norm(image)
+    return to_tokens(image), height, width

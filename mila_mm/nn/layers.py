@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mila_mm.nn import down_node
+from mila_mm.nn import batch_norm, down_node
 from mila_mm.nn.plain import why_not_plain
 from mila_mm.nn.precision import full_precision
 from mila_mm.nn.step_weights import CastConvolutions, Parameters
@@ -69,6 +69,7 @@ class ConvLayer(nn.Module):
 
     A BatchNorm that is in eval mode is folded into the weights of its convolution on the fly, differentiably: a pass
     over the output less, and the state dict as it was. Where someone has hooked the two modules, they are called.
+    One in training mode is computed with the ReLU where the convolution's parameters are given and the kernels run.
     """
 
     def __init__(
@@ -104,17 +105,13 @@ class ConvLayer(nn.Module):
             assert mean is not None and variance is not None
             scale = folded.weight * (variance + folded.eps).rsqrt()
             shift = -mean if conv.bias is None else conv.bias - mean
-            x = F.conv2d(
-                x,
-                conv.weight * scale.to(conv.weight.dtype)[:, None, None, None],
-                (folded.bias + shift * scale).to(conv.weight.dtype),
-                conv.stride,
-                conv.padding,
-                conv.dilation,
-                conv.groups,
-            )
+            weight = conv.weight * scale.to(conv.weight.dtype)[:, None, None, None]
+            bias = (folded.bias + shift * scale).to(conv.weight.dtype)
+            x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         else:
             x = conv(x) if params is None else conv._conv_forward(x, *params)
+            if params is not None and batch_norm.fits(norm, x):
+                return batch_norm.run(norm, x, self.act)
             x = x if norm is None else norm(x)
         return F.relu(x, inplace=True) if self.act else x
 

@@ -64,7 +64,8 @@ def register(
 def _or_plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of an op; where a kernel of it turns out not to work here, again, by PyTorch's own operators.
 
-    An op writes to none of its arguments, so that nothing of the first attempt is left.
+    An op writes to none of its arguments, or only in the last of its kernels, so that nothing of the first attempt is
+    left.
     """
 
     @wraps(function)

@@ -45,6 +45,11 @@ STENCILS = {
         'column_reduce',
         'block_reduce',
         'gelu_backward',
+        'batch_statistics',
+        'batch_moments',
+        'batch_norm',
+        'batch_norm_sums',
+        'batch_norm_backward',
     )
 }
 

@@ -1,0 +1,1 @@
+"""What follows a convolution of the stem: BatchNorm in training mode, with the ReLU behind it."""
