@@ -104,3 +104,36 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(RuntimeError, match='expected one differentiation'):
         (grad,) = torch.autograd.grad(batch_norm(x, weight, bias).square().sum(), x, create_graph=True)
         grad.sum().backward()
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_kernels_that_are_bound_start_by_the_addresses_of_their_tensors(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip('triton')
+    from mila_mm.ops.batch_norm import launch
+
+    started: list[tuple[str, list[int]]] = []
+
+    class Kernel:
+        bound = True
+
+        def at(self, stream: int, *addresses: int) -> None:
+            started.append(('address', list(addresses)))
+
+        def __call__(self, *tensors: Tensor) -> None:
+            started.append(('tensor', [x.data_ptr() for x in tensors]))
+
+    monkeypatch.setattr(launch.kept, 'current_stream', lambda: 0)
+    plan = launch.Plan(70, 32, (32, 32) if backward else (32,), relu=True)
+    plan = plan.backward() if backward else plan.forward(0.1, 1e-5, True)
+    plan.launches = [(Kernel(), places) for _, places in plan.launches]
+    tensors = [torch.zeros(64) for _ in range(9)]
+    plan.run(*tensors)
+    monkeypatch.setattr(Kernel, 'bound', False)
+    plan.run(*tensors)
+    assert [way for way, _ in started] == ['address'] * 3 + ['tensor'] * 3
+    assert [places for _, places in started[:3]] == [places for _, places in started[3:]]
+    monkeypatch.setattr(Kernel, 'bound', True)
+    plan.run(tensors[0][1:], *tensors[1:])
+    assert [way for way, _ in started[6:]] == ['tensor'] * 3

@@ -30,8 +30,8 @@ def triton_runs() -> None:
 
 @pytest.mark.parametrize('dtype', [FP32, FP16, BF16], ids=['fp32', 'fp16', 'bf16'])
 @pytest.mark.parametrize('relu', [True, False], ids=['relu', ''])
-@pytest.mark.parametrize('channels', [20, 32, 64, 96, 512])
-@pytest.mark.parametrize('tokens', [1, 9, 500, 4000, 128000])
+@pytest.mark.parametrize('channels', [20, 32, 96, 512])
+@pytest.mark.parametrize('tokens', [1, 9, 500, 40000])
 def test_equals_fp64_twice_the_same(tokens: int, channels: int, relu: bool, dtype: torch.dtype) -> None:
     random = torch.Generator('cuda').manual_seed(0)
     shapes = (2, tokens, channels), (channels,), (channels,), (2, tokens, channels)
