@@ -96,6 +96,15 @@ def test_layer_norm(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> N
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_batch_norm(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    x, grad = (layout(torch.randn(2, 35, 64).to(dtype)) for _ in range(2))
+    vector, rest = torch.randn(64), (None, None, None, 0.1, 1e-5, True)
+    _, statistics = check(OPS.batch_norm_forward, x, vector, vector, *rest)
+    check(OPS.batch_norm_backward, grad, x, vector, vector, statistics, True)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_relu_dwc_relu(shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
     batch, height, width, channels, _ = shape
