@@ -34,7 +34,7 @@ from benchmarks import measure, report
 TESTS = (
     *('tests/ops/test_attention_gpu.py', 'tests/ops/test_attention_gpu_runtime.py', 'tests/ops/test_stencil_gpu.py'),
     *('tests/ops/test_gated_gpu.py', 'tests/ops/test_rows_gpu.py', 'tests/ops/test_down_gpu.py'),
-    *('tests/ops/test_mlp_gpu.py', 'tests/nn/test_block_node_gpu.py'),
+    *('tests/ops/test_mlp_gpu.py', 'tests/ops/test_batch_norm_gpu.py', 'tests/nn/test_block_node_gpu.py'),
 )
 MORE_TESTS = ('tests/nn/test_cuda_graphs.py',)
 """Which need mmengine."""
