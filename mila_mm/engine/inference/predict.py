@@ -60,10 +60,10 @@ class _Interruptions:
         """Handle a signal.
 
         Raises:
-            KeyboardInterrupt: Unless something is being written.
+            KeyboardInterrupt: At the first one, unless something is being written.
         """
-        self.signum = signum
-        if not self.writing:
+        first, self.signum = self.signum is None, signum
+        if first and not self.writing:
             raise KeyboardInterrupt
 
     @contextmanager
@@ -169,10 +169,11 @@ def _predict_all(predictor: Predictor, groups: Iterable[list[Picture]], outputs:
                             summary.images += 1
         except KeyboardInterrupt:
             summary.interrupted = True
-            summary.signum = interruptions.signum or signal.SIGINT
         finally:
-            interruptions.writing = True  # a second Ctrl-C would leave half a video
+            interruptions.writing = True  # Ctrl-C here would leave half a video
             summary.written = outputs.close()
+    if interruptions.signum is not None:  # one that came behind the last image is not lost either
+        summary.interrupted, summary.signum = True, interruptions.signum
     summary.seconds = time.perf_counter() - start
 
 

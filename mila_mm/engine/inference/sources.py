@@ -19,6 +19,7 @@ from mila_mm.errors import UserError
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 # a GIF mostly moves, and one that does not is a video of one frame
 VIDEOS = ('.mp4', '.avi', '.mkv', '.mov', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv', '.gif')
+_COUNTED = ('.mp4', '.m4v', '.mov', '.avi')
 _STREAMS = ('rtsp://', 'rtmp://', 'http://', 'https://')
 _PATTERN = frozenset('*?[')
 # The number of frames in a video's header is often off by one or two.
@@ -103,6 +104,8 @@ class Video(Source):
             what = 'cannot be read as a video: damaged, or of an unknown format' if self.is_file else 'does not answer'
             raise UserError(f'{name} {what}')
         count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)) if self.is_file else 0
+        # Other formats do not count, and OpenCV then makes a number of the time of what may be longer, the sound.
+        self._counted = Path(name).suffix.lower() in _COUNTED
         fps = self.capture.get(cv2.CAP_PROP_FPS)
         super().__init__(
             Path(name).stem if self.is_file else 'camera', count if count > 0 else None, fps if 0 < fps < 1000 else 25.0
@@ -124,7 +127,7 @@ class Video(Source):
             self.failures.append(f'{self.where}: no more frames came after {index}')
         elif index == 0:
             self.failures.append(f'{self.where}: holds no frame that can be read')
-        elif self.total is not None and index < self.total - _MISCOUNTED:
+        elif self._counted and self.total is not None and index < self.total - _MISCOUNTED:
             self.failures.append(f'{self.where}: broke off after {index} of {self.total} frames')
 
 
@@ -148,22 +151,26 @@ class VideoFile(Source):
         except (av.FFmpegError, IndexError) as error:
             raise UserError(f'{where} cannot be read as a video: damaged, or of an unknown format') from error
         rate = float(self._stream.average_rate or 0)
-        # Some formats do not say how many frames they hold, and a trimmed MP4 still holds those that it does not show.
-        total, shown = self._stream.frames, round((self._container.duration or 0) / av.time_base * rate)
-        if shown > 0 and (not total or 'mp4' in self._container.format.name):
-            total = min(shown, total or shown)
+        self._counted: int | None = self._stream.frames or None
+        whole = self._container.duration / av.time_base if self._container.duration else 0.0
+        if self._counted and 'mp4' in self._container.format.name and self._stream.duration:
+            # A trimmed file still holds the frames that it does not show.
+            self._counted = min(self._counted, round(self._stream.duration * self._stream.time_base * rate))
+        # Matroska and its kind do not count; sound may be longer than the pictures, and the rate be no constant.
+        self._seconds = whole if not self._counted and len(self._container.streams) == 1 else None
+        total = self._counted or round(whole * rate)
         super().__init__(Path(where).stem, total if total > 0 else None, rate if 0 < rate < 1000 else 25.0)
 
     def __iter__(self) -> Iterator[Picture]:
         damage = _Damage(self.fps or 25.0)
         with self._container:
             for frame in self._frames(damage):
-                name = f'{self.name}_{damage.shown:06d}'
+                name = f'{self.name}_{damage.shown + damage.lost:06d}'  # the file's own number
                 yield Picture(name, _upright(frame), name)
                 damage.see(frame)
         if not damage.shown:
             self.failures.append(f'{self.where}: holds no frame that can be read')
-        elif told := damage.told(self.total):
+        elif told := damage.told(self._counted) or damage.ended_early(self._seconds):
             self.failures.append(f'{self.where}: {told}')
 
     def _frames(self, damage: '_Damage') -> Iterator[Any]:
@@ -192,6 +199,7 @@ class _Damage:
         self.first: int | None = None
         self._gap: int | None = None
         self._time: float | None = None
+        self._longest = 0.0
 
     def lose(self) -> None:
         """Note a frame that cannot be decoded."""
@@ -203,8 +211,10 @@ class _Damage:
         if frame.is_corrupt:
             self.damaged += 1
             self._note()
-        if frame.time is not None and self._time is not None and (frame.time - self._time) * self.fps > 1.5:
-            self._gap = self.shown if self._gap is None else self._gap
+        if frame.time is not None and self._time is not None:
+            self._longest = max(self._longest, frame.time - self._time)
+            if (frame.time - self._time) * self.fps > 1.5:
+                self._gap = self.shown if self._gap is None else self._gap
         self._time = frame.time
         self.shown += 1
 
@@ -226,6 +236,16 @@ class _Damage:
         assert self.first is not None
         frames = f'of {total} frames' if total else 'frames:'
         return f'{frames} {", ".join(found)}; from frame {self.first} on ({self.first / self.fps:.1f} s)'
+
+    def ended_early(self, seconds: float | None) -> str:
+        """Return in one line that the frames end long before the file's time, empty where they do not.
+
+        Args:
+            seconds: How long the frames should last; None where the file does not say.
+        """
+        if seconds is None or self._time is None or seconds - self._time < max(2.0, 10 * self._longest):
+            return ''
+        return f'broke off after {self.shown} frames, at {self._time:.1f} of {seconds:.1f} s'
 
     def _note(self) -> None:
         self.first = self.shown if self.first is None else self.first

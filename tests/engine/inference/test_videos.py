@@ -68,7 +68,7 @@ def test_frames_that_cannot_be_decoded_are_counted_and_those_after_them_shown(wr
     spoil(path, range(5, 8), 0)
     source = open_source(str(path))
     shown = [picture.name for picture in source]
-    assert shown == [f'clip_{index:06d}' for index in range(FRAMES - 3)]
+    assert shown == [f'clip_{index:06d}' for index in (*range(5), *range(8, FRAMES))]
     assert source.failures == [f'{path}: of {FRAMES} frames 3 cannot be decoded; from frame 5 on (0.5 s)']
 
 
@@ -92,6 +92,36 @@ def test_a_file_cut_in_the_middle(write) -> None:
     late.write_bytes(late.read_bytes()[: late.stat().st_size // 2])
     with pytest.raises(UserError, match=r'late\.mp4 cannot be read as a video'):
         open_source(str(late))
+
+
+def test_sound_longer_than_the_pictures_and_a_rate_that_changes_are_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / 'clip.mkv'
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('mpeg4', rate=10)
+        stream.width, stream.height, stream.pix_fmt = 160, 128, 'yuv420p'
+        sound = container.add_stream('aac', rate=44100)
+        for index in range(10):
+            frame = av.VideoFrame.from_ndarray(np.full((128, 160, 3), 20 * index, np.uint8), format='bgr24')
+            frame.pts = index if index < 5 else 4 * index
+            container.mux(stream.encode(frame))
+        for index in range(300):
+            frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format='fltp', layout='stereo')
+            frame.sample_rate, frame.pts = 44100, 1024 * index
+            container.mux(sound.encode(frame))
+        container.mux([*stream.encode(), *sound.encode()])
+    for source in (open_source(str(path)), Video(str(path), str(path))):
+        assert len(list(source)) == 10
+        assert source.failures == []
+
+
+def test_a_cut_file_of_a_format_that_does_not_count(write) -> None:
+    path = write('clip.webm', 'libvpx')
+    assert len(list(open_source(str(path)))) == FRAMES
+    assert open_source(str(path)).failures == []
+    path.write_bytes(path.read_bytes()[: sum(packets(path)[2])])
+    source = open_source(str(path))
+    assert len(list(source)) == 2
+    assert source.failures == [f'{path}: broke off after 2 frames, at 0.1 of 2.4 s']
 
 
 @pytest.mark.parametrize('fault', ['text', 'sound'])
