@@ -1,6 +1,6 @@
 """What only a GPU can show of ``batch_norm``: accuracy with its arithmetic, determinism, the norms of a backbone.
 
-Needs torch, triton, timm, numpy and pytest, and nothing of OpenMMLab.
+Needs torch, triton, numpy and pytest, for a backbone timm, and nothing of OpenMMLab.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mila_mm.nn import batch_norm as batch_norm_of_a_module
-from mila_mm.nn.trunk import MILATrunk
 from mila_mm.ops import batch_norm, why_not_triton_batch_norm
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +61,9 @@ def test_equals_fp64_twice_the_same(tokens: int, channels: int, relu: bool, dtyp
 
 def test_the_norms_of_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight, by the kernels, with the running statistics of PyTorch's."""
+    pytest.importorskip('timm', reason='timm is not installed, of which the backbone is made')
+    from mila_mm.nn.trunk import MILATrunk
+
     torch.manual_seed(0)
     model = MILATrunk('nano').cuda().train()
     plain, x = copy.deepcopy(model), torch.randn(2, 3, 160, 224, device='cuda')
