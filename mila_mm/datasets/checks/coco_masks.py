@@ -12,6 +12,8 @@ from mila_mm.datasets.checks.needs import Needs
 
 # Share of the longer side of an image by which points may lie outside of it.
 _OVER = 0.1
+# Side of an image up to which a polygon in the first pixel may be meant.
+_FEW_PIXELS = 8
 
 
 def check_mask(
@@ -56,7 +58,7 @@ def _check_polygons(here: str, polygons: list[Any], size: tuple[int, int], needs
             'flat', f'{here} is {what}, expected a list of polygons: [[x0, y0, x1, y1, ...], ...]', _level(needs)
         )
         return
-    usable = far = 0
+    usable = far = within = 0
     limit = (1 + _OVER) * max(size)
     for position, polygon in enumerate(polygons):
         if not are_numbers(polygon):
@@ -65,7 +67,9 @@ def _check_polygons(here: str, polygons: list[Any], size: tuple[int, int], needs
             )
             return
         usable += len(polygon) >= 6 and len(polygon) % 2 == 0
-        far += bool(limit and len(polygon) and max(polygon) > limit)
+        reach = max(polygon, default=0)
+        far += bool(limit and reach > limit)
+        within += 0 < reach <= 1
     if needs.masks and needs.evaluation and len(polygons[0]) <= 4:
         faults.add(
             'short polygon',
@@ -78,6 +82,12 @@ def _check_polygons(here: str, polygons: list[Any], size: tuple[int, int], needs
             f'{here} has no polygon of three points or more (an even count of at least 6 numbers), got '
             f'{len(polygons[0])} numbers: the loader ignores the whole instance',
             'warning',
+        )
+    if within == len(polygons) and limit > _FEW_PIXELS:
+        faults.add(
+            'relative polygons',
+            f'{here} lies between 0 and 1: relative coordinates? Expected [x0, y0, x1, y1, ...] in pixels',
+            _level(needs),
         )
     if far and needs.masks:
         faults.add(

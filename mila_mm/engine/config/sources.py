@@ -67,10 +67,10 @@ def names_registered(package: str, folder: str, registry: str) -> set[str]:
     return {name for known, name in _registered_in(package, folder) if known == registry}
 
 
-def mentions(package: str, folder: str, name: str) -> bool:
-    """Tell whether a name stands anywhere in a folder of a package, whatever for."""
+def mentions(package: str, name: str) -> bool:
+    """Tell whether a name stands anywhere in a package, whatever for."""
     word = re.compile(rf'\b{re.escape(name)}\b')
-    return any(word.search(text) for text in _texts(package, folder).values())
+    return any(word.search(text) for text in _texts(package, '').values())
 
 
 @functools.cache
@@ -82,6 +82,7 @@ def _texts(package: str, folder: str) -> dict[str, str]:
             encoding='utf-8', errors='replace'
         )
         for path in (sorted((root / folder).rglob('*.py')) if root is not None else ())
+        if '.mim' not in path.relative_to(root).parts
     }
 
 

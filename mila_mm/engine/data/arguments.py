@@ -33,7 +33,7 @@ _FOLDERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     'PARAM_SCHEDULERS': ('engine', (('mmengine', 'optim'),)),
     'VISUALIZERS': ('visualization', (('mmengine', 'visualization'),)),
     'VISBACKENDS': ('visualization', (('mmengine', 'visualization'),)),
-    'MODELS': ('models', ()),
+    'MODELS': ('models', (('mmengine', 'model'), ('mmcv', 'cnn'), ('mmcv', 'ops'))),
 }
 _SCOPES = ('mmdet', 'mmseg', 'mmpretrain', 'mila_mm')
 # What is taken out of a part before it is built, by registry.
@@ -53,13 +53,6 @@ _MODEL_PARTS = (
     'mask_roi_extractor', 'mask_iou_head',
 )  # fmt: skip
 _LIBRARIES = (*_SCOPES, 'mmcv', 'mmengine')
-# Registries of which everything stands in the folders above, with what mmengine calls them.
-_COMPLETE = {
-    'TRANSFORMS': 'transform',
-    'DATASETS': 'dataset',
-    'METRICS': 'metric',
-    'HOOKS': 'hook',
-}
 # What is told by its successor.
 _TOLD_BY_KEY = {
     'DATASETS': set(OLD_DATASET_KEYS),
@@ -86,7 +79,7 @@ def check_arguments(cfg: Config, stages: Sequence[str], scope: str) -> list[Find
         stages: Those that will run, of 'train', 'val', 'test'.
         scope: 'mmdet', 'mmseg' or 'mmpretrain'.
     """
-    if cfg.get('custom_imports') or cfg.get('runner_type'):
+    if imports_own(cfg) or cfg.get('runner_type'):
         return []
     findings = []
     for part in _parts(cfg, stages):
@@ -101,6 +94,13 @@ def check_arguments(cfg: Config, stages: Sequence[str], scope: str) -> list[Find
         if loader is not None and isinstance(config, dict):
             findings += _unexpected(Part(f'{stage}_dataloader', 'LOADERS', {**config, 'type': 'DataLoader'}), loader)
     return findings
+
+
+def imports_own(cfg: Config) -> bool:
+    """Tell whether a config imports something else than the libraries, which may put classes under their names."""
+    named = (cfg.get('custom_imports') or {}).get('imports', ())
+    modules = [named] if isinstance(named, str) else named
+    return any(str(module).partition('.')[0] not in _LIBRARIES for module in modules or ())
 
 
 def _unexpected(part: Part, kind: SourceClass) -> list[Finding]:
@@ -146,13 +146,14 @@ def _is_unknown(part: Part, scope: str) -> bool:
         return False
     if '_scope_' in part.config or name in OLD_TRANSFORMS or _registered_now(part.registry, scope, name):
         return False
-    return part.registry in _COMPLETE and not any(mentions(*place, name) for place in _places(part.registry, scope))
+    return not any(mentions(package, name) for package in (scope, 'mmcv', 'mmengine'))
 
 
 def _unknown(part: Part, scope: str) -> str:
     names = set().union(*(names_registered(*place, part.registry) for place in _places(part.registry, scope)))
     kind = part.config['type']
-    return f'{kind} is not in the {scope}::{_COMPLETE[part.registry]} registry{did_you_mean(kind, names)}'
+    called = getattr(root_registries, part.registry).name
+    return f'{kind} is not in the {scope}::{called} registry{did_you_mean(kind, names)}'
 
 
 def _parts(cfg: Config, stages: Sequence[str]) -> Iterator[Part]:

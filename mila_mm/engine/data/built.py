@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 import time
@@ -11,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 
+from mila_mm.datasets.checks.absent import absent_files
 from mila_mm.datasets.checks.findings import Finding, brief, error, warning
 from mila_mm.datasets.checks.image_sizes import judge_sizes
 from mila_mm.datasets.checks.label_maps import spread
@@ -202,41 +201,7 @@ def _check_paths(key: str, chosen: Sequence[int], infos: Sequence[dict[str, Any]
             for info in infos
             if isinstance(info.get(name), (str, os.PathLike)) and '://' not in str(info[name])
         ]
-        absent = [path for path in local if not Path(path).is_file()]
-        if absent:
-            hint = _why_absent(Path(absent[0]))
-            looked.findings.append(
-                error(key, f'{kind} {absent[0]} does not exist ({len(absent)} of {len(local)} looked for){hint}')
-            )
-
-
-def _why_absent(path: Path) -> str:
-    """Say what is there instead of a file, as far as it explains its absence."""
-    parts = path.parent.parts
-    plain = Path(unquote(str(path)).replace('\\', '/'))
-    said = ''
-    if path.is_symlink():
-        said = '; it is a link that leads nowhere'
-    elif path.is_dir():
-        said = '; it is a folder'
-    elif len(parts) > 1 and parts[-1] == parts[-2]:
-        said = f'; {parts[-1]} stands in data_prefix and again in the file names'
-    elif plain != path and plain.is_file():
-        said = f'; there is {plain}: file names are paths with /, and not escaped'
-    elif '\\' in path.name:
-        said = '; its name has backslashes, which part no folders here: write file names with /'
-    elif path.name.startswith('.') and path.suffix == '':
-        said = '; a name in the list is empty: a blank line in ann_file?'
-    elif path.name.startswith('\ufeff'):
-        said = '; the list begins with a byte order mark: save it as UTF-8 without BOM'
-    elif path.with_suffix('').is_file() or (path.suffix in path.stem and ' ' in path.stem):
-        said = f'; each line of ann_file is one name without {path.suffix!r}, which is put behind it'
-    elif path.parent.is_dir():
-        near = [other.name for other in path.parent.glob(f'{glob.escape(path.stem)}.*')][:1]
-        said = f'; there is {near[0]}' if near else ''
-    else:
-        said = f'; the folder {path.parent} does not exist'
-    return said
+        looked.findings += absent_files(key, kind, local)
 
 
 def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline: float, looked: Looked) -> None:

@@ -28,9 +28,12 @@ def check_channels(model: dict[str, Any]) -> list[Finding]:
         return []
     try:
         dims = resolve_arch(backbone.get('arch', 'tiny')).dims
+    except (ValueError, TypeError) as fault:
+        return [error('model.backbone', str(fault))]
+    try:
         given = [dims[index] for index in backbone.get('out_indices', (0, 1, 2, 3))]
-    except (ValueError, TypeError, IndexError):
-        return []  # building the model says what is wrong with them
+    except (TypeError, IndexError):
+        return []  # building the model says what is wrong with it
     arch = backbone.get('arch', 'tiny')
     return check_given(model, given, f'MILA {arch}' if isinstance(arch, str) else f'MILA {dict(arch)}')
 

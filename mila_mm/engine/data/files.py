@@ -47,7 +47,8 @@ def check_files(cfg: Config, splits: Sequence[Split], cache: Path | None, report
 
 
 def _classes_key(split: Split) -> str:
-    named = 'classes' in (split.config.get('metainfo') or {})
+    meta = split.config.get('metainfo')
+    named = isinstance(meta, dict) and 'classes' in meta
     return f'{split.key}.metainfo.classes' if named else f'{split.key} (classes of {kind_name(split.config)})'
 
 

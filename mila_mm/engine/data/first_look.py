@@ -17,7 +17,7 @@ from mila_mm.datasets.checks.cache import cache_folder
 from mila_mm.datasets.checks.findings import Report
 from mila_mm.engine.config.checks import check_data
 from mila_mm.engine.config.load import load_config, scope_of
-from mila_mm.engine.data.arguments import check_arguments
+from mila_mm.engine.data.arguments import check_arguments, imports_own
 from mila_mm.engine.data.files import check_files
 from mila_mm.engine.data.image_headers import check_image_sizes
 from mila_mm.engine.data.map_folders import check_map_folder
@@ -48,7 +48,7 @@ def first_look(config: str, cfg_options: Sequence[str], stages: Sequence[str]) -
     scope = scope_of(cfg)
     stages = [stage for stage in stages if stage != 'val' or cfg.get('val_cfg')]
     check_data(cfg, stages)
-    if cfg.get('custom_imports'):  # which may put other classes under the names that are known here
+    if imports_own(cfg):  # which may put other classes under the names that are known here
         return
     report = Report()
     splits = _splits(cfg, stages, scope)

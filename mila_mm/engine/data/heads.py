@@ -74,7 +74,8 @@ def reads_text(model: dict[str, Any]) -> bool:
 
 
 def _count(split: Split, name: str) -> int | None:
-    own = split.config.get('metainfo') or {}
+    own = split.config.get('metainfo')
+    own = own if isinstance(own, dict) else {}
     names = own.get(name, None if 'classes' in own else split.meta.get(name.upper(), split.meta.get(name)))
     return len(names) if isinstance(names, (list, tuple)) else None
 

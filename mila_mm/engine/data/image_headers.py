@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os.path as osp
 import time
 from pathlib import Path
 
 import cv2
 from PIL import Image
 
+from mila_mm.datasets.checks.absent import absent_files
 from mila_mm.datasets.checks.coco_annotations import UnreadableError, read_coco
 from mila_mm.datasets.checks.findings import Finding
 from mila_mm.datasets.checks.image_sizes import judge_sizes
 from mila_mm.datasets.checks.label_maps import spread
 from mila_mm.datasets.checks.survival import loaded_images
 from mila_mm.engine.data.files import filter_of
+from mila_mm.engine.data.samples import CUT_SHORT, fault_of_image, is_cut_short, many
 from mila_mm.engine.data.splits import Split, kind_name
+from mila_mm.errors import printable_path
 
 # Images of a split that are opened, as many as the whole check opens, and seconds after which no more are.
 _IMAGES, _SECONDS = 32, 0.5
@@ -23,7 +27,7 @@ _TURNING = frozenset({'color', 'grayscale'})
 
 
 def check_image_sizes(split: Split) -> list[Finding]:
-    """Compare a sample of images with the sizes in the annotation file; what cannot be read is left to the whole check.
+    """Check that a sample of images is there, whole and of the sizes in the annotation file.
 
     Args:
         split: A ``CocoDataset`` that is not built, whose file is well-formed.
@@ -36,20 +40,31 @@ def check_image_sizes(split: Split) -> list[Finding]:
         images = loaded_images(read_coco(path), filter_of(split))
     except UnreadableError:
         return []
-    wrong, seen = [], 0
+    wrong, broken, seen = [], [], 0
     deadline = time.monotonic() + _SECONDS
-    for position in spread(len(images), _IMAGES):
+    sample = [images[position] for position in spread(len(images), _IMAGES)]
+    absent = absent_files(split.key, 'image', [_joined(folder, image['file_name']) for image in sample])
+    for entry in sample if not absent else []:
         if seen and time.monotonic() > deadline:
             break
-        image = folder / images[position]['file_name']
-        told = images[position]['height'], images[position]['width']
+        image = folder / entry['file_name']
+        told = entry['height'], entry['width']
         got = _size_as_loaded(image, told)
+        fault = fault_of_image(image) if got is None else CUT_SHORT if is_cut_short(image) else None
+        if fault is not None:
+            broken.append(f'image {printable_path(image)} {fault}')
+            continue
         if got is None:
             return []
         seen += 1
         if got != told:
             wrong.append((image, got, told))
-    return judge_sizes(split.key, wrong, seen, len(images))
+    return [*absent, *many(split.key, broken), *judge_sizes(split.key, wrong, seen, len(images))]
+
+
+def _joined(folder: Path, name: str) -> str:
+    """Join as mmdet's loader does, so that the path is told as it tells it."""
+    return osp.join(folder, name)
 
 
 def _folder(split: Split) -> Path | None:

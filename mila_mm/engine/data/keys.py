@@ -114,7 +114,7 @@ def check_keys(split: Split, loader: dict[str, Any]) -> list[Finding]:
             findings.append(
                 error(f'{split.key}.{old}', f'is of mmdet 2 or mmseg 0: {kind_name(split.config)} takes {successor}')
             )
-    return [*findings, *_meta(split), *_prefix(split), *_transforms(split)]
+    return [*findings, *_ann_file(split), *_meta(split), *_prefix(split), *_transforms(split)]
 
 
 def _arguments(kind: type | None) -> set[str]:
@@ -125,6 +125,14 @@ def _arguments(kind: type | None) -> set[str]:
         if '__init__' in vars(base):
             names |= set(inspect.signature(vars(base)['__init__']).parameters)
     return names
+
+
+def _ann_file(split: Split) -> list[Finding]:
+    name = split.config.get('ann_file')
+    if not isinstance(name, (list, tuple)):
+        return []
+    told = f'names {len(name)} files, and a data set reads one: a ConcatDataset joins data sets, datasets=[...]'
+    return [error(f'{split.key}.ann_file', told)]
 
 
 def _meta(split: Split) -> list[Finding]:

@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
 from PIL import Image
 
+from mila_mm.datasets.checks.absent import absent_files
 from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.datasets.checks.label_maps import MapSummary, fault_of_labels, fault_of_map, judge_maps, spread
 from mila_mm.engine.data.ignored import ignored_by
@@ -22,6 +23,8 @@ from mila_mm.engine.data.splits import Split, kind_name
 
 # Maps of a split that are opened, and seconds after which no more are: the whole check opens more.
 _MAPS, _SECONDS = 16, 0.5
+# Maps of a split that must be there.
+_LOOKED_FOR = 1000
 
 
 def check_map_folder(cfg: Config, split: Split) -> list[Finding]:
@@ -53,7 +56,10 @@ def check_map_folder(cfg: Config, split: Split) -> list[Finding]:
     if maps is None or not isinstance(other, str):
         return []
     pairs = [(folder / name, maps / f'{name[: -len(suffix)]}{other}') for name in names]
-    return _check_maps(split, pairs, split.classes, ignored_by(cfg, split.stage), reduced)
+    sample = [pairs[position][1] for position in spread(len(pairs), _LOOKED_FOR)]
+    return absent_files(split.key, 'label map', sample) or _check_maps(
+        split, pairs, split.classes, ignored_by(cfg, split.stage), reduced
+    )
 
 
 def _check_maps(

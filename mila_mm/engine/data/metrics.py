@@ -15,6 +15,7 @@ from mila_mm.errors import UserError
 
 # CocoMetric and those that evaluate the same files the same way.
 COCO_METRICS = ('CocoMetric', 'CocoFastMetric', 'FasterCocoMetric', 'CocoOccludedSeparatedMetric')
+COCO_FIGURES = ('bbox', 'segm', 'proposal', 'proposal_fast')
 IOU_METRICS = ('mIoU', 'mDice', 'mFscore')
 _PREFIXES = ('outfile_prefix', 'out_file_path')
 _FOLDERS = ('output_dir',)
@@ -75,12 +76,14 @@ def _is_panoptic(split: Split) -> bool:
 
 
 def _figures(key: str, metric: dict[str, Any]) -> list[Finding]:
-    """Refuse figures that mmseg's metric does not know, which it says after a whole validation."""
-    names = metric.get('iou_metrics', ())
-    unknown = [name for name in ([names] if isinstance(names, str) else names) if name not in IOU_METRICS]
-    if kind_name(metric) != 'IoUMetric' or not unknown:
+    """Refuse figures that a metric does not know; mmseg's says so after a whole validation."""
+    known = {'IoUMetric': ('iou_metrics', IOU_METRICS), 'CocoMetric': ('metric', COCO_FIGURES)}.get(kind_name(metric))
+    if known is None:
         return []
-    return [error(f'{key}.iou_metrics', f'has {shown(unknown)}, expected some of {shown(list(IOU_METRICS))}')]
+    name, figures = known
+    named = metric.get(name, ())
+    unknown = [each for each in ([named] if isinstance(named, str) else named or ()) if each not in figures]
+    return [error(f'{key}.{name}', f'has {shown(unknown)}, expected some of {shown(figures)}')] if unknown else []
 
 
 def _real(path: Path) -> Path:
@@ -91,12 +94,20 @@ def _masks(key: str, metric: dict[str, Any], model: Any) -> list[Finding]:
     """Refuse to compare masks of a model that has none: it would show after a whole validation."""
     wanted = metric.get('metric', ())
     wanted = [wanted] if isinstance(wanted, str) else wanted or ()
-    parts = {name: part for name, part in model.items() if name not in ('data_preprocessor', 'backbone', 'init_cfg')}
-    if 'segm' not in wanted or kind_name(metric) not in (*COCO_METRICS, 'LVISMetric') or 'mask' in repr(parts).lower():
+    if 'segm' not in wanted or kind_name(metric) not in (*COCO_METRICS, 'LVISMetric') or _has_masks(model):
         return []
     return [
         error(f'{key}.metric', f"asks for 'segm', but the model ({kind_name(model)}) predicts no masks: metric='bbox'")
     ]
+
+
+def _has_masks(model: dict[str, Any]) -> bool:
+    """Tell whether a model may predict masks: in two stages by a head of that name, else by any word of its config."""
+    roi_head = model.get('roi_head')
+    if isinstance(roi_head, dict) and kind_name(roi_head) == 'StandardRoIHead':
+        return bool(roi_head.get('mask_head') or model.get('mask_head'))
+    parts = {name: part for name, part in model.items() if name not in ('data_preprocessor', 'backbone', 'init_cfg')}
+    return 'mask' in repr(parts).lower()
 
 
 def _format_only(key: str, metric: dict[str, Any]) -> list[Finding]:

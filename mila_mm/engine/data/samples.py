@@ -105,9 +105,12 @@ def load_sample(load: Any, info: dict[str, Any], index: int) -> dict[str, Any] |
     """
     loaded = NamedTransform(load)({**info, 'sample_idx': index})
     path = info.get('img_path')
-    if isinstance(path, (str, os.PathLike)) and Path(path).is_file() and _is_cut_short(Path(path)):
-        raise UserError(f'image {printable_path(path)} is cut short: OpenCV reads it, and leaves the rest grey')
+    if isinstance(path, (str, os.PathLike)) and Path(path).is_file() and is_cut_short(Path(path)):
+        raise UserError(f'image {printable_path(path)} {CUT_SHORT}')
     return loaded if isinstance(loaded, dict) and 'ori_shape' in loaded else None
+
+
+CUT_SHORT = 'is cut short: OpenCV reads it, and leaves the rest grey'
 
 
 def many(key: str, faults: Sequence[str]) -> list[Finding]:
@@ -121,13 +124,14 @@ def fault_of_sample(results: dict[str, Any]) -> str | None:
     for kind, key in (('image', 'img_path'), ('label map', 'seg_map_path')):
         path = results.get(key)
         if isinstance(path, (str, os.PathLike)) and '://' not in str(path):
-            fault = _fault_of_image(Path(path))
+            fault = fault_of_image(Path(path))
             if fault:
                 return f'{kind} {printable_path(path)} {fault}'
     return None
 
 
-def _fault_of_image(path: Path) -> str | None:
+def fault_of_image(path: Path) -> str | None:
+    """Say what is wrong with a file that should hold an image, None where it can be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -139,7 +143,7 @@ def _fault_of_image(path: Path) -> str | None:
     return None
 
 
-def _is_cut_short(path: Path) -> bool:
+def is_cut_short(path: Path) -> bool:
     """Tell whether a JPEG has no end. Some have something behind it; what has no end close to its own is decoded."""
     with path.open('rb') as file:
         if file.read(len(JPEG)) != JPEG:

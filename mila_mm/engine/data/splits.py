@@ -36,7 +36,8 @@ class Split:
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Class names that it will have, None where that shows only once it is built."""
-        own = (self.config.get('metainfo') or {}).get('classes')
+        meta = self.config.get('metainfo')
+        own = meta.get('classes') if isinstance(meta, dict) else None
         if isinstance(own, str):
             return tuple(list_from_file(own)) if Path(own).is_file() else None
         names = own or self.meta.get('classes')

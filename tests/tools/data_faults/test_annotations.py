@@ -69,6 +69,10 @@ ENTRIES = {
     'a mask of another size': (one(segmentation={'size': [9, 9], 'counts': [81]}), ['segmentation.size', '[9, 9]']),
     'runs that do not add up': (one(segmentation={'size': [64, 64], 'counts': [7]}), ['add up to 7', '64 * 64']),
     'text that is no runs': (one(segmentation={'size': [64, 64], 'counts': 'abc'}), ['counts', 'run-length']),
+    'a polygon between 0 and 1': (
+        each(segmentation=[[0.1, 0.1, 0.5, 0.1, 0.5, 0.5]]),
+        ['annotations[0].segmentation lies between 0 and 1', 'in pixels'],
+    ),
     'an empty box': (one(bbox=[]), ['annotations[1].bbox', '[]']),
     'a box of three': (one(bbox=[1, 2, 3]), ['annotations[1].bbox']),
     'a box of text': (one(bbox=['1', '2', '3', '4']), ['annotations[1].bbox']),

@@ -124,6 +124,18 @@ def test_what_is_not_certain_is_left_alone(detector_of, shapes, more) -> None:
     assert check_arguments(cfg, ['train', 'val'], 'mmdet') == []
 
 
+def test_imports_of_the_libraries_change_nothing(detector_of, shapes) -> None:
+    more = f"{WRONG}custom_imports = dict(imports=['mmpretrain.models', 'mmdet.models'], allow_failed_imports=False)"
+    cfg = load_config(str(detector_of(shapes, more)), import_custom_modules=False)
+    assert len(check_arguments(cfg, ['train'], 'mmdet')) == 1
+
+
+def test_types_that_are_registered_elsewhere_in_a_library_are_known(detector_of, shapes) -> None:
+    """mmdet has a preprocessor of models among its transforms."""
+    cfg = load_config(str(detector_of(shapes, "model['data_preprocessor'] = dict(type='LineDetDataProcessor')")))
+    assert check_arguments(cfg, ['train'], 'mmdet') == []
+
+
 def test_a_class_of_ones_own_under_a_known_name_is_left_alone(detector_of, shapes, monkeypatch) -> None:
     from mmdet.registry import TRANSFORMS
 

@@ -69,6 +69,20 @@ CONFIGS = {
         "train_dataloader['dataset'] = dict(_delete_=True, type='MultiImageMixDataset', dataset=single, pipeline=mix)",
         ['sample 0', 'PackDetInputs fails with IndexError'],  # Mosaic leaves masks as they were
     ),
+    'a list of files': (
+        "train_dataloader['dataset']['ann_file'] = ['annotations/a.json', 'annotations/b.json']",
+        ['train_dataloader.dataset.ann_file: names 2 files', 'ConcatDataset'],
+    ),
+    'a list for metainfo': (
+        "train_dataloader['dataset'].update(_delete_=True, type='CocoDataset', metainfo=list(classes))",
+        ['train_dataloader.dataset.metainfo: is [', "expected dict(classes=('a', 'b')"],
+    ),
+    'masks of a model without': (
+        "model['roi_head'].update(mask_head=None, mask_roi_extractor=None)",
+        ["val_evaluator.metric: asks for 'segm'", 'predicts no masks'],
+    ),
+    'an unknown figure': ("val_evaluator['metric'] = 'bbx'", ["val_evaluator.metric: has 'bbx'", "'proposal_fast'"]),
+    'an unknown size': ("model['backbone']['arch'] = 'huge'", ['expected arch to be one of nano', "got 'huge'"]),
     'half a validation': ('val_evaluator = None', ['val_evaluator is missing', 'half a validation']),
     'a path of results that is a file': (
         "val_evaluator['outfile_prefix'] = __import__('os').path.abspath('own.py') + '/x'",

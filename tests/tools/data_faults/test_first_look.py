@@ -1,5 +1,6 @@
 """Most mistakes show before torch is imported, and what the first look does not know it leaves to the whole check."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,33 @@ def test_sizes_of_images(detector_of, own, edit) -> None:
     edit(own, halve)
     with pytest.raises(UserError, match=r'as loaded, its annotations are for 48 x 36 '):
         first_look(config, (), ('train', 'val'))
+
+
+BROKEN = {
+    'absent': (lambda path: path.unlink(), r'does not exist \(1 of \d looked for\)'),
+    'of another suffix': (lambda path: path.rename(path.with_suffix('.jpeg')), r'; there is \w+\.jpeg'),
+    'empty': (lambda path: path.write_bytes(b''), r'is empty \(0 bytes\)'),
+    'no image': (lambda path: path.write_bytes(b'<html>'), 'cannot be decoded: 6 bytes'),
+    'cut short': (lambda path: path.write_bytes(path.read_bytes()[:-200]), 'is cut short'),
+}
+
+
+@pytest.mark.parametrize('fault', BROKEN)
+def test_images_that_cannot_be_read(refusals, detector_of, own, edit, fault) -> None:
+    as_jpeg(own, edit)
+    change, words = BROKEN[fault]
+    change(next((own / 'images/training').glob('*.jpg')))
+    first, whole = refusals(Path(boxes_alone(detector_of, own)), ['train', 'val'])
+    assert re.search(words, first), first
+    assert first.splitlines()[0] == whole[0]
+
+
+def test_a_label_map_that_is_absent(refusals, segmentor_of, maps, tmp_path) -> None:
+    folder = maps(tmp_path / 'maps', lambda labels, _: labels)
+    (folder / 'ann/val/1.png').unlink()
+    first, whole = refusals(segmentor_of(folder), ['train', 'val'])
+    assert 'ann/val/1.png does not exist (1 of 3 looked for)' in first
+    assert first.splitlines()[0] == whole[0]
 
 
 @pytest.mark.parametrize(
