@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # Decorators that leave a class, and what its constructor takes, as they are.
 _HARMLESS = frozenset({'register_module', 'avoid_cache_randomness'})
@@ -137,6 +138,72 @@ def arguments_of(kind: SourceClass, given: Collection[str] = ()) -> set[str] | N
         if not _hands_up(constructor, takes.kwarg.arg, each.name):
             return None
     return names
+
+
+def default_in_source(kind: SourceClass, name: str) -> Any:
+    """Return the default of an argument, also of one that is handed up; None where none is written out."""
+    for each in _order(kind):
+        constructor = _method(each, '__init__')
+        if each is None or constructor is None:
+            continue
+        takes = constructor.args
+        late = takes.args[len(takes.args) - len(takes.defaults) :]
+        defaults = {argument.arg: value for argument, value in zip(late, takes.defaults, strict=True)}
+        defaults |= {a.arg: value for a, value in zip(takes.kwonlyargs, takes.kw_defaults, strict=True) if value}
+        if name in defaults:
+            return literal(defaults[name])
+        known = {argument.arg for argument in (*takes.args, *takes.kwonlyargs)} | _handed(constructor, each.name)
+        if name in known or takes.kwarg is None or not _hands_up(constructor, takes.kwarg.arg, each.name):
+            return None
+    return None
+
+
+def attribute_in_source(kind: SourceClass, name: str) -> Any:
+    """Return what a class, or the next one above it, assigns to a name; None where that is not written out."""
+    for each in _order(kind):
+        for node in each.node.body if each is not None else ():
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return literal(getattr(node, 'value', None))
+    return None
+
+
+def names_in_source(kind: SourceClass) -> list[str]:
+    """Return the names of a class and of those above it, as far as they are known."""
+    return [each.name for each in _order(kind) if each is not None]
+
+
+def keeps_methods(kind: SourceClass, base: str, methods: Sequence[str]) -> bool:
+    """Tell whether a class builds on a base and has its methods as they are there."""
+    for each in _order(kind):
+        if each is None or each.name == base:
+            return each is not None
+        if any(_method(each, name) is not None for name in methods):
+            return False
+    return False
+
+
+def literal(node: ast.AST | None) -> Any:
+    """Return a value that is written out in a source, calls of ``dict`` with names too; None for any other."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
+        return {str(keyword.arg): literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {literal(key): literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+    try:
+        return ast.literal_eval(node)  # type: ignore[arg-type]
+    except (ValueError, TypeError, SyntaxError):
+        return None
+
+
+def _method(kind: SourceClass | None, name: str) -> ast.FunctionDef | None:
+    body = kind.node.body if kind is not None else []
+    return next((n for n in body if isinstance(n, ast.FunctionDef) and n.name == name), None)
+
+
+def _handed(constructor: ast.FunctionDef, owner: str) -> set[str]:
+    """Return the arguments that a constructor gives by name to the one above it."""
+    calls = [n for n in ast.walk(constructor) if isinstance(n, ast.Call) and _is_super_init(n, owner)]
+    return {keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None}
 
 
 def _is_plain(node: ast.ClassDef) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,31 +10,10 @@ from mmengine.config import Config
 
 from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.engine.config.build_errors import did_you_mean, unexpected_argument
-from mila_mm.engine.config.sources import (
-    SourceClass,
-    arguments_of,
-    find_class,
-    mentions,
-    names_registered,
-    registered,
-)
+from mila_mm.engine.config.sources import SourceClass, arguments_of, find_class, mentions, names_registered
 from mila_mm.engine.data.keys import OLD_DATASET_KEYS, OLD_LOADER_KEYS, OLD_TRANSFORM_KEYS, OLD_TRANSFORMS
+from mila_mm.engine.data.kinds import LIBRARIES, find_kind, places, registered_now
 
-# Where libraries keep what they register, by registry: in a library, and in what all of them build on.
-_FOLDERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    'TRANSFORMS': ('datasets', (('mmcv', 'transforms'),)),
-    'DATASETS': ('datasets', (('mmengine', 'dataset'),)),
-    'DATA_SAMPLERS': ('datasets', (('mmengine', 'dataset'),)),
-    'METRICS': ('evaluation', (('mmengine', 'evaluator'),)),
-    'HOOKS': ('engine', (('mmengine', 'hooks'),)),
-    'LOOPS': ('engine', (('mmengine', 'runner'),)),
-    'OPTIM_WRAPPERS': ('engine', (('mmengine', 'optim'),)),
-    'PARAM_SCHEDULERS': ('engine', (('mmengine', 'optim'),)),
-    'VISUALIZERS': ('visualization', (('mmengine', 'visualization'),)),
-    'VISBACKENDS': ('visualization', (('mmengine', 'visualization'),)),
-    'MODELS': ('models', (('mmengine', 'model'), ('mmcv', 'cnn'), ('mmcv', 'ops'))),
-}
-_SCOPES = ('mmdet', 'mmseg', 'mmpretrain', 'mila_mm')
 # What is taken out of a part before it is built, by registry.
 _TAKEN_OUT = {
     'HOOKS': {'priority'},
@@ -52,7 +30,6 @@ _MODEL_PARTS = (
     'semantic_head', 'panoptic_head', 'panoptic_fusion_head', 'data_preprocessor', 'bbox_roi_extractor',
     'mask_roi_extractor', 'mask_iou_head',
 )  # fmt: skip
-_LIBRARIES = (*_SCOPES, 'mmcv', 'mmengine')
 # What is told by its successor.
 _TOLD_BY_KEY = {
     'DATASETS': set(OLD_DATASET_KEYS),
@@ -83,7 +60,7 @@ def check_arguments(cfg: Config, stages: Sequence[str], scope: str) -> list[Find
         return []
     findings = []
     for part in _parts(cfg, stages):
-        kind = _kind(part, scope)
+        kind = find_kind(part.registry, part.config, scope)
         if kind is not None:
             findings += _unexpected(part, kind)
         elif _is_unknown(part, scope):
@@ -100,7 +77,7 @@ def imports_own(cfg: Config) -> bool:
     """Tell whether a config imports something else than the libraries, which may put classes under their names."""
     named = (cfg.get('custom_imports') or {}).get('imports', ())
     modules = [named] if isinstance(named, str) else named
-    return any(str(module).partition('.')[0] not in _LIBRARIES for module in modules or ())
+    return any(str(module).partition('.')[0] not in LIBRARIES for module in modules or ())
 
 
 def _unexpected(part: Part, kind: SourceClass) -> list[Finding]:
@@ -111,46 +88,18 @@ def _unexpected(part: Part, kind: SourceClass) -> list[Finding]:
     return [error(part.key, unexpected_argument(str(part.config['type']), wrong[0], known or ()))] if wrong else []
 
 
-def _places(registry: str, scope: str) -> list[tuple[str, str]]:
-    """Return packages and folders in which a scope looks for what is in a registry, its own first."""
-    folder, roots = _FOLDERS[registry]
-    return [(scope, folder), *([(scope, 'engine')] if scope == 'mila_mm' else []), *roots]
-
-
-def _kind(part: Part, scope: str) -> SourceClass | None:
-    """Find the class that a part is built from, None where it is not certain which."""
-    name = part.config.get('type')
-    if not isinstance(name, str) or part.config.get('_scope_', scope) != scope:
-        return None
-    own, _, name = name.rpartition('.')
-    scope = own or scope
-    if scope not in _SCOPES:
-        return None
-    places = _places(part.registry, scope)
-    found = next(filter(None, (registered(*place, part.registry, name) for place in places)), None)
-    kinds = _registered_now(part.registry, scope, name)
-    return found if all(kind.__module__.partition('.')[0] in _LIBRARIES for kind in kinds) else None
-
-
-def _registered_now(registry: str, scope: str, name: str) -> list[Any]:
-    """Return what has been registered under a name so far, perhaps by what the config has imported."""
-    modules = [root_registries, sys.modules.get(f'{scope}.registry')]
-    known = [getattr(module, registry, None) for module in modules]
-    return [each.module_dict[name] for each in known if each is not None and name in each.module_dict]
-
-
 def _is_unknown(part: Part, scope: str) -> bool:
     """Tell whether a type is one that nothing can have registered: its name stands nowhere in the libraries."""
     name = part.config.get('type')
     if not isinstance(name, str) or not name.isidentifier() or scope not in ('mmdet', 'mmseg'):
         return False
-    if '_scope_' in part.config or name in OLD_TRANSFORMS or _registered_now(part.registry, scope, name):
+    if '_scope_' in part.config or name in OLD_TRANSFORMS or registered_now(part.registry, scope, name):
         return False
     return not any(mentions(package, name) for package in (scope, 'mmcv', 'mmengine'))
 
 
 def _unknown(part: Part, scope: str) -> str:
-    names = set().union(*(names_registered(*place, part.registry) for place in _places(part.registry, scope)))
+    names = set().union(*(names_registered(*place, part.registry) for place in places(part.registry, scope)))
     kind = part.config['type']
     called = getattr(root_registries, part.registry).name
     return f'{kind} is not in the {scope}::{called} registry{did_you_mean(kind, names)}'

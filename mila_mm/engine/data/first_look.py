@@ -1,7 +1,8 @@
 """A first look at a config and its files, before torch, mmdet and mmseg are imported: most mistakes show by then.
 
-It knows the two data sets that people use for their own data by name, and does for them what the whole check does
-later for all, with the same functions: what it refuses that refuses too, and what it does not know it leaves alone.
+It looks up in the source what the whole check later asks of imported classes, and uses the same functions: what it
+refuses that refuses too, and what it does not know it leaves alone. Of files it reads those of data sets that load as
+``CocoDataset`` and ``BaseSegDataset`` do.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmengine.config import Config
 from mmengine.config import config as reading
 
 from mila_mm.datasets.checks.cache import cache_folder
@@ -22,12 +22,11 @@ from mila_mm.engine.data.files import check_files
 from mila_mm.engine.data.image_headers import check_image_sizes
 from mila_mm.engine.data.map_folders import check_map_folder
 from mila_mm.engine.data.one_value import check_one_value
-from mila_mm.engine.data.splits import Split, leaf_datasets
+from mila_mm.engine.data.splits import splits_of
 from mila_mm.engine.data.static import check_static
 
 HINT = 'mila check-data CONFIG tells everything at once; --no-check starts anyway'
 
-_KNOWN = {'mmdet': 'CocoDataset', 'mmseg': 'BaseSegDataset'}
 # Larger files take longer than the imports that this look goes before; they are read once, by the whole check.
 _LARGE = 20 << 20
 
@@ -51,8 +50,8 @@ def first_look(config: str, cfg_options: Sequence[str], stages: Sequence[str]) -
     if imports_own(cfg):  # which may put other classes under the names that are known here
         return
     report = Report()
-    splits = _splits(cfg, stages, scope)
-    if not splits:
+    splits = splits_of(cfg, stages, scope, by_source=True) if scope in ('mmdet', 'mmseg') else []
+    if not splits or any(split.kind is None for split in splits):
         report.add(check_arguments(cfg, stages, scope))
         report.refuse(HINT)
         return
@@ -67,21 +66,6 @@ def first_look(config: str, cfg_options: Sequence[str], stages: Sequence[str]) -
     for split in splits if scope == 'mmseg' else []:
         report.add(check_map_folder(cfg, split))
     report.refuse(HINT)
-
-
-def _splits(cfg: Config, stages: Sequence[str], scope: str) -> list[Split]:
-    """Return the data sets of a config, none where one of them is of a kind that is not known."""
-    found = []
-    for stage in stages:
-        loader = cfg.get(f'{stage}_dataloader')
-        dataset = loader.get('dataset') if isinstance(loader, dict) else None
-        if not isinstance(dataset, dict):
-            return []
-        found += [
-            Split(stage, key, inner, None) for key, inner in leaf_datasets(dataset, f'{stage}_dataloader.dataset')
-        ]
-    known = (_KNOWN.get(scope), f'{scope}.{_KNOWN.get(scope)}')
-    return found if all(split.config.get('type') in known for split in found) else []
 
 
 def _size(path: Path | None) -> int | None:

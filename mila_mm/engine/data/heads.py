@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mmengine.registry import MODELS
+
 from mila_mm.datasets.checks.findings import Finding, error
-from mila_mm.engine.data.splits import Split, kind_name, resolve_model
+from mila_mm.engine.data.kinds import Kind, default_of, find_kind, names_of
+from mila_mm.engine.data.splits import Split, kind_name, resolve
 
 # Numbers of classes that are not those of the data set: object or not, other tasks, other models inside.
 _OTHER_COUNTS = ('rpn_head', 'reid', 'language_model', 'backbone', 'neck', 'data_preprocessor', 'motion')
@@ -42,7 +44,7 @@ def check_heads(model: dict[str, Any], split: Split, scope: str) -> list[Finding
     wrong: list[tuple[str, int, int]] = []
     findings: list[Finding] = []
     for key, part in _parts(model, 'model'):
-        kind = None if split.kind is None else resolve_model(part.get('type'), scope)
+        kind = _kind_of(part, split, scope)
         if kind_name(part) in _OTHER_HEADS:
             continue
         for name, number in expected.items():
@@ -64,8 +66,15 @@ def stuff_of(model: dict[str, Any]) -> tuple[str, ...]:
     head = (model.get('roi_head') or {}).get('semantic_head') if isinstance(model.get('roi_head'), dict) else None
     if not isinstance(head, dict):
         return ()
-    number = head.get('num_classes', default_of(resolve_model(head.get('type'), 'mmdet'), 'num_classes'))
+    number = head.get('num_classes', default_of(resolve(MODELS, head.get('type'), 'mmdet'), 'num_classes'))
     return tuple(f'label {label}' for label in range(number)) if isinstance(number, int) else ()
+
+
+def _kind_of(part: dict[str, Any], split: Split, scope: str) -> Kind | None:
+    """Return the class of a part of the model, found as that of the data set was."""
+    if isinstance(split.kind, type):
+        return resolve(MODELS, part.get('type'), scope)
+    return find_kind('MODELS', part, scope) if split.kind is not None else None
 
 
 def reads_text(model: dict[str, Any]) -> bool:
@@ -104,20 +113,6 @@ def _parts(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _parts(value, f'{key}.{index}')
 
 
-def default_of(kind: type | None, name: str) -> Any:
-    """Return the default of an argument, also of one that a constructor hands up by ``**kwargs``."""
-    for base in inspect.getmro(kind) if kind is not None else ():
-        constructor = vars(base).get('__init__')
-        if constructor is None:
-            continue
-        parameters = inspect.signature(constructor).parameters
-        if name in parameters:
-            return parameters[name].default
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return None
-    return None
-
-
 def _class_weights(key: str, part: dict[str, Any], classes: int) -> list[Finding]:
     """Check the lengths of lists of class weights: heads with a query for no object have one more."""
     is_query_head = any(name in kind_name(part) for name in ('MaskFormer', 'Mask2Former'))
@@ -141,13 +136,9 @@ def _class_weights(key: str, part: dict[str, Any], classes: int) -> list[Finding
     return findings
 
 
-def _one_class(key: str, part: dict[str, Any], kind: type | None) -> list[Finding]:
+def _one_class(key: str, part: dict[str, Any], kind: Kind | None) -> list[Finding]:
     """Refuse a softmax over one class: it is always right, nothing is learnt and mIoU is 100."""
-    if kind is None or part.get('num_classes') != 1:
-        return []
-    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-
-    if not issubclass(kind, BaseDecodeHead) or 'Former' in kind.__name__:
+    if part.get('num_classes') != 1 or 'BaseDecodeHead' not in names_of(kind) or 'Former' in kind_name(part):
         return []
     losses = part.get('loss_decode') or dict(type='CrossEntropyLoss', use_sigmoid=False)
     losses = losses if isinstance(losses, (list, tuple)) else [losses]

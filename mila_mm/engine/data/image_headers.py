@@ -50,7 +50,8 @@ def check_image_sizes(split: Split) -> list[Finding]:
         image = folder / entry['file_name']
         told = entry['height'], entry['width']
         got = _size_as_loaded(image, told)
-        fault = fault_of_image(image) if got is None else CUT_SHORT if is_cut_short(image) else None
+        suspect = got is None or is_cut_short(image)
+        fault = (fault_of_image(image) or (None if got is None else CUT_SHORT)) if suspect else None
         if fault is not None:
             broken.append(f'image {printable_path(image)} {fault}')
             continue

@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from mila_mm.datasets.checks.classes import check_names
 from mila_mm.datasets.checks.findings import Finding, error, shown, warning
-from mila_mm.engine.data.heads import default_of
+from mila_mm.engine.data.kinds import default_of, names_of, takes_of
 from mila_mm.engine.data.splits import Split, kind_name
 
 # What mmdet 2 and mmseg 0 called the arguments of a data set.
@@ -105,7 +105,7 @@ def check_keys(split: Split, loader: dict[str, Any]) -> list[Finding]:
         for old, new in OLD_LOADER_KEYS.items()
         if old in loader
     ]
-    own_arguments = _arguments(split.kind)
+    own_arguments = takes_of(split.kind)
     for old, new in OLD_DATASET_KEYS.items():
         if old in split.config and old not in own_arguments:
             value, successor = split.config[old], new
@@ -115,16 +115,6 @@ def check_keys(split: Split, loader: dict[str, Any]) -> list[Finding]:
                 error(f'{split.key}.{old}', f'is of mmdet 2 or mmseg 0: {kind_name(split.config)} takes {successor}')
             )
     return [*findings, *_ann_file(split), *_meta(split), *_prefix(split), *_transforms(split)]
-
-
-def _arguments(kind: type | None) -> set[str]:
-    import inspect
-
-    names: set[str] = set()
-    for base in inspect.getmro(kind) if kind is not None else ():
-        if '__init__' in vars(base):
-            names |= set(inspect.signature(vars(base)['__init__']).parameters)
-    return names
 
 
 def _ann_file(split: Split) -> list[Finding]:
@@ -159,7 +149,7 @@ def _prefix(split: Split) -> list[Finding]:
     prefix = split.config.get('data_prefix')
     if prefix is None or isinstance(prefix, dict):
         return _prefix_names(split, prefix or {})
-    name = 'img_path' if _is_segmentation(split) else 'img'
+    name = 'img_path' if 'BaseSegDataset' in names_of(split.kind) else 'img'
     return [error(f'{split.key}.data_prefix', f'is {prefix!r}, expected dict({name}={prefix!r})')]
 
 
@@ -167,7 +157,7 @@ def _prefix_names(split: Split, prefix: dict[str, Any]) -> list[Finding]:
     """Name keys of ``data_prefix`` that are of the other library's data sets, where the own one is missing."""
     if split.reads_coco and 'seg' not in prefix:
         own = 'img'
-    elif _is_segmentation(split):
+    elif 'BaseSegDataset' in names_of(split.kind):
         own = 'img_path'
     else:
         return []
@@ -175,8 +165,6 @@ def _prefix_names(split: Split, prefix: dict[str, Any]) -> list[Finding]:
     if own in (prefix or (default if isinstance(default, dict) else {})):
         return []
     if not prefix:
-        if split.kind is None and own == 'img_path':
-            return []  # the default, which its class knows
         return [error(f'{split.key}.data_prefix', f'is missing: the folder of the images, dict({own}=...)')]
     given = next((name for name in prefix if name in _PREFIX_NAMES), next(iter(prefix)))
     return [
@@ -186,14 +174,6 @@ def _prefix_names(split: Split, prefix: dict[str, Any]) -> list[Finding]:
             'data sets',
         )
     ]
-
-
-def _is_segmentation(split: Split) -> bool:
-    if split.kind is None:
-        return kind_name(split.config) == 'BaseSegDataset'
-    return any(
-        'seg_map' in kind.__module__ or kind.__name__ == 'BaseSegDataset' for kind in getattr(split.kind, '__mro__', ())
-    )
 
 
 def _transforms(split: Split) -> list[Finding]:

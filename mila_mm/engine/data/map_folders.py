@@ -1,4 +1,4 @@
-"""Label maps of mmseg's ``BaseSegDataset`` in two folders, read without mmseg; ``maps.py`` looks at built ones."""
+"""Label maps in two folders, as mmseg's ``BaseSegDataset`` pairs them, read without it; ``maps.py`` has built ones."""
 
 from __future__ import annotations
 
@@ -19,19 +19,29 @@ from mila_mm.datasets.checks.findings import Finding, error
 from mila_mm.datasets.checks.label_maps import MapSummary, fault_of_labels, fault_of_map, judge_maps, spread
 from mila_mm.engine.data.ignored import ignored_by
 from mila_mm.engine.data.image_headers import is_loaded_plainly
+from mila_mm.engine.data.kinds import default_of, keeps
 from mila_mm.engine.data.splits import Split, kind_name
 
 # Maps of a split that are opened, and seconds after which no more are: the whole check opens more.
 _MAPS, _SECONDS = 16, 0.5
 # Maps of a split that must be there.
 _LOOKED_FOR = 1000
+_LOADING = (
+    'load_data_list',
+    'get_data_info',
+    'get_label_map',
+    '_join_prefix',
+    'full_init',
+    'prepare_data',
+    '__getitem__',
+)
 
 
 def check_map_folder(cfg: Config, split: Split) -> list[Finding]:
     """Check label maps one by one and together; files that cannot be read are left to the whole check.
 
     Args:
-        split: A ``BaseSegDataset`` that is not built.
+        split: A data set of mmseg's that is not built.
     """
     ann_file = split.local_ann_file
     if ann_file is not None and ann_file.is_file() and not ann_file.read_bytes().strip():
@@ -41,18 +51,19 @@ def check_map_folder(cfg: Config, split: Split) -> list[Finding]:
     named = [config.get(name) for name in ('ann_file', 'backend_args', 'indices')] + [
         loads[0].get(name) for name in ('imdecode_backend', 'backend_args') if loads
     ]
-    if len(loads) != 1 or loads[0] not in (config.get('pipeline') or ()) or any(named) or not split.classes:
+    plain = len(loads) == 1 and loads[0] in (config.get('pipeline') or ()) and not any(named)
+    if not plain or not split.classes or not _reads_folders(split):
         return []
     reduced = loads[0].get('reduce_zero_label')
-    reduced = bool(config.get('reduce_zero_label', False) if reduced is None else reduced)
-    folder, suffix = _folder(config, 'img_path'), config.get('img_suffix', '.jpg')
+    reduced = bool(_setting(split, 'reduce_zero_label') if reduced is None else reduced)
+    folder, suffix = _folder(config, 'img_path'), _setting(split, 'img_suffix')
     files = _files(folder) if folder is not None and isinstance(suffix, str) and suffix else None
     if folder is None or files is None:
         return []  # told by its key, or left to the whole check
     names = [name for name in files if name.endswith(suffix)]
     if not names:
         return [_no_image(split.key, folder, suffix, files)]
-    maps, other = _folder(config, 'seg_map_path'), config.get('seg_map_suffix', '.png')
+    maps, other = _folder(config, 'seg_map_path'), _setting(split, 'seg_map_suffix')
     if maps is None or not isinstance(other, str):
         return []
     pairs = [(folder / name, maps / f'{name[: -len(suffix)]}{other}') for name in names]
@@ -60,6 +71,17 @@ def check_map_folder(cfg: Config, split: Split) -> list[Finding]:
     return absent_files(split.key, 'label map', sample) or _check_maps(
         split, pairs, split.classes, ignored_by(cfg, split.stage), reduced
     )
+
+
+def _reads_folders(split: Split) -> bool:
+    """Tell whether a data set pairs the files of two folders as ``BaseSegDataset`` does, its labels as they are."""
+    own = split.config.get('metainfo')
+    renamed = isinstance(own, dict) and 'classes' in own and 'classes' in split.meta
+    return not renamed and keeps(split.kind, 'mmseg', 'BaseSegDataset', _LOADING)
+
+
+def _setting(split: Split, name: str) -> Any:
+    return split.config.get(name, default_of(split.kind, name))
 
 
 def _check_maps(

@@ -10,6 +10,7 @@ from mmengine.config import Config
 
 from mila_mm.datasets.checks.findings import Finding, error, shown
 from mila_mm.engine.config.checks import check_work_dir
+from mila_mm.engine.data.kinds import names_of
 from mila_mm.engine.data.splits import Split, kind_name
 from mila_mm.errors import UserError
 
@@ -72,7 +73,7 @@ def _same_file(key: str, metric: dict[str, Any], own: Sequence[Split]) -> list[F
 
 
 def _is_panoptic(split: Split) -> bool:
-    return any('Panoptic' in kind.__name__ for kind in getattr(split.kind, '__mro__', ()))
+    return any('Panoptic' in name for name in names_of(split.kind))
 
 
 def _figures(key: str, metric: dict[str, Any]) -> list[Finding]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
-from mmengine.registry import DATASETS, MODELS, Registry
+from mmengine.registry import DATASETS, Registry
+
+from mila_mm.engine.data.kinds import Kind, attribute_of, find_kind, keeps
 
 STAGES = ('train', 'val', 'test')
 
@@ -25,13 +24,13 @@ class Split:
         stage: 'train', 'val' or 'test'.
         key: Where it stands in the config.
         config: Its config.
-        kind: Its class, None where no registry knows its type.
+        kind: Its class, or the source of that; None where no registry knows its type.
     """
 
     stage: str
     key: str
     config: dict[str, Any]
-    kind: type | None
+    kind: Kind | None
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -45,9 +44,8 @@ class Split:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What the class of the data set says by itself; read from its source while that is not imported."""
-        unknown = self.kind is None and kind_name(self.config) == 'CocoDataset'
-        meta = _coco_meta() if unknown else getattr(self.kind, 'METAINFO', None)
+        """What the class of the data set says by itself."""
+        meta = attribute_of(self.kind, 'METAINFO')
         return meta if isinstance(meta, dict) else {}
 
     @property
@@ -60,13 +58,13 @@ class Split:
 
     @property
     def reads_coco(self) -> bool:
-        """Whether it reads its file exactly as ``CocoDataset`` does; without its class, by its name."""
-        return is_coco(self.kind) if self.kind is not None else kind_name(self.config) == 'CocoDataset'
+        """Whether it reads its file exactly as ``CocoDataset`` does."""
+        return is_coco(self.kind)
 
     @property
     def drops_as_coco(self) -> bool:
         """Whether it drops images exactly as mmdet's ``CocoDataset`` does."""
-        return filters_as_coco(self.kind) if self.kind is not None else self.reads_coco
+        return filters_as_coco(self.kind)
 
     @property
     def reads_masks(self) -> bool:
@@ -84,28 +82,14 @@ class Split:
         return list(transforms_in(self.config.get('pipeline')))
 
 
-@functools.cache
-def _coco_meta() -> dict[str, Any]:
-    """Return ``METAINFO`` of mmdet's ``CocoDataset`` without the seconds that importing mmdet takes."""
-    package = find_spec('mmdet')
-    if package is None or package.origin is None:
-        return {}
-    tree = ast.parse((Path(package.origin).parent / 'datasets/coco.py').read_text(encoding='utf-8'))
-    own = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == 'CocoDataset')
-    for node in own.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'METAINFO':
-            meta: dict[str, Any] = ast.literal_eval(node.value)
-            return meta
-    return {}
-
-
-def splits_of(cfg: Config, stages: Sequence[str], scope: str) -> list[Split]:
+def splits_of(cfg: Config, stages: Sequence[str], scope: str, by_source: bool = False) -> list[Split]:
     """Return the data sets of a config's stages.
 
     Args:
         cfg: A config.
         stages: Some of 'train', 'val', 'test'.
         scope: 'mmdet' or 'mmseg'.
+        by_source: Whether their classes are looked up in the source, and not imported. Defaults to False.
     """
     found = []
     for stage in stages:
@@ -113,7 +97,9 @@ def splits_of(cfg: Config, stages: Sequence[str], scope: str) -> list[Split]:
         dataset = loader.get('dataset') if isinstance(loader, dict) else None
         if isinstance(dataset, dict):
             for key, inner in leaf_datasets(dataset, f'{stage}_dataloader.dataset'):
-                found.append(Split(stage, key, inner, resolve(DATASETS, inner.get('type'), scope)))
+                kind: Kind | None = find_kind('DATASETS', inner, scope) if by_source else None
+                kind = kind if by_source else resolve(DATASETS, inner.get('type'), scope)
+                found.append(Split(stage, key, inner, kind))
     return found
 
 
@@ -158,34 +144,16 @@ def resolve(registry: Registry, kind: Any, scope: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def resolve_model(kind: Any, scope: str) -> type | None:
-    """Return the class of a part of a model."""
-    return resolve(MODELS, kind, scope)
-
-
-def is_coco(kind: type | None) -> bool:
+def is_coco(kind: Kind | None) -> bool:
     """Tell whether a data set reads its file exactly as mmdet's ``CocoDataset`` does."""
-    return _same_as_coco(kind, ('load_data_list', 'parse_data_info'))
+    return keeps(kind, 'mmdet', 'CocoDataset', ('load_data_list', 'parse_data_info'))
 
 
-def filters_as_coco(kind: type | None) -> bool:
+def filters_as_coco(kind: Kind | None) -> bool:
     """Tell whether a data set drops images exactly as mmdet's ``CocoDataset`` does."""
-    return _same_as_coco(kind, ('filter_data',))
-
-
-def _same_as_coco(kind: type | None, methods: Sequence[str]) -> bool:
-    if kind is None:
-        return False
-    from mmdet.datasets import CocoDataset
-
-    return issubclass(kind, CocoDataset) and all(getattr(kind, name) is getattr(CocoDataset, name) for name in methods)
+    return keeps(kind, 'mmdet', 'CocoDataset', ('filter_data',))
 
 
 def reads_voc(kind: type) -> bool:
     """Tell whether a data set reads its XML files exactly as mmdet's ``XMLDataset`` does."""
-    name = '_parse_instance_info'
-    if not hasattr(kind, name):
-        return False
-    from mmdet.datasets import XMLDataset
-
-    return issubclass(kind, XMLDataset) and getattr(kind, name) is getattr(XMLDataset, name)
+    return keeps(kind, 'mmdet', 'XMLDataset', ('_parse_instance_info',))

@@ -10,9 +10,10 @@ from mila_mm.datasets.checks.classes import check_same_names
 from mila_mm.datasets.checks.findings import Finding, error, warning
 from mila_mm.engine.data.arguments import check_arguments
 from mila_mm.engine.data.channels import check_channels
-from mila_mm.engine.data.heads import check_heads, default_of, reads_text
+from mila_mm.engine.data.heads import check_heads, reads_text
 from mila_mm.engine.data.ignored import check_ignored
 from mila_mm.engine.data.keys import check_keys, check_stages, check_test_mode
+from mila_mm.engine.data.kinds import default_of, names_of
 from mila_mm.engine.data.metrics import check_metrics, check_outputs
 from mila_mm.engine.data.monitored import check_monitored
 from mila_mm.engine.data.splits import Split, kind_name
@@ -92,4 +93,4 @@ def _source(split: Split) -> tuple[str, ...] | None:
 
 def is_video(split: Split) -> bool:
     """Tell whether a data set is a video's: a tracker learns one class and is judged beside many others."""
-    return any(kind.__name__ in ('BaseVideoDataset', 'ReIDDataset') for kind in getattr(split.kind, '__mro__', ()))
+    return not {'BaseVideoDataset', 'ReIDDataset'}.isdisjoint(names_of(split.kind))

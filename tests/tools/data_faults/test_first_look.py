@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mila_mm.engine.data.first_look import first_look
+from mila_mm.engine.data.kinds import find_kind
 from mila_mm.engine.data.splits import Split
 from mila_mm.errors import UserError
 
@@ -76,12 +77,7 @@ def test_a_signal_during_the_first_look(detector_of, own, root) -> None:
 
 LEFT_ALONE = {
     'another class of that name': "custom_imports = dict(imports=['own_data'])",
-    'another kind': "train_dataloader['dataset']['type'] = 'CityscapesDataset'",
-    'one of another kind beside it': (
-        "first = dict(type='CocoDataset', **train_dataloader['dataset'])\n"
-        "train_dataloader['dataset'] = dict(_delete_=True, type='ConcatDataset', "
-        "datasets=[first, {**first, 'type': 'CityscapesDataset'}])"
-    ),
+    'one that reads its file otherwise': "train_dataloader['dataset']['type'] = 'LVISDataset'",
 }
 
 
@@ -91,6 +87,40 @@ def test_what_is_not_known_is_left_alone(detector_of, own, edit, more) -> None:
     first_look(str(detector_of(own, more)), (), ('train',))
     with pytest.raises(UserError, match='bbox'):
         first_look(str(detector_of(own)), (), ('train',))
+
+
+def test_other_kinds_that_read_their_file_alike(detector_of, own, edit) -> None:
+    """Also beside one of CocoDataset's."""
+    edit(own, empty_box)
+    more = (
+        "first = dict(type='CocoDataset', **train_dataloader['dataset'])\n"
+        "train_dataloader['dataset'] = dict(_delete_=True, type='ConcatDataset', "
+        "datasets=[first, {**first, 'type': 'CityscapesDataset'}])"
+    )
+    with pytest.raises(UserError, match='bbox'):
+        first_look(str(detector_of(own, more)), (), ('train',))
+
+
+def test_classes_and_defaults_of_other_kinds(detector_of, segmentor_of, own, maps, tmp_path) -> None:
+    """Classes of a data set and numbers of a head stand in the source where the config says none."""
+    voc = "model['roi_head']['mask_head'].pop('num_classes')\n"
+    with pytest.raises(UserError, match=r'mask_head\.num_classes is 80: train_dataloader\.dataset has 6 classes'):
+        first_look(str(detector_of(own, voc)), (), ('train',))
+    kind = "train_dataloader['dataset'].update(type='LoveDADataset')\ntrain_dataloader['dataset'].pop('metainfo')\n"
+    folder = maps(tmp_path / 'maps', lambda labels, _: labels)
+    with pytest.raises(UserError, match=r'decode_head\.num_classes is 3.* has 7 classes'):
+        first_look(str(segmentor_of(folder, more=kind)), (), ('train',))
+
+
+def test_label_maps_of_other_kinds(segmentor_of, maps, tmp_path) -> None:
+    kind = (
+        "train_dataloader['dataset'] = {**train_dataloader['dataset'], 'type': 'LoveDADataset'}\n"
+        "train_dataloader['dataset'].pop('metainfo')\ntrain_dataloader['dataset'].pop('img_suffix')\n"
+        "for head in ('decode_head', 'auxiliary_head'):\n    model[head]['num_classes'] = 7\ndel head\n"
+    )
+    folder = maps(tmp_path / 'maps', lambda labels, _: labels + 7)  # of 1 to 7, as LoveDA counts
+    with pytest.raises(UserError, match='has value 8, 9, which no class has: the 7 classes are values 1 to 7'):
+        first_look(str(segmentor_of(folder, more=kind)), (), ('train',))
 
 
 def test_large_files_are_left_alone(detector_of, own, edit, monkeypatch) -> None:
@@ -110,7 +140,8 @@ def test_classes_that_the_data_set_has_by_itself(detector_of, own) -> None:
     from mmdet.datasets import CocoDataset
 
     more = "for loader in (train_dataloader, val_dataloader):\n    loader['dataset'].pop('metainfo')\ndel loader"
-    assert Split('train', '', {'type': 'CocoDataset'}, None).classes == CocoDataset.METAINFO['classes']
+    kind = find_kind('DATASETS', {'type': 'CocoDataset'}, 'mmdet')
+    assert Split('train', '', {'type': 'CocoDataset'}, kind).classes == CocoDataset.METAINFO['classes']
     with pytest.raises(UserError, match=r'bbox_head\.num_classes is 6.* has 80 classes'):
         first_look(str(detector_of(own, more)), (), ('train', 'val'))
 
@@ -177,7 +208,7 @@ def test_sizes_of_images(detector_of, own, edit) -> None:
 
 BROKEN = {
     'absent': (lambda path: path.unlink(), r'does not exist \(1 of \d looked for\)'),
-    'of another suffix': (lambda path: path.rename(path.with_suffix('.jpeg')), r'; there is \w+\.jpeg'),
+    'of another suffix': (lambda path: path.rename(path.with_suffix('.jpeg')), r'; there is \w+\.(jpeg|png)'),
     'empty': (lambda path: path.write_bytes(b''), r'is empty \(0 bytes\)'),
     'no image': (lambda path: path.write_bytes(b'<html>'), 'cannot be decoded: 6 bytes'),
     'cut short': (lambda path: path.write_bytes(path.read_bytes()[:-200]), 'is cut short'),
