@@ -70,7 +70,7 @@ def _config_mistake(error: Exception) -> str | None:
         if told is not None:
             return told
     elif isinstance(error, (ValueError, AssertionError, FileNotFoundError, ImportError)) and error.args:
-        return text
+        return text if part is None or _kind(part) in text else f'{_kind(part)}: {text}'
     return _in_library(error, text, part, frames)
 
 

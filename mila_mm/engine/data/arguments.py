@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mmengine import registry as root_registries
 from mmengine.config import Config
 
-from mila_mm.datasets.checks.findings import Finding, error
+from mila_mm.datasets.checks.findings import Finding, error, warning
 from mila_mm.engine.config.build_errors import did_you_mean, unexpected_argument
-from mila_mm.engine.config.sources import SourceClass, arguments_of, find_class, mentions, names_registered
+from mila_mm.engine.config.signatures import arguments_of, swallows
+from mila_mm.engine.config.sources import SourceClass, find_class, mentions, names_registered
 from mila_mm.engine.data.keys import OLD_DATASET_KEYS, OLD_LOADER_KEYS, OLD_TRANSFORM_KEYS, OLD_TRANSFORMS
 from mila_mm.engine.data.kinds import LIBRARIES, find_kind, places, registered_now
 
@@ -36,6 +37,9 @@ _TOLD_BY_KEY = {
     'LOADERS': set(OLD_LOADER_KEYS),
     'TRANSFORMS': {name for _, name in OLD_TRANSFORM_KEYS},
 }
+
+
+_OLD_TYPES = {'CustomDataset': 'BaseDetDataset, for a COCO JSON CocoDataset; mmseg has BaseSegDataset'}
 
 
 class Part(NamedTuple):
@@ -85,7 +89,15 @@ def _unexpected(part: Part, kind: SourceClass) -> list[Finding]:
     given = [name for name in part.config if name not in elsewhere]
     known = arguments_of(kind, given) if given else None
     wrong = [name for name in given if known is not None and name not in known]
-    return [error(part.key, unexpected_argument(str(part.config['type']), wrong[0], known or ()))] if wrong else []
+    if wrong:
+        return [error(part.key, unexpected_argument(str(part.config['type']), wrong[0], known or ()))]
+    known = swallows(kind) if given and known is None else None
+    unread = [name for name in given if known is not None and name not in known]
+    return [warning(f'{part.key}.{name}', _unread(str(part.config['type']), name, known or ())) for name in unread[:1]]
+
+
+def _unread(kind: str, name: str, known: Iterable[str]) -> str:
+    return f'is read by nothing: {kind} lets any argument pass{did_you_mean(name, known)}'
 
 
 def _is_unknown(part: Part, scope: str) -> bool:
@@ -93,12 +105,16 @@ def _is_unknown(part: Part, scope: str) -> bool:
     name = part.config.get('type')
     if not isinstance(name, str) or not name.isidentifier() or scope not in ('mmdet', 'mmseg'):
         return False
+    if name in _OLD_TYPES:
+        return part.registry == 'DATASETS'
     if '_scope_' in part.config or name in OLD_TRANSFORMS or registered_now(part.registry, scope, name):
         return False
     return not any(mentions(package, name) for package in (scope, 'mmcv', 'mmengine'))
 
 
 def _unknown(part: Part, scope: str) -> str:
+    if part.config['type'] in _OLD_TYPES:
+        return f'{part.config["type"]} is of mmdet 2 or mmseg 0; its successor is {_OLD_TYPES[part.config["type"]]}'
     names = set().union(*(names_registered(*place, part.registry) for place in places(part.registry, scope)))
     kind = part.config['type']
     called = getattr(root_registries, part.registry).name

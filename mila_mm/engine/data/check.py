@@ -79,6 +79,10 @@ def _check_split(cfg: Config, key: str, stage: str, scope: str, effort: Effort, 
         elif not report.of('error'):  # what was found is the reason, and says it better
             report.add([error('', str(fault))])
         return
+    except Exception:
+        if not any(finding.where.startswith(key) for finding in report.of('error')):
+            raise
+        return  # what was found of this data set is the reason
     report.add(judge_built(cfg, dataset, key, stage, scope, effort, report))
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 from mmengine import registry as root_registries
 
-from mila_mm.engine.config.sources import (
-    SourceClass,
+from mila_mm.engine.config.signatures import (
     arguments_of,
     attribute_in_source,
     default_in_source,
     keeps_methods,
     names_in_source,
-    registered,
 )
+from mila_mm.engine.config.sources import SourceClass, registered
 
 Kind = type | SourceClass
 

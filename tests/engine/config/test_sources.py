@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mila_mm.engine.config.build_errors import _arguments
-from mila_mm.engine.config.sources import SourceClass, arguments_of, find_class, names_registered, registered
+from mila_mm.engine.config.signatures import arguments_of
+from mila_mm.engine.config.sources import SourceClass, find_class, names_registered, registered
 
 PLACES = [
     ('mmdet', 'datasets', 'TRANSFORMS'), ('mmdet', 'datasets', 'DATASETS'), ('mmdet', 'evaluation', 'METRICS'),

@@ -10,6 +10,7 @@ from mmengine.config import Config
 
 from mila_mm.datasets.checks.findings import Report
 from mila_mm.engine.data.files import check_files
+from mila_mm.engine.data.kinds import find_kind
 from mila_mm.engine.data.splits import Split
 
 DATA = Path(os.environ.get('MILA_MM_SAMPLE_DATA', Path(__file__).resolve().parents[4] / 'shared' / 'data'))
@@ -35,7 +36,12 @@ def test_counts_of_real_files(name: str) -> None:
             boxes['(crowd)' if item['iscrowd'] else names[item['category_id']]] += 1
     dataset = dict(type='CocoDataset', ann_file=str(path), metainfo=dict(classes=list(names.values())))
     report = Report()
-    check_files(Config(dict(model=dict(type='RetinaNet'))), [Split('train', 'train', dataset, None)], None, report)
+    check_files(
+        Config(dict(model=dict(type='RetinaNet'))),
+        [Split('train', 'train', dataset, find_kind('DATASETS', dataset, 'mmdet'))],
+        None,
+        report,
+    )
     counts = report.counts['train']
     assert not report.of('error') and not report.of('warning')
     assert (counts['images'], counts['boxes']) == (len(sizes), len(data['annotations']))

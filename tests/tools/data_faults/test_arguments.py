@@ -124,6 +124,22 @@ def test_what_is_not_certain_is_left_alone(detector_of, shapes, more) -> None:
     assert check_arguments(cfg, ['train', 'val'], 'mmdet') == []
 
 
+def test_an_argument_that_a_class_lets_pass_is_a_warning(segmentor) -> None:
+    cfg = load_config(str(segmentor))
+    assert check_arguments(cfg, ['train', 'val'], 'mmseg') == []
+    cfg.val_evaluator['iou_metric'] = ['mIoU']
+    (finding,) = check_arguments(cfg, ['train', 'val'], 'mmseg')
+    assert finding.level == 'warning' and finding.where == 'val_evaluator.iou_metric'
+    assert "IoUMetric lets any argument pass; did you mean 'iou_metrics'?" in finding.message
+
+
+def test_a_data_set_of_older_versions_is_named_with_its_successor(segmentor) -> None:
+    cfg = load_config(str(segmentor))
+    cfg.train_dataloader['dataset']['type'] = 'CustomDataset'
+    (finding,) = check_arguments(cfg, ['train'], 'mmseg')
+    assert 'is of mmdet 2 or mmseg 0' in finding.message and 'BaseSegDataset' in finding.message
+
+
 def test_imports_of_the_libraries_change_nothing(detector_of, shapes) -> None:
     more = f"{WRONG}custom_imports = dict(imports=['mmpretrain.models', 'mmdet.models'], allow_failed_imports=False)"
     cfg = load_config(str(detector_of(shapes, more)), import_custom_modules=False)

@@ -89,11 +89,16 @@ def test_images_that_another_library_decodes_are_left_to_the_whole_check(
     assert first == '' and 'is 64 x 48 (width x height), its image' in whole[0]
 
 
-def test_an_image_that_is_broken_is_left_to_the_whole_check(refusals, segmentor_of, maps, tmp_path) -> None:
+@pytest.mark.parametrize('name', ['img/train/1.png', 'ann/train/1.png'])
+@pytest.mark.parametrize(
+    ('content', 'words'), [(b'', 'is empty (0 bytes)'), (b'no image', 'cannot be decoded: 8 bytes')]
+)
+def test_files_that_are_broken(refusals, segmentor_of, maps, tmp_path, name, content, words) -> None:
     folder = maps(tmp_path / 'maps', as_it_is)
-    (folder / 'img/train/1.png').write_bytes(b'no image')
+    (folder / name).write_bytes(content)
     first, whole = refusals(segmentor_of(folder), STAGES)
-    assert first == '' and 'img/train/1.png cannot be decoded' in whole[0]
+    assert f'{name} {words}' in first
+    assert first.splitlines()[0] == whole[0]
 
 
 def test_classes_are_read_from_a_file_as_the_data_set_reads_them(tmp_path) -> None:
