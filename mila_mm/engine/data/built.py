@@ -18,6 +18,7 @@ from mila_mm.datasets.checks.findings import Finding, brief, error, warning
 from mila_mm.datasets.checks.image_sizes import judge_sizes
 from mila_mm.datasets.checks.label_maps import spread
 from mila_mm.datasets.checks.voc_xml import check_object_names
+from mila_mm.engine.data.loaded import info_of, length_of
 from mila_mm.engine.data.maps import check_label_maps, check_panoptic_maps
 from mila_mm.engine.data.samples import datasets_in, has_own_transforms, load_sample, many
 from mila_mm.engine.data.splits import is_coco, reads_voc
@@ -97,12 +98,12 @@ def _one(
     stuff: Sequence[str],
     looked: Looked,
 ) -> None:
-    total = len(leaf)
+    total = length_of(leaf)
     classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
     classes = classes if isinstance(classes, (list, tuple)) else None
     looked.counts['images'] = looked.counts.get('images', 0) + total
     chosen = spread(total, effort.samples)
-    infos = [leaf.get_data_info(index) for index in chosen]
+    infos = [info_of(leaf, index) for index in chosen]
     if 'instances' in infos[0] and not is_coco(type(leaf)):
         if reads_voc(type(leaf)) and classes:
             looked.findings += check_object_names(key, [Path(info['xml_path']) for info in infos], classes)
@@ -144,11 +145,11 @@ def _check_instances(
     count: Counter[str] = Counter()
     per_class: Counter[int] = Counter()
     seen = without_box = 0
-    for index in range(len(leaf)):
+    for index in range(length_of(leaf)):
         if seen and not index % 64 and time.monotonic() > deadline:
             break
         seen += 1
-        info = leaf.get_data_info(index)
+        info = info_of(leaf, index)
         for position, instance in enumerate(info.get('instances') or []):
             without_box += 'bbox' not in instance  # phrases have masks alone
             for kind, what in _faults_of_instance(instance, classes):
@@ -164,8 +165,8 @@ def _check_instances(
     looked.counts['boxes_loaded'] = looked.counts.get('boxes_loaded', 0) + sum(per_class.values())
     if classes:
         looked.counts['per_class'] = {name: per_class.get(index, 0) for index, name in enumerate(classes)}
-    if seen == len(leaf) and not per_class and not first and not without_box:
-        text = f'no box is left in {len(leaf)} images'
+    if seen == length_of(leaf) and not per_class and not first and not without_box:
+        text = f'no box is left in {length_of(leaf)} images'
         looked.findings.append(error(key, f'{text}: nothing to learn') if stage == 'train' else warning(key, text))
 
 
@@ -210,7 +211,7 @@ def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline
     for index in chosen:
         if seen and time.monotonic() > deadline:
             break
-        info = leaf.get_data_info(index)
+        info = info_of(leaf, index)
         told = info.get('height'), info.get('width')
         try:
             loaded = load_sample(load, info, index)
@@ -224,4 +225,4 @@ def _check_sizes(leaf: Any, key: str, load: Any, chosen: Sequence[int], deadline
         if all(isinstance(side, (int, float)) for side in told) and tuple(got) != tuple(told):
             wrong.append((info['img_path'], got, told))
     looked.findings += many(key, broken)
-    looked.findings += judge_sizes(key, wrong, seen, len(leaf))
+    looked.findings += judge_sizes(key, wrong, seen, length_of(leaf))

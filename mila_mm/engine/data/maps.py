@@ -15,6 +15,7 @@ from mmengine import fileio
 from mila_mm.datasets.checks.findings import Finding, error, note, shown, warning
 from mila_mm.datasets.checks.label_maps import MapSummary, fault_of_labels, fault_of_map, judge_maps
 from mila_mm.datasets.checks.panoptic import fault_of_panoptic
+from mila_mm.engine.data.loaded import info_of, length_of
 from mila_mm.engine.data.samples import JPEG, NamedTransform, load_sample, many
 from mila_mm.errors import UserError
 
@@ -47,14 +48,14 @@ def check_label_maps(
         deadline: When to stop, on the monotonic clock.
         counts: Takes the numbers.
     """
-    summary = MapSummary(total=len(leaf))
+    summary = MapSummary(total=length_of(leaf))
     reduced = bool(getattr(leaf, 'reduce_zero_label', False) or getattr(load_map, 'reduce_zero_label', False))
     broken: list[str] = []
     for index in chosen:
         if summary.seen and time.monotonic() > deadline:
             break
         try:
-            finding = _look(leaf.get_data_info(index), index, load_image, load_map, classes, ignored, reduced, summary)
+            finding = _look(info_of(leaf, index), index, load_image, load_map, classes, ignored, reduced, summary)
         except UserError as fault:
             broken.append(str(fault))
             continue
@@ -66,7 +67,7 @@ def check_label_maps(
         findings += judge_maps(key, summary, classes, ignored, reduced)
     findings += _partners(leaf, key)
     pixels = sum(summary.labels.values())
-    counts['label_maps'] = len(leaf)
+    counts['label_maps'] = length_of(leaf)
     counts['label_maps_seen'] = summary.seen
     if pixels:
         known = {name: summary.labels.get(index, 0) for index, name in enumerate(classes)}
@@ -118,7 +119,7 @@ def check_panoptic_maps(leaf: Any, load_image: Any, chosen: Sequence[int], deadl
     for number, index in enumerate(chosen):
         if number and time.monotonic() > deadline:
             break
-        info = leaf.get_data_info(index)
+        info = info_of(leaf, index)
         image = load_sample(load_image, info, index)
         if image is None or not info.get('seg_map_path'):
             continue
@@ -143,9 +144,9 @@ def _partners(leaf: Any, key: str) -> list[Finding]:
     images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
     suffixes = getattr(leaf, 'img_suffix', None), getattr(leaf, 'seg_map_suffix', None)
     local = all(isinstance(name, str) and Path(name).is_dir() for name in (images, maps))
-    if not local or not all(isinstance(suffix, str) for suffix in suffixes) or len(leaf) > _MANY_FILES:
+    if not local or not all(isinstance(suffix, str) for suffix in suffixes) or length_of(leaf) > _MANY_FILES:
         return []
-    infos = [leaf.get_data_info(index) for index in range(len(leaf))]
+    infos = [info_of(leaf, index) for index in range(length_of(leaf))]
     lonely = [info['img_path'] for info in infos if not Path(info.get('seg_map_path') or images).exists()]
     if lonely:
         return [
