@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from mila_mm.datasets.checks.coco_annotations import (
     NO_IMAGES,
@@ -63,6 +64,8 @@ def _config_mistake(error: Exception) -> str | None:
     text = REGISTRY_PREFIX.sub('', one_line(error))
     frames = list(traceback.walk_tb(error.__traceback__))
     part = _part_being_built(frames)
+    if isinstance(error, ElementTree.ParseError):
+        return _broken_xml(error, frames)
     if isinstance(error, KeyError) and _REGISTRY.search(text):
         return _unknown_type(text, frames)
     if isinstance(error, TypeError):
@@ -72,6 +75,15 @@ def _config_mistake(error: Exception) -> str | None:
     elif isinstance(error, (ValueError, AssertionError, FileNotFoundError, ImportError)) and error.args:
         return text if part is None or _kind(part) in text else f'{_kind(part)}: {text}'
     return _in_library(error, text, part, frames)
+
+
+def _broken_xml(error: Exception, frames: list[Any]) -> str:
+    """Name the file where it is known, as the readers of Pascal VOC's files call it."""
+    names = [
+        frame.f_locals[name] for frame, _ in frames for name in ('xml_path', 'local_path') if name in frame.f_locals
+    ]
+    where = f'annotation file {printable_path(names[-1])}' if names else 'an annotation file'
+    return f'{where} is not valid XML: {one_line(error)}'
 
 
 def _wrong_arguments(error: TypeError, text: str, frames: list[Any], part: dict[str, Any] | None) -> str | None:

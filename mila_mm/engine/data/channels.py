@@ -18,14 +18,16 @@ _NECKS = ('FPN', 'PAFPN', 'BiFPN', 'CARAFE', 'ChannelMapper', 'FPG', 'NASFCOS_FP
 def check_channels(model: dict[str, Any]) -> list[Finding]:
     """Check ``in_channels`` of neck and heads against the maps of MILA.
 
-    Other backbones say what they give only once they have run, see ``rehearsal.py``.
+    Other backbones say what they give only once they have run, see ``rehearsal.py``. What a pyramid gives is compared
+    with what the heads of a detector take.
 
     Args:
         model: Config of a model.
     """
     backbone = model.get('backbone')
+    behind = _behind_pyramid(model)
     if not isinstance(backbone, dict) or kind_name(backbone) != 'MILA':
-        return []
+        return behind
     try:
         dims = resolve_arch(backbone.get('arch', 'tiny')).dims
     except (ValueError, TypeError) as fault:
@@ -33,9 +35,51 @@ def check_channels(model: dict[str, Any]) -> list[Finding]:
     try:
         given = [dims[index] for index in backbone.get('out_indices', (0, 1, 2, 3))]
     except (TypeError, IndexError):
-        return []  # building the model says what is wrong with it
+        return behind  # building the model says what is wrong with them
     arch = backbone.get('arch', 'tiny')
-    return check_given(model, given, f'MILA {arch}' if isinstance(arch, str) else f'MILA {dict(arch)}')
+    return check_given(model, given, f'MILA {arch}' if isinstance(arch, str) else f'MILA {dict(arch)}') or behind
+
+
+def _behind_pyramid(model: dict[str, Any]) -> list[Finding]:
+    """Check what heads and extractors take of a plain pyramid, all of whose maps are of one width."""
+    neck, roi_head = model.get('neck'), model.get('roi_head')
+    if (
+        not isinstance(neck, dict)
+        or kind_name(neck) not in ('FPN', 'PAFPN')
+        or not isinstance(neck.get('out_channels'), int)
+    ):
+        return []
+    parts = [('model.rpn_head', 'in_channels', model.get('rpn_head'), ('RPNHead',))]
+    if (
+        isinstance(roi_head, dict)
+        and kind_name(roi_head) in ('StandardRoIHead', 'CascadeRoIHead')
+        and 'shared_head' not in roi_head
+    ):
+        for name, key, kinds in _OF_REGIONS:
+            several = roi_head.get(name)
+            if isinstance(several, (list, tuple)):
+                parts += [(f'model.roi_head.{name}.{i}', key, each, kinds) for i, each in enumerate(several)]
+            else:
+                parts.append((f'model.roi_head.{name}', key, several, kinds))
+    given = neck['out_channels']
+    wrong = [
+        (f'{where}.{key}', part[key])
+        for where, key, part, kinds in parts
+        if isinstance(part, dict) and kind_name(part) in kinds and isinstance(part.get(key), int) and part[key] != given
+    ]
+    return [
+        error(key, f'is {takes}, but model.neck gives maps of {given} channels; --cfg-options {key}={given}')
+        for key, takes in dict(wrong).items()
+    ]
+
+
+# Parts of a head of regions that take maps of a pyramid as they are, by which argument, and their usual classes.
+_OF_REGIONS = (
+    ('bbox_roi_extractor', 'out_channels', ('SingleRoIExtractor',)),
+    ('mask_roi_extractor', 'out_channels', ('SingleRoIExtractor',)),
+    ('bbox_head', 'in_channels', ('Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'ConvFCBBoxHead')),
+    ('mask_head', 'in_channels', ('FCNMaskHead',)),
+)
 
 
 def check_given(model: dict[str, Any], given: Sequence[int], name: str) -> list[Finding]:

@@ -1,6 +1,7 @@
 """Errors in a config while its parts are built."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 from mmengine.registry import Registry
@@ -102,3 +103,12 @@ def test_faults_of_annotations(tmp_path, content, fault) -> None:
 
 def test_missing_annotations_are_a_fault(tmp_path) -> None:
     assert 'cannot be read' in fault_of_annotations(tmp_path / 'nowhere.json')
+
+
+def test_a_broken_xml_file_is_named() -> None:
+    def read(xml_path: str) -> None:
+        ElementTree.fromstring('<annotation>')
+
+    told = r'^dataset: annotation file voc/1\.xml is not valid XML: no element found'
+    with pytest.raises(UserError, match=told), building('dataset'):
+        read('voc/1.xml')

@@ -57,6 +57,14 @@ CONFIGS = {
         "model['backbone']['arch'] = 'tiny'",
         ['MILA tiny gives 64, 128, 256, 512', 'model.neck.in_channels is 32, 64, 128, 256'],
     ),
+    'regions of another width': (
+        "model['roi_head']['bbox_roi_extractor']['out_channels'] = 64",
+        ['model.roi_head.bbox_roi_extractor.out_channels: is 64', 'model.neck gives maps of 16 channels'],
+    ),
+    'proposals of another width': (
+        "model['rpn_head']['in_channels'] = 256",
+        ['model.rpn_head.in_channels: is 256', '--cfg-options model.rpn_head.in_channels=16'],
+    ),
     'a list of dataloaders': ('val_dataloader = [val_dataloader]', ['val_dataloader: is a list', 'ConcatDataset']),
     'a pipeline that leaves no sample': (
         "train_dataloader['dataset']['pipeline'].insert(3, dict(type='FilterAnnotations', min_gt_bbox_wh=(900, 900)))",
