@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def check_metrics(cfg: Config, stages: Sequence[str], splits: Sequence[Split]) -
         own = [split for split in splits if split.stage == stage]
         for key, metric in metrics_of(cfg, stage):
             findings += _same_file(key, metric, own)
+            findings += _package(key, metric)
             findings += _figures(key, metric)
             findings += _masks(key, metric, cfg.model)
             findings += _format_only(key, metric)
@@ -74,6 +76,14 @@ def _same_file(key: str, metric: dict[str, Any], own: Sequence[Split]) -> list[F
 
 def _is_panoptic(split: Split) -> bool:
     return any('Panoptic' in name for name in names_of(split.kind))
+
+
+def _package(key: str, metric: dict[str, Any]) -> list[Finding]:
+    """Name the package that a metric lacks, which shows after a whole validation."""
+    if kind_name(metric) != 'FasterCocoMetric' or importlib.util.find_spec('faster_coco_eval') is not None:
+        return []
+    told = 'FasterCocoMetric needs faster_coco_eval, which is not installed: pip install faster-coco-eval'
+    return [error(key, f'{told}; CocoMetric gives the same figures without it')]
 
 
 def _figures(key: str, metric: dict[str, Any]) -> list[Finding]:

@@ -13,9 +13,13 @@ import torch
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.optim import BaseOptimWrapper, OptimWrapperDict
+from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
+
+from mila_mm.engine.config.build_errors import did_you_mean
+from mila_mm.errors import UserError
 
 _PER_PARAMETER = ('params', 'param_names')  # the entries of a group that are no settings
 _IMPLEMENTATION = ('fused', 'foreach', 'capturable')  # how a step is computed, and not what
@@ -175,6 +179,19 @@ def _numbers(value: Any) -> bool:
 def _as_running(saved: Sequence[Mapping[str, Any]], running: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     choice = {key: running[0][key] for key in _IMPLEMENTATION if key in running[0]}
     return [{**group, **choice} for group in saved]
+
+
+def check_kind(optimizer_cfg: dict[str, Any]) -> None:
+    """Check that there is an optimizer of the config's type; mmengine's own failure does not say which is absent.
+
+    Raises:
+        UserError: If there is none.
+    """
+    kind = optimizer_cfg.get('type')
+    with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+        if isinstance(kind, str) and registry.get(kind) is None:
+            known = {*registry.module_dict, *OPTIMIZERS.module_dict}
+            raise UserError(f'optim_wrapper.optimizer: there is no {kind}{did_you_mean(kind, known)}')
 
 
 def use_fused(optimizer_cfg: dict[str, Any], model: nn.Module) -> None:

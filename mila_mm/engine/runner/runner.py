@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from mila_mm.engine.config.build_errors import building, fault_of_annotations, reading
 from mila_mm.engine.data.samples import name_failing_samples
-from mila_mm.engine.optimizers.groups import merge_groups, regroup, use_fused
+from mila_mm.engine.optimizers.groups import check_kind, merge_groups, regroup, use_fused
 from mila_mm.engine.resumed_state import check_groups, check_optimizer, check_resumed, check_schedulers
 from mila_mm.engine.runner.find_checkpoint import settle_resume
 from mila_mm.engine.runner.fit import load_checkpoint_into
@@ -147,6 +147,7 @@ class Runner(LateConfigRunner):
         """
         with building('optim_wrapper'):
             if isinstance(optim_wrapper, dict) and isinstance(optim_wrapper.get('optimizer'), dict):
+                check_kind(optim_wrapper['optimizer'])
                 use_fused(optim_wrapper['optimizer'], self.model)
             built = super().build_optim_wrapper(optim_wrapper)
         self._groupings = merge_groups(built)

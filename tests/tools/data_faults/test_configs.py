@@ -1,5 +1,6 @@
 """What a config says of its data is checked before the first step, and not where the check is left out."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -90,6 +91,10 @@ CONFIGS = {
         ["val_evaluator.metric: asks for 'segm'", 'predicts no masks'],
     ),
     'an unknown figure': ("val_evaluator['metric'] = 'bbx'", ["val_evaluator.metric: has 'bbx'", "'proposal_fast'"]),
+    'a metric of an absent package': (
+        "val_evaluator['type'] = 'FasterCocoMetric'",
+        ['val_evaluator: FasterCocoMetric needs faster_coco_eval', 'pip install faster-coco-eval'],
+    ),
     'an unknown size': ("model['backbone']['arch'] = 'huge'", ['expected arch to be one of nano', "got 'huge'"]),
     'half a validation': ('val_evaluator = None', ['val_evaluator is missing', 'half a validation']),
     'a path of results that is a file': (
@@ -114,6 +119,10 @@ CONFIGS = {
         ["'num_clases'", "'num_classes'"],
     ),
     'an argument of a dataset': ("train_dataloader['dataset']['test_mod'] = True", ["'test_mod'", "'test_mode'"]),
+    'an unknown optimizer': (
+        "optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamWW', lr=0.1))",
+        ['optim_wrapper.optimizer: there is no AdamWW', "did you mean 'AdamW'?"],
+    ),
     'an argument of a hook': (
         "custom_hooks = [dict(type='EMAHook', momentun=0.1)]",
         ["'momentun'", 'EMAHook'],
@@ -127,6 +136,14 @@ CONFIGS = {
         ['Resize'],
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def without_faster_coco_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is installed or not."""
+    found = importlib.util.find_spec
+    absent = 'faster_coco_eval'
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == absent else found(name, *rest))
 
 
 @pytest.mark.parametrize('fault', CONFIGS)
