@@ -130,10 +130,13 @@ class Suppression:
         real = torch.where(taking_part[:, None], boxes, torch.zeros_like(boxes))
         reach = F.pad(real, (0, 0, 0, 1))  # there may be none
         moved = real if self.agnostic else real + (groups.to(boxes.dtype) * (reach.max() + 1))[:, None]
-        # What takes no part lies in one place apart, where its first suppresses the rest at once.
-        apart = reach.min() + boxes.new_tensor([-2.0, -2.0, -1.0, -1.0])
-        kept = nms(torch.where(taking_part[:, None], moved, apart), scores, self.threshold)
-        marks = torch.zeros_like(scores).scatter(0, kept, torch.ones_like(kept, dtype=scores.dtype))
+        # What takes no part lies in one place apart, where its first suppresses the rest at once. Two boxes more, there
+        # and beside it, are always kept: torch writes into a graph that suppression keeps two, as torchvision tells it.
+        apart = reach.min() + boxes.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])
+        placed = torch.cat((torch.where(taking_part[:, None], moved, apart[0]), apart))
+        padded = F.pad(scores, (0, 2), value=NOTHING)
+        kept = nms(placed, padded, self.threshold)
+        marks = torch.zeros_like(padded).scatter(0, kept, torch.ones_like(kept, dtype=scores.dtype))[:-2]
         left = torch.where((marks > 0) & taking_part, scores, torch.full_like(scores, NOTHING))
         values, index = best(left[None], count)
         return values[0], index[0]

@@ -147,6 +147,24 @@ def test_suppression_of_nothing():
     assert index.shape == (3,)
 
 
+class Suppressed(nn.Module):
+    """Suppression as a module, to record."""
+
+    def forward(self, boxes, scores):
+        """Keep two."""
+        return Suppression(dict(iou_threshold=0.5), 'head')(boxes, scores, torch.zeros(len(scores)), 2)
+
+
+@pytest.mark.parametrize('there', [0, 1, 2, 5])
+def test_a_graph_of_the_suppression_holds_where_less_than_two_boxes_are_there(there):
+    boxes = torch.tensor([[10.0 * i, 0, 10 * i + 8, 8] for i in range(5)])
+    program = torch.export.export(Suppressed(), (boxes, torch.rand(5))).module()
+    scores = torch.where(torch.arange(5) < there, torch.linspace(0.9, 0.5, 5), NOTHING)
+    values, index = program(boxes, scores)
+    assert (values > NOTHING).sum() == min(there, 2)
+    assert index[: min(there, 2)].tolist() == list(range(min(there, 2)))
+
+
 @pytest.mark.parametrize('cfg', [dict(type='soft_nms', iou_threshold=0.5), dict(type='nms'), None])
 def test_another_suppression_is_refused(cfg):
     with pytest.raises(UserError, match='bbox_head suppresses boxes with'):
