@@ -120,6 +120,27 @@ def smallest_side(run: Callable[..., Any], model: Deployed, batch: int, dynamic:
     return min(_EXAMPLE)
 
 
+def check_next_size(run: Callable[..., Any], model: Deployed, batch: int, smallest: int | None) -> None:
+    """Refuse a graph for any size that does not take the size after the smallest.
+
+    Of a pool with stride 2, as in mmdet's FPN, torch keeps whether the map's sides were even.
+
+    Raises:
+        UserError: It names both sizes.
+    """
+    if smallest is None:
+        return
+    side = smallest + STEP
+    try:
+        with torch.no_grad(), _quiet():
+            run(*example_inputs(model, batch, side, side))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f'export: the graph that torch records of this model takes images of {smallest} x {smallest}, and not of '
+            f'{side} x {side}; export it without --dynamic, or as onnx'
+        ) from error
+
+
 def _text(metadata: Metadata, smallest: int | None) -> str:
     return json.dumps({**metadata, 'smallest_side': smallest})
 
@@ -192,6 +213,7 @@ def _write_pt2(
     recorded = program(model, inputs, dynamic)
     with _quiet():
         smallest = smallest_side(recorded.module(), model, len(inputs[0]), dynamic)
+        check_next_size(recorded.module(), model, len(inputs[0]), smallest)
         torch.export.save(recorded, content, extra_files={METADATA_KEY: _text(metadata, smallest)})
     path.write_bytes(content.getbuffer())
     return smallest
@@ -211,6 +233,7 @@ def _write_aoti(
     recorded = program(model, inputs, dynamic)
     with _quiet():
         smallest = smallest_side(recorded.module(), model, len(inputs[0]), dynamic)
+        check_next_size(recorded.module(), model, len(inputs[0]), smallest)
         configs = {
             'aot_inductor.metadata': {METADATA_KEY: _text(metadata, smallest)},
             # Of an index under a mask that is one number torch 2.11 writes a check that no compiler takes. Indices here

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mila_mm.engine import load_config
+from mila_mm.errors import UserError
 from mila_mm.export.api import load_model
 from mila_mm.export.compare import TOLERANCES, Comparison, compare
 from mila_mm.export.deployed import Deployed, example_inputs
-from mila_mm.export.formats import smallest_side
+from mila_mm.export.formats import check_next_size, smallest_side
 from mila_mm.export.metadata import metadata, settings_of
 from mila_mm.export.samples import contents, find_images, inputs_of, load_images, predict
 
@@ -85,6 +86,19 @@ def test_the_smallest_side_is_the_first_that_a_graph_takes(ready, least):
 
     assert smallest_side(run, deployed, 1, True) == min(least, 320)
     assert smallest_side(run, deployed, 1, False) is None
+
+
+def test_a_graph_that_takes_even_numbers_of_cells_alone_is_refused(ready):
+    made = ready('classifier')
+    deployed = Deployed(load_model(load_config(made.config), made.checkpoint)[0])
+
+    def run(image):
+        assert image.shape[1] % 64 == 0, 'Guard failed'
+
+    check_next_size(run, deployed, 1, None)
+    check_next_size(lambda image: None, deployed, 1, 64)
+    with pytest.raises(UserError, match=r'^export: .*64 x 64, and not of 96 x 96; export it without --dynamic'):
+        check_next_size(run, deployed, 1, 64)
 
 
 @pytest.mark.parametrize('name', [*DETECTORS, *SEGMENTORS, 'classifier'])
