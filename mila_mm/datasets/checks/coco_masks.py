@@ -83,6 +83,8 @@ def _check_polygons(here: str, polygons: list[Any], size: tuple[int, int], needs
             f'{len(polygons[0])} numbers: the loader ignores the whole instance',
             'warning',
         )
+    if limit > _FEW_PIXELS:
+        faults.asked['relative polygons'] += 1  # a few masks of a pixel at the corner are masks
     if within == len(polygons) and limit > _FEW_PIXELS:
         faults.add(
             'relative polygons',

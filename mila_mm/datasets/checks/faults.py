@@ -32,6 +32,8 @@ class Faults:
         self.path = path
         self.first: dict[str, tuple[str, str]] = {}
         self.count: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
+        """Entries that were looked at for a kind that is a fault of a file only where most of them have it."""
 
     def add(self, kind: str, message: str, level: str = 'error') -> None:
         """Take in a fault; only the first of a kind is told."""
@@ -42,6 +44,8 @@ class Faults:
         """Return one finding for each kind."""
         found = []
         for kind, (level, message) in self.first.items():
+            if kind in self.asked and 2 * self.count[kind] <= self.asked[kind]:
+                continue
             more = f' (and {self.count[kind] - 1} more like it)' if self.count[kind] > 1 else ''
             found.append((error if level == 'error' else warning)(self.path, f'{message}{more}'))
         return found

@@ -123,6 +123,7 @@ def _is_plain(node: ast.ClassDef) -> bool:
     decorated = {_last_name(decorator) for decorator in node.decorator_list} - _HARMLESS
     metaclass = {_last_name(keyword.value) for keyword in node.keywords} - {'ABCMeta'}
     makes = any(isinstance(n, ast.FunctionDef) and n.name == '__new__' for n in node.body)
+    makes |= any(isinstance(n, ast.Name) and n.id == '__init__' for each in node.body for n in ast.walk(each))
     # What is not a plain statement may define a constructor in one case and not in another.
     cases = any(isinstance(n, (ast.If, ast.Try, ast.With, ast.For)) for n in node.body)
     return not (decorated or metaclass or makes or cases)

@@ -65,6 +65,11 @@ def names_registered(package: str, folder: str, registry: str) -> set[str]:
     return {name for known, name in _registered_in(package, folder) if known == registry}
 
 
+def readable(package: str) -> bool:
+    """Tell whether there is source of a package to read: it may be packed, or compiled and its source left out."""
+    return bool(_texts(package, ''))
+
+
 def mentions(package: str, name: str) -> bool:
     """Tell whether a name stands anywhere in a package, whatever for."""
     word = re.compile(rf'\b{re.escape(name)}\b')
@@ -107,15 +112,19 @@ def _names(options: str, own: str) -> Iterator[str]:
         yield from re.findall(r'[\'"](\w+)[\'"]', given['names'])
 
 
-def order_of(kind: SourceClass) -> Iterator[SourceClass | None]:
+def order_of(kind: SourceClass, below: tuple[SourceClass, ...] = ()) -> Iterator[SourceClass | None]:
     """Yield a class and those above it in the order in which Python asks them, None once that is not known."""
+    if kind in below:  # class R(R), of another R that a star has imported
+        yield None
+        return
     yield kind
+    below = (*below, kind)
     nodes = [base for base in kind.node.bases if not (isinstance(base, ast.Name) and base.id == 'object')]
     bases = [find_class(kind.module, base.id) if isinstance(base, ast.Name) else None for base in nodes]
     if len(bases) == 1 and bases[0] is not None:
-        yield from order_of(bases[0])
+        yield from order_of(bases[0], below)
     elif bases:
-        orders = [[*order_of(base)] if base is not None else [None] for base in bases]
+        orders = [[*order_of(base, below)] if base is not None else [None] for base in bases]
         merged = None if any(None in order for order in orders) else _merge([*orders, list(bases)])
         yield from merged if merged is not None else [None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mmengine import registry as root_registries
@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mila_mm.datasets.checks.findings import Finding, error, warning
 from mila_mm.engine.config.build_errors import did_you_mean, unexpected_argument
 from mila_mm.engine.config.signatures import arguments_of, swallows
-from mila_mm.engine.config.sources import SourceClass, find_class, mentions, names_registered
+from mila_mm.engine.config.sources import SourceClass, find_class, mentions, names_registered, readable
 from mila_mm.engine.data.keys import OLD_DATASET_KEYS, OLD_LOADER_KEYS, OLD_TRANSFORM_KEYS, OLD_TRANSFORMS
 from mila_mm.engine.data.kinds import LIBRARIES, find_kind, places, registered_now
 
@@ -43,11 +43,12 @@ _OLD_TYPES = {'CustomDataset': 'BaseDetDataset, for a COCO JSON CocoDataset; mms
 
 
 class Part(NamedTuple):
-    """A part of a config that a registry builds."""
+    """A part of a config that a registry builds, in the scope that it or what holds it names."""
 
     key: str
     registry: str
     config: dict[str, Any]
+    scope: str | None
 
 
 def check_arguments(cfg: Config, stages: Sequence[str], scope: str) -> list[Finding]:
@@ -64,24 +65,34 @@ def check_arguments(cfg: Config, stages: Sequence[str], scope: str) -> list[Find
         return []
     findings = []
     for part in _parts(cfg, stages):
+        if part.scope not in (None, scope):
+            continue
         kind = find_kind(part.registry, part.config, scope)
         if kind is not None:
             findings += _unexpected(part, kind)
-        elif _is_unknown(part, scope):
+        elif _is_unknown(part, scope, cfg):
             findings.append(error(part.key, _unknown(part, scope)))
     loader = find_class('torch.utils.data.dataloader', 'DataLoader')
     for stage in stages:
         config = cfg.get(f'{stage}_dataloader')
         if loader is not None and isinstance(config, dict):
-            findings += _unexpected(Part(f'{stage}_dataloader', 'LOADERS', {**config, 'type': 'DataLoader'}), loader)
+            findings += _unexpected(
+                Part(f'{stage}_dataloader', 'LOADERS', {**config, 'type': 'DataLoader'}, None), loader
+            )
     return findings
 
 
 def imports_own(cfg: Config) -> bool:
     """Tell whether a config imports something else than the libraries, which may put classes under their names."""
-    named = (cfg.get('custom_imports') or {}).get('imports', ())
-    modules = [named] if isinstance(named, str) else named
-    return any(str(module).partition('.')[0] not in LIBRARIES for module in modules or ())
+    imports = cfg.get('custom_imports') or {}
+    if not isinstance(imports, dict):
+        return True  # loading the config says what is wrong
+    return any(package not in LIBRARIES for package in _imported(cfg))
+
+
+def _imported(cfg: Config) -> set[str]:
+    named = (cfg.get('custom_imports') or {}).get('imports') or ()
+    return {str(module).partition('.')[0] for module in ([named] if isinstance(named, str) else named)}
 
 
 def _unexpected(part: Part, kind: SourceClass) -> list[Finding]:
@@ -94,23 +105,31 @@ def _unexpected(part: Part, kind: SourceClass) -> list[Finding]:
     # heads of published configs are given some that are of their base's class
     known = swallows(kind) if given and known is None and part.registry == 'METRICS' else None
     unread = [name for name in given if known is not None and name not in known]
-    return [warning(f'{part.key}.{name}', _unread(str(part.config['type']), name, known or ())) for name in unread[:1]]
+    # The libraries' own configs hand some that nothing reads; what looks like another one is a slip.
+    close = [(name, did_you_mean(name, known or ())) for name in unread]
+    told = [
+        (name, f'is read by nothing: {part.config["type"]} lets any argument pass{like}')
+        for name, like in close
+        if like
+    ]
+    return [warning(f'{part.key}.{name}', text) for name, text in told[:1]]
 
 
-def _unread(kind: str, name: str, known: Iterable[str]) -> str:
-    return f'is read by nothing: {kind} lets any argument pass{did_you_mean(name, known)}'
-
-
-def _is_unknown(part: Part, scope: str) -> bool:
+def _is_unknown(part: Part, scope: str, cfg: Config) -> bool:
     """Tell whether a type is one that nothing can have registered: its name stands nowhere in the libraries."""
     name = part.config.get('type')
     if not isinstance(name, str) or not name.isidentifier() or scope not in ('mmdet', 'mmseg'):
         return False
     if name in _OLD_TYPES:
         return part.registry == 'DATASETS'
-    if '_scope_' in part.config or name in OLD_TRANSFORMS or registered_now(part.registry, scope, name):
+    asked = (scope, 'mmcv', 'mmengine', 'mila_mm')
+    if (
+        not all(readable(package) for package in asked)
+        or name in OLD_TRANSFORMS
+        or registered_now(part.registry, scope, name)
+    ):
         return False
-    return not any(mentions(package, name) for package in (scope, 'mmcv', 'mmengine'))
+    return not any(mentions(package, name) for package in {*asked, *_imported(cfg)})
 
 
 def _unknown(part: Part, scope: str) -> str:
@@ -148,9 +167,14 @@ def _parts(cfg: Config, stages: Sequence[str]) -> Iterator[Part]:
     yield from _model('model', cfg.get('model'))
 
 
-def _one(key: str, registry: str, config: Any) -> Iterator[Part]:
+def _within(config: dict[str, Any], scope: str | None) -> str | None:
+    """Return the scope in which a part and all that it builds are looked up."""
+    return config.get('_scope_') or scope
+
+
+def _one(key: str, registry: str, config: Any, scope: str | None = None) -> Iterator[Part]:
     if isinstance(config, dict) and 'type' in config:
-        yield Part(key, registry, config)
+        yield Part(key, registry, config, _within(config, scope))
 
 
 def _each(key: str, registry: str, configs: Any) -> Iterator[Part]:
@@ -161,33 +185,34 @@ def _each(key: str, registry: str, configs: Any) -> Iterator[Part]:
         yield from _one(key, registry, configs)
 
 
-def _datasets(key: str, dataset: Any) -> Iterator[Part]:
+def _datasets(key: str, dataset: Any, scope: str | None = None) -> Iterator[Part]:
     """Go through a data set, those that it wraps, and their transforms."""
     if not isinstance(dataset, dict):
         return
-    yield from _one(key, 'DATASETS', dataset)
-    yield from _transforms(f'{key}.pipeline', dataset.get('pipeline'))
-    yield from _datasets(f'{key}.dataset', dataset.get('dataset'))
+    scope = _within(dataset, scope)
+    yield from _one(key, 'DATASETS', dataset, scope)
+    yield from _transforms(f'{key}.pipeline', dataset.get('pipeline'), scope)
+    yield from _datasets(f'{key}.dataset', dataset.get('dataset'), scope)
     inner = dataset.get('datasets')
     for index, each in enumerate(inner if isinstance(inner, (list, tuple)) else ()):
-        yield from _datasets(f'{key}.datasets.{index}', each)
+        yield from _datasets(f'{key}.datasets.{index}', each, scope)
 
 
-def _transforms(key: str, steps: Any) -> Iterator[Part]:
+def _transforms(key: str, steps: Any, scope: str | None) -> Iterator[Part]:
     if isinstance(steps, (list, tuple)):
         for index, step in enumerate(steps):
-            yield from _transforms(f'{key}.{index}', step)
+            yield from _transforms(f'{key}.{index}', step, scope)
     elif isinstance(steps, dict) and 'type' in steps:
-        yield Part(key, 'TRANSFORMS', steps)
+        yield from _one(key, 'TRANSFORMS', steps, scope)
         if steps['type'] in _HOLDERS:
-            yield from _transforms(f'{key}.transforms', steps.get('transforms'))
+            yield from _transforms(f'{key}.transforms', steps.get('transforms'), _within(steps, scope))
 
 
-def _model(key: str, part: Any) -> Iterator[Part]:
+def _model(key: str, part: Any, scope: str | None = None) -> Iterator[Part]:
     if isinstance(part, (list, tuple)):
         for index, each in enumerate(part):
-            yield from _model(f'{key}.{index}', each)
+            yield from _model(f'{key}.{index}', each, scope)
     elif isinstance(part, dict):
-        yield from _one(key, 'MODELS', part)
+        yield from _one(key, 'MODELS', part, scope)
         for name in _MODEL_PARTS:
-            yield from _model(f'{key}.{name}', part.get(name))
+            yield from _model(f'{key}.{name}', part.get(name), _within(part, scope))

@@ -117,4 +117,4 @@ def keeps(kind: Kind | None, library: str, base: str, methods: Sequence[str]) ->
     origin = getattr(sys.modules.get(f'{library}.datasets'), base, None) if kind is not None else None
     if origin is None or kind is None or not issubclass(kind, origin):
         return False
-    return all(getattr(kind, name) is getattr(origin, name) for name in methods)
+    return all(inspect.getattr_static(kind, name) is inspect.getattr_static(origin, name) for name in methods)

@@ -102,6 +102,7 @@ FAULTS = {
     'no box': (one(bbox=None), 'annotations[1].bbox is None'),
     'infinite': (one(bbox=[float('inf'), 1, 2, 3]), 'annotations[1].bbox'),
     'relative': (every(bbox=[0.1, 0.2, 0.3, 0.4]), 'lie between 0 and 1: relative coordinates?'),
+    'relative polygons': (every(segmentation=[[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]), 'lies between 0 and 1: relative'),
     'corners': (corners, 'warning: train: 4 of 4 boxes of own.json reach over the edge of their image: corners'),
     'negative': (every(bbox=[40, 30, -20, -20]), 'no box is left of 4'),
     'points': (one(segmentation=[[[1, 2], [3, 4], [5, 6]]]), 'annotations[1].segmentation[0]'),

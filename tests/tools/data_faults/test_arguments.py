@@ -5,6 +5,7 @@ from mmengine import registry as registries
 
 from mila_mm.engine.config.build_errors import building
 from mila_mm.engine.config.load import load_config
+from mila_mm.engine.data import arguments
 from mila_mm.engine.data.arguments import check_arguments
 from mila_mm.engine.data.first_look import first_look
 from mila_mm.errors import UserError
@@ -115,6 +116,16 @@ LEFT_ALONE = {
     'transforms of another library': (
         f"{STEPS}.append(dict(type='Albu', transforms=[dict(type='RandomFlip', anything=1)]))"
     ),
+    'what a part of another scope holds': (
+        "model = dict(type='EncoderDecoder', _scope_='mmseg', backbone=dict(type='ResNet', contract_dilation=True), "
+        "decode_head=dict(type='FCNHead', anything=1))"
+    ),
+    'our backbone and metric without a scope': (
+        "model['backbone']['type'] = 'MILA'\n"
+        "val_evaluator = [val_evaluator, dict(type='DumpSegResults', out_file_path='out.pkl')]\n"
+        "custom_imports = dict(imports=['mila_mm.models'])"
+    ),
+    'imports that are no dict': f"{WRONG}custom_imports = ['os']",
 }  # fmt: skip
 
 
@@ -149,6 +160,15 @@ def test_imports_of_the_libraries_change_nothing(detector_of, shapes) -> None:
 def test_types_that_are_registered_elsewhere_in_a_library_are_known(detector_of, shapes) -> None:
     """mmdet has a preprocessor of models among its transforms."""
     cfg = load_config(str(detector_of(shapes, "model['data_preprocessor'] = dict(type='LineDetDataProcessor')")))
+    assert check_arguments(cfg, ['train'], 'mmdet') == []
+
+
+@pytest.mark.parametrize('package', ['mmdet', 'mmcv'])
+def test_nothing_is_unknown_to_a_library_without_its_source(detector_of, shapes, monkeypatch, package) -> None:
+    cfg = load_config(str(detector_of(shapes)))
+    cfg.train_dataloader['dataset']['pipeline'][2] = dict(type='Rezise', scale=(64, 64))
+    assert len(check_arguments(cfg, ['train'], 'mmdet')) == 1
+    monkeypatch.setattr(arguments, 'readable', lambda name: name != package)
     assert check_arguments(cfg, ['train'], 'mmdet') == []
 
 
