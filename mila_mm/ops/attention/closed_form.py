@@ -196,7 +196,7 @@ def attention_forward(
     """Compute y (B, N, C) in v's dtype, and in fp32 (fp64 for fp64 inputs) S (B, heads, d, d) and m (B, heads, d)."""
     dtype = compute_dtype(v)
     options = height, width, num_heads, eps, rope_base
-    if v.shape[1] * v.shape[2] > 4 * BAND:
+    if v.device.type == 'cpu' and v.shape[1] * v.shape[2] > 4 * BAND:
         return _attend_in_bands(qk, v, lepe_weight, lepe_bias, gate, options)
     features = _feature_map(qk, dtype).unflatten(-1, (2, v.shape[-1]))
     out, state, key_mean, _ = _attend(features, v.to(dtype), lepe_weight, lepe_bias, options, keep=False)

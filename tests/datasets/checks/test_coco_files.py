@@ -158,6 +158,11 @@ FAULTS = {
 }
 
 
+def test_a_mask_of_one_pixel_among_others_is_a_mask(tmp_path) -> None:
+    found = told(tmp_path, one(segmentation=[[0, 0, 1, 0, 1, 1, 0, 1]]))
+    assert not [line for line in found if 'relative' in line]
+
+
 @pytest.mark.parametrize('fault', FAULTS)
 def test_faults_are_told_once_with_their_place(fault, tmp_path) -> None:
     change, words = FAULTS[fault]
