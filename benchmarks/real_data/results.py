@@ -45,19 +45,19 @@ class Results:
         return None if rate is None else {**row, 'lr': rate}
 
 
-def best_rate(rows: list[Row], row: Row) -> float | None:
+def best_rate(rows: list[Row], row: Row, most: int | None = None) -> float | None:
     """The learning rate whose try ended with the lowest training loss, once all were tried."""
-    tries = [each for each in tries_of(rows, row) if each['loss_at_end'] is not None]
+    tries = [each for each in tries_of(rows, row, most) if each['loss_at_end'] is not None]
     return min(tries, key=lambda each: each['loss_at_end'])['lr'] if tries else None
 
 
-def tries_of(rows: list[Row], row: Row) -> list[Row]:
-    """The longest tries of a row's set and backbone for which there are all rates."""
+def tries_of(rows: list[Row], row: Row, most: int | None = None) -> list[Row]:
+    """The longest tries of a row's set and backbone for which there are all rates, of at most so many steps."""
     same = ('size', 'set', 'backbone', 'quick')
     tries = [each for each in rows if each['schedule'] == 'try' and all(each[key] == row[key] for key in same)]
     for steps in sorted({each['steps'] for each in tries}, reverse=True):
         equal = [each for each in tries if each['steps'] == steps]
-        if {each['lr'] for each in equal} == set(rates(row['quick'])):
+        if (most is None or steps <= most) and {each['lr'] for each in equal} == set(rates(row['quick'])):
             return equal
     return []
 
