@@ -1,4 +1,4 @@
-"""Exported files against PyTorch on this CPU: MILA's backbone, Mask R-CNN and UperNet, in turns and in one process.
+"""Exported files against PyTorch on this CPU: MILA's backbone, Mask R-CNN and UperNet, in turns, a process each.
 
     python -m benchmarks.deploy                      # the backbone at 512 x 512, 2 threads
     python -m benchmarks.deploy --models upernet mask_rcnn --out benchmarks/results/deploy_models.json
@@ -6,7 +6,8 @@
 
 Weights are random: how long it takes does not depend on them, save for the number of boxes that a detector finds. Each
 file's maps are compared with the model's before anything is timed. Rounds go over all of them in turn, so that a noisy
-machine disturbs all; the ratio is the median of the rounds' ratios to PyTorch's.
+machine disturbs all; the ratio is the median of the rounds' ratios to PyTorch's. Each runtime is in a process of its
+own: in one, the threads of one that wait for work take the cores from the others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,12 @@ from benchmarks.measure import write_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / 'benchmarks' / 'results' / 'deploy.json'
+RUNTIMES = ('PyTorch eager', 'onnxruntime', 'onnxruntime int8 (dynamic)', 'OpenVINO f32', 'OpenVINO default')
 CONFIGS = {'mask_rcnn': 'mask_rcnn_mila_t_1x', 'upernet': 'upernet_mila_t_160k'}
+
+Size = tuple[int, int]
+Run = Callable[[], Any]
+Row = dict[str, Any]
 
 
 class Backbone(nn.Module):
@@ -51,125 +59,155 @@ class Backbone(nn.Module):
         return self.folded(image)
 
 
-def backbone(size: tuple[int, int], folder: Path) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Make what is timed of the backbone, by name, and say what could not be made."""
+def write_backbone(size: Size, folder: Path) -> None:
+    """Write the backbone as ONNX, and quantised by onnxruntime."""
+    from onnxruntime.quantization import quantize_dynamic
+
     from mila_mm.ops.common import only_plain_operators
 
-    model = Backbone().eval()
-    image = torch.randn(1, 3, *size)
     with torch.no_grad(), only_plain_operators():
-        program = torch.onnx.export(model, (image,), dynamo=True, verbose=False)
-    path = folder / 'backbone.onnx'
-    program.save(path)
-
-    def eager() -> list[np.ndarray]:
-        with torch.inference_mode():
-            return [x.numpy() for x in model.source(image)]
-
-    runs: dict[str, Callable[[], Any]] = {'PyTorch eager': eager, 'onnxruntime': _onnxruntime(path, image)}
-    failed: dict[str, str] = {}
-    try:
-        runs['onnxruntime int8 (dynamic)'] = _onnxruntime(_quantised(path), image)
-    except Exception as error:  # noqa: BLE001  what does not work is a row of the table
-        failed['onnxruntime int8 (dynamic)'] = f'{type(error).__name__}: {error}'.split('\n')[0][:200]
-    runs.update(_openvino(path, image, failed))
-    return runs, failed
+        program = torch.onnx.export(Backbone().eval(), (_image(size),), dynamo=True, verbose=False)
+    program.save(folder / 'model.onnx')
+    quantize_dynamic(folder / 'model.onnx', folder / 'int8.onnx', op_types_to_quantize=['MatMul'])
 
 
-def _onnxruntime(path: Path, image: torch.Tensor) -> Callable[[], list[np.ndarray]]:
+def _image(size: Size) -> torch.Tensor:
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def load_backbone(runtime: str, size: Size, folder: Path) -> Run:
+    """Make what is timed of the backbone in one runtime."""
+    image = _image(size)
+    if runtime == 'PyTorch eager':
+        model = Backbone().eval().source
+
+        def eager() -> list[np.ndarray]:
+            with torch.inference_mode():
+                return [x.numpy() for x in model(image)]
+
+        return eager
+    if runtime.startswith('OpenVINO'):
+        return _openvino(
+            folder / 'model.onnx', {} if 'default' in runtime else {'INFERENCE_PRECISION_HINT': 'f32'}, image
+        )
+    return _onnxruntime(folder / ('int8.onnx' if 'int8' in runtime else 'model.onnx'), image)
+
+
+def _onnxruntime(path: Path, image: torch.Tensor) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # its threads would wait on our cores
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     inputs = {session.get_inputs()[0].name: image.numpy()}
     return lambda: session.run(None, inputs)
 
 
-def _quantised(path: Path) -> Path:
-    from onnxruntime.quantization import quantize_dynamic
+def _openvino(path: Path, hint: dict[str, Any], image: torch.Tensor) -> Run:
+    import openvino
 
-    target = path.with_name('int8.onnx')
-    quantize_dynamic(path, target, op_types_to_quantize=['MatMul'])
-    return target
-
-
-def _openvino(path: Path, image: torch.Tensor, failed: dict[str, str]) -> dict[str, Callable[[], list[np.ndarray]]]:
-    try:
-        import openvino
-    except ImportError:
-        failed['OpenVINO'] = 'not installed'
-        return {}
-    runs = {}
-    for name, hint in {'OpenVINO f32': {'INFERENCE_PRECISION_HINT': 'f32'}, 'OpenVINO default': {}}.items():
-        options = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), **hint}
-        compiled = openvino.Core().compile_model(str(path), 'CPU', options)
-        runs[name] = lambda compiled=compiled: [np.array(x) for x in compiled([image.numpy()]).values()]
-    return runs
+    options = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), **hint}
+    compiled = openvino.Core().compile_model(str(path), 'CPU', options)
+    return lambda: [np.array(x) for x in compiled([image.numpy()]).values()]
 
 
-def whole(name: str, size: tuple[int, int], folder: Path) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The same of a whole model, image to result."""
+def _whole(name: str) -> tuple[Any, Any]:
     from mmengine.registry import MODELS, init_default_scope
 
     from mila_mm.engine import load_config, scope_of
     from mila_mm.export.api import _without_pretrained
-    from mila_mm.export.deployed import Deployed, example_inputs
-    from mila_mm.export.formats import FORMATS
-    from mila_mm.export.samples import predict
+    from mila_mm.export.deployed import Deployed
 
     cfg = load_config(str(ROOT / 'configs' / f'{CONFIGS[name]}.py'))
     init_default_scope(scope_of(cfg))
     _without_pretrained(cfg.model)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).eval()
-    deployed = Deployed(model).eval()
+    return model, Deployed(model).eval()
+
+
+def write_whole(name: str, size: Size, folder: Path) -> None:
+    """Write a whole model, image to result, as ONNX."""
+    from mila_mm.export.deployed import example_inputs
+    from mila_mm.export.formats import FORMATS
+
+    _, deployed = _whole(name)
+    FORMATS['onnx'].write(folder / 'model.onnx', deployed, example_inputs(deployed, 1, *size), False, {})
+
+
+def load_whole(name: str, runtime: str, size: Size, folder: Path) -> Run:
+    """Make what is timed of a whole model in one runtime."""
+    from mila_mm.export.deployed import example_inputs
+    from mila_mm.export.formats import FORMATS
+    from mila_mm.export.samples import predict
+
+    model, deployed = _whole(name)
     inputs = example_inputs(deployed, 1, *size)
     arrays = {key: x.numpy() for key, x in zip(deployed.input_names, inputs, strict=True)}
-    path = folder / f'{name}.onnx'
-    FORMATS['onnx'].write(path, deployed, inputs, False, {})
-    run = FORMATS['onnx'].load(path, deployed, torch.get_num_threads())
-    sizes = np.array([size])
-    return {
-        'PyTorch eager': lambda: predict(model, deployed.kind, arrays['image'], sizes),
-        'onnxruntime': lambda: run(arrays),
-    }, {}
+    if runtime == 'PyTorch eager':
+        return lambda: predict(model, deployed.kind, arrays['image'], np.array([size]))
+    run = FORMATS['onnx'].load(folder / 'model.onnx', deployed, torch.get_num_threads())
+    return lambda: run(arrays)
+
+
+def serve(pipe: Connection, name: str, runtime: str, size: Size, folder: Path, threads: int) -> None:
+    """Hold one runtime in a process of its own, whose threads disturb no other: the first result, then times."""
+    torch.set_num_threads(threads)
+    try:
+        run = load_backbone(runtime, size, folder) if name == 'backbone' else load_whole(name, runtime, size, folder)
+        first = run()
+    except Exception as error:  # noqa: BLE001  what does not work is a row of the table
+        pipe.send(f'{type(error).__name__}: {error}'.split('\n')[0][:200])
+        return
+    pipe.send(first if isinstance(first, list) else None)
+    while pipe.recv():
+        run()  # wakes the threads
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
 
 
 def difference(results: Any, expected: Any) -> float | None:
     """Largest difference of maps relative to their largest value; None for results of other kinds."""
-    if not isinstance(results, list) or not isinstance(results[0], np.ndarray):
+    if results is None or expected is None or not isinstance(results[0], np.ndarray):
         return None
     return max(float(abs(a - b).max() / abs(b).max()) for a, b in zip(results, expected, strict=True))
 
 
-def measure(name: str, size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
-    """Time a model in all its forms."""
+def measure(name: str, size: Size, rounds: int, threads: int) -> list[Row]:
+    """Time a model in all runtimes, in turns."""
+    context, pipes, workers = get_context('spawn'), {}, []
+    rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
-        make = backbone if name == 'backbone' else None
-        runs, failed = make(size, Path(folder)) if make else whole(name, size, Path(folder))
-        firsts = {key: run() for key, run in runs.items()}
-        times: dict[str, list[float]] = {key: [] for key in runs}
+        write_backbone(size, Path(folder)) if name == 'backbone' else write_whole(name, size, Path(folder))
+        firsts: dict[str, Any] = {}
+        for runtime in RUNTIMES if name == 'backbone' else RUNTIMES[:2]:
+            rows[runtime] = {'model': name, 'size': list(size), 'runtime': runtime}
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=serve, args=(theirs, name, runtime, size, Path(folder), threads))
+            worker.start()
+            workers.append(worker)
+            firsts[runtime] = ours.recv()
+            if isinstance(firsts[runtime], str):
+                rows[runtime]['failed'] = firsts[runtime]
+            else:
+                pipes[runtime] = ours
+        times: dict[str, list[float]] = {runtime: [] for runtime in pipes}
         for _ in range(rounds):
-            for key, run in runs.items():
-                start = time.perf_counter()
-                run()
-                times[key].append(time.perf_counter() - start)
+            for runtime, pipe in pipes.items():
+                pipe.send(True)
+                times[runtime].append(pipe.recv())
+        for pipe in pipes.values():
+            pipe.send(False)
+        for worker in workers:
+            worker.join()
     base = times['PyTorch eager']
-    rows = [
-        {
-            'model': name,
-            'size': list(size),
-            'runtime': key,
-            'ms': 1000 * statistics.median(taken),
-            'ratio': statistics.median(a / b for a, b in zip(taken, base, strict=True)),
-            'difference': difference(firsts[key], firsts['PyTorch eager']),
-        }
-        for key, taken in times.items()
-    ]
-    return rows + [{'model': name, 'size': list(size), 'runtime': key, 'failed': why} for key, why in failed.items()]
+    for runtime, taken in times.items():
+        rows[runtime]['ms'] = 1000 * statistics.median(taken)
+        rows[runtime]['ratio'] = statistics.median(a / b for a, b in zip(taken, base, strict=True))
+        rows[runtime]['difference'] = difference(firsts[runtime], firsts['PyTorch eager'])
+    return list(rows.values())
 
 
 def table(document: dict[str, Any]) -> str:
@@ -178,7 +216,7 @@ def table(document: dict[str, Any]) -> str:
     packages = ', '.join(f'{name} {number}' for name, number in document['packages'].items())
     lines = [
         f'{where["cpu"]}, {where["threads"]} threads, torch {where["torch"]}, {packages}, {where["date"]}; batch 1, '
-        f'medians of {document["rounds"]} rounds in turns, random weights.',
+        f'medians of {document["rounds"]} rounds in turns, a process for each runtime, random weights.',
         '',
         '| model | image | runtime | ms | time over PyTorch eager | largest relative difference of the maps |',
         '| --- | --- | --- | --- | --- | --- |',
@@ -207,7 +245,7 @@ def main() -> int:
         write_docs(table(json.loads(args.out.read_text())), args.out.stem, ROOT / 'docs' / 'deploy.md')
         return 0
     torch.set_num_threads(args.threads)
-    rows = [row for name in args.models for row in measure(name, tuple(args.size), args.rounds)]
+    rows = [row for name in args.models for row in measure(name, tuple(args.size), args.rounds, args.threads)]
     packages = {}
     for name in ('onnx', 'onnxruntime', 'openvino'):
         try:
