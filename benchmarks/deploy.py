@@ -180,13 +180,19 @@ def measure(name: str, size: Size, rounds: int, threads: int) -> list[Row]:
     context, pipes, workers = get_context('spawn'), {}, []
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_backbone(size, Path(folder)) if name == 'backbone' else write_whole(name, size, Path(folder))
+        if name == 'backbone':
+            write_backbone(size, Path(folder))
+        else:
+            write_whole(name, size, Path(folder))
         firsts: dict[str, Any] = {}
         for runtime in RUNTIMES if name == 'backbone' else RUNTIMES[:2]:
             rows[runtime] = {'model': name, 'size': list(size), 'runtime': runtime}
             ours, theirs = context.Pipe()
-            worker = context.Process(target=serve, args=(theirs, name, runtime, size, Path(folder), threads))
+            worker = context.Process(
+                target=serve, args=(theirs, name, runtime, size, Path(folder), threads), daemon=True
+            )
             worker.start()
+            theirs.close()  # so that a worker that is killed ends the wait for it
             workers.append(worker)
             firsts[runtime] = ours.recv()
             if isinstance(firsts[runtime], str):

@@ -102,17 +102,13 @@ def _unexpected(part: Part, kind: SourceClass) -> list[Finding]:
     wrong = [name for name in given if known is not None and name not in known]
     if wrong:
         return [error(part.key, unexpected_argument(str(part.config['type']), wrong[0], known or ()))]
-    # heads of published configs are given some that are of their base's class
+    # Published configs hand their heads some that nothing reads; what looks like another one is a slip.
     known = swallows(kind) if given and known is None and part.registry == 'METRICS' else None
-    unread = [name for name in given if known is not None and name not in known]
-    # The libraries' own configs hand some that nothing reads; what looks like another one is a slip.
-    close = [(name, did_you_mean(name, known or ())) for name in unread]
-    told = [
-        (name, f'is read by nothing: {part.config["type"]} lets any argument pass{like}')
-        for name, like in close
-        if like
-    ]
-    return [warning(f'{part.key}.{name}', text) for name, text in told[:1]]
+    for name in given if known is not None else ():
+        if name not in known and (like := did_you_mean(name, known)):
+            text = f'is read by nothing: {part.config["type"]} lets any argument pass{like}'
+            return [warning(f'{part.key}.{name}', text)]
+    return []
 
 
 def _is_unknown(part: Part, scope: str, cfg: Config) -> bool:
