@@ -25,7 +25,7 @@ from mila_mm.engine.inference.classes import saved_meta
 from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.errors import UserError
 from mila_mm.export.checks import check_options, check_out, check_runs, check_size, check_smallest, stating, telling
-from mila_mm.export.compare import TOLERANCES, Comparison, compare
+from mila_mm.export.compare import Comparison, compare, tolerance_for
 from mila_mm.export.deployed import Deployed, example_inputs
 from mila_mm.export.formats import FORMATS, MOST_STEPS, STEP, Run, check_packages
 from mila_mm.export.metadata import metadata, settings_of
@@ -111,9 +111,9 @@ def export_model(
     cfg = load_config(config, cfg_options)
     paths = find_images(images, cfg, batch)
     model, notes = load_model(cfg, checkpoint)
-    pasted, multiple = masks == 'image', STEP if dynamic else 1
+    pasted, shaped = masks == 'image', {'every_row': FORMATS[format].every_row, 'multiple': STEP if dynamic else 1}
     with stating(model):
-        deployed = Deployed(model, precision, pasted=pasted, logits=logits, multiple=multiple).eval()
+        deployed = Deployed(model, precision, pasted=pasted, logits=logits, **shaped).eval()
     check_options(deployed, format, precision, dynamic, pasted, logits)
     shapes = _shapes(size, dynamic)
     settings = settings_of(deployed)
@@ -122,7 +122,7 @@ def export_model(
     inputs = example_inputs(deployed, batch, *size)
     for shape in shapes:
         check_runs(model, deployed, batch, shape)
-    comparison = Comparison()
+    comparison, tolerance = Comparison(), tolerance_for(precision, deployed.ranked)
     with telling(path, format), _drafting(path) as draft, telling(path, format):
         smallest = FORMATS[format].write(draft, deployed, inputs, dynamic, about)
         if smallest is not None:
@@ -131,7 +131,7 @@ def export_model(
         run = FORMATS[format].load(draft, deployed, torch.get_num_threads())
         samples = [_sample(model, deployed, paths, batch, shape) for shape in shapes]
         for shape, (_, sizes, named, expected) in zip(shapes, samples, strict=True):
-            compare(deployed.kind, run(named), expected, sizes, TOLERANCES[precision], settings, comparison)
+            compare(deployed.kind, run(named), expected, sizes, tolerance, settings, comparison)
             if comparison.faults:
                 raise UserError(
                     f'export: the {format} file differs from the model at {shape[0]} x {shape[1]}, and is not kept: '

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ TOLERANCES = {
     'fp32': Tolerance(boxes=0.1, scores=1e-3, masks=0.99, pixels=0.999, logits=1e-3, unmatched=0.0),
     'fp16': Tolerance(boxes=2.0, scores=1e-2, masks=0.9, pixels=0.99, logits=5e-2, unmatched=0.05),
 }
+# Of detections in fp32, where a swap of two proposals with the same score gives both of them other results.
+_SWAPPED = 0.02
 # At the edge of what is kept a score may be off by this many times what the scores of partners are off by.
 _EDGE, _LEAST_EDGE = 10.0, 1e-6
 
@@ -78,6 +80,17 @@ class Comparison:
             f'{self.detections} detections: boxes within {self.boxes:.1e} px, scores within {self.scores:.1e}'
             f'{masks}{lonely}'
         )
+
+
+def tolerance_for(precision: str, ranked: bool) -> Tolerance:
+    """Return how far results of a model may lie apart.
+
+    Args:
+        precision: 'fp32' or 'fp16'.
+        ranked: Whether results depend on the rank of proposals, see :class:`mila_mm.export.deployed.Deployed`.
+    """
+    tolerance = TOLERANCES[precision]
+    return replace(tolerance, unmatched=max(tolerance.unmatched, _SWAPPED)) if ranked else tolerance
 
 
 def compare(

@@ -21,6 +21,7 @@ class Deployed(nn.Module):
         precision: 'fp32', or 'fp16' for the network; what comes before and after it stays in fp32.
         pasted: For masks, see :class:`mila_mm.export.two_stage.TwoStageDetector`.
         logits: Whether a segmentor returns its logits as well.
+        every_row: For masks, see :class:`mila_mm.export.two_stage.TwoStageDetector`.
         multiple: Of what sides of the images are multiples, see :class:`mila_mm.export.pieces.Preprocess`.
 
     Attributes:
@@ -29,6 +30,7 @@ class Deployed(nn.Module):
             content at the top left; the rest is taken for padding.
         classes: How many classes it tells apart.
         fixed: Whether it can only be traced, for one size and in fp32.
+        ranked: Whether rounding may swap two proposals and change what becomes of both, as DINO's queries by rank do.
         output_names: Of the results, in their order.
 
     Raises:
@@ -41,14 +43,16 @@ class Deployed(nn.Module):
         precision: str = 'fp32',
         *,
         pasted: bool = False,
+        every_row: bool = False,
         logits: bool = False,
         multiple: int = 1,
     ) -> None:
         super().__init__()
         source = deployable(model)
-        self.kind, self.core = _core(source, pasted, logits)
+        self.kind, self.core = _core(source, pasted, every_row, logits)
         self.classes = int(self.core.classes)
         self.fixed = bool(getattr(self.core, 'fixed', False))
+        self.ranked = bool(getattr(self.core, 'ranked', False))
         preprocessor = source.data_preprocessor
         self.preprocess = Preprocess(preprocessor, _divisor(preprocessor), multiple)
         self.pasted = pasted
@@ -73,13 +77,13 @@ class Deployed(nn.Module):
         return tuple(results[name] for name in self.output_names)
 
 
-def _core(model: nn.Module, pasted: bool, logits: bool) -> tuple[str, nn.Module]:
+def _core(model: nn.Module, pasted: bool, every_row: bool, logits: bool) -> tuple[str, nn.Module]:
     if isinstance(model, MILAClassifier):
         from mila_mm.export.maps import Classifier
 
         return 'classifier', Classifier(model)
     if type(model).__module__.startswith('mmdet.'):
-        return 'detector', _detector(model, pasted)
+        return 'detector', _detector(model, pasted, every_row)
     from mmseg.models.segmentors.base import BaseSegmentor
 
     if isinstance(model, BaseSegmentor):
@@ -92,7 +96,7 @@ def _core(model: nn.Module, pasted: bool, logits: bool) -> tuple[str, nn.Module]
     )
 
 
-def _detector(model: nn.Module, pasted: bool) -> nn.Module:
+def _detector(model: nn.Module, pasted: bool, every_row: bool) -> nn.Module:
     from mmdet.models.detectors import DINO, SingleStageDetector, TwoStageDetector
 
     from mila_mm.export import dense, dino, two_stage
@@ -100,7 +104,7 @@ def _detector(model: nn.Module, pasted: bool) -> nn.Module:
     if isinstance(model, TwoStageDetector) and type(model).predict is TwoStageDetector.predict:
         if not model.with_rpn:
             raise UserError(f'export: {type(model).__name__} has no RPN, and no exported form without one')
-        return two_stage.TwoStageDetector(model, pasted)
+        return two_stage.TwoStageDetector(model, pasted, every_row)
     if type(model) is DINO:
         return dino.DINODetector(model)
     if isinstance(model, SingleStageDetector) and type(model).predict is SingleStageDetector.predict:

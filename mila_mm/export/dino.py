@@ -22,6 +22,9 @@ class DINODetector(nn.Module):
     """
 
     fixed = True
+    # The n-th best proposal meets the n-th of the learnt queries (section 3.4 of the paper, mixed query selection): two
+    # with scores that are equal up to rounding swap queries, and both of their results change, in PyTorch as well.
+    ranked = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

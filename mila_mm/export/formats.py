@@ -42,6 +42,8 @@ class Format:
 
     Attributes:
         suffix: Which files of it end with.
+        every_row: Whether a detector's masks have to be of fixed shape in it. Inductor (torch 2.11) compiles two
+            convolutions in a row to wrong numbers where their batch depends on data.
         packages: What writing and checking need beyond torch.
         write: Writes a file from a model, its inputs, whether any size is to do, and metadata; returns what
             :func:`smallest_side` says of it, which is in the file's metadata, too.
@@ -49,6 +51,7 @@ class Format:
     """
 
     suffix: str
+    every_row: bool
     packages: tuple[str, ...]
     write: Callable[[Path, Deployed, tuple[Tensor, ...], bool, Metadata], int | None]
     load: Callable[[Path, Deployed, int], Run]
@@ -330,9 +333,9 @@ def _load_openvino(path: Path, model: Deployed, threads: int) -> Run:
 
 
 FORMATS: dict[str, Format] = {
-    'onnx': Format('.onnx', ('onnx', 'onnxscript', 'onnxruntime'), _write_onnx, _load_onnx),
-    'pt2': Format('.pt2', (), _write_pt2, _load_pt2),
-    'aoti': Format('.pt2', (), _write_aoti, _load_aoti),
-    'torchscript': Format('.pt', (), _write_torchscript, _load_torchscript),
-    'openvino': Format('.xml', ('onnx', 'onnxscript', 'openvino'), _write_openvino, _load_openvino),
+    'onnx': Format('.onnx', False, ('onnx', 'onnxscript', 'onnxruntime'), _write_onnx, _load_onnx),
+    'pt2': Format('.pt2', True, (), _write_pt2, _load_pt2),
+    'aoti': Format('.pt2', True, (), _write_aoti, _load_aoti),
+    'torchscript': Format('.pt', False, (), _write_torchscript, _load_torchscript),
+    'openvino': Format('.xml', False, ('onnx', 'onnxscript', 'openvino'), _write_openvino, _load_openvino),
 }

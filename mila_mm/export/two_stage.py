@@ -22,12 +22,13 @@ class TwoStageDetector(nn.Module):
     Args:
         model: A ``TwoStageDetector``, in eval mode.
         pasted: Whether masks are (B, K, H, W) of bool; else (B, K, 28, 28), probabilities in a grid over each box.
+        every_row: Whether masks are computed for rows without a detection, too: slower, and of fixed shape.
 
     Raises:
         UserError: If a part of it has no exported form.
     """
 
-    def __init__(self, model: nn.Module, pasted: bool = False) -> None:
+    def __init__(self, model: nn.Module, pasted: bool = False, every_row: bool = False) -> None:
         super().__init__()
         head = model.roi_head
         if type(head) not in (StandardRoIHead, CascadeRoIHead):
@@ -58,7 +59,7 @@ class TwoStageDetector(nn.Module):
                 _check_mask_head(mask_head)
             extractors = _stages(head.mask_roi_extractor if head.mask_roi_extractor else head.bbox_roi_extractor)
             self.mask_features = nn.ModuleList([RoIFeatures(x) for x in extractors])
-        self.pasted = pasted
+        self.pasted, self.every_row = pasted, every_row
         self.mask_threshold = float(cfg.get('mask_thr_binary', 0.5))
         if self.mask_threshold < 0:
             raise UserError('export: roi_head gives masks in grey; set mask_thr_binary in its test_cfg to 0 or more')
@@ -124,22 +125,32 @@ class TwoStageDetector(nn.Module):
         return finish(*(torch.stack(part) for part in zip(*results, strict=True)))
 
     def _masks(self, maps: list[Tensor], results: dict[str, Tensor], shape: Any) -> Tensor:
-        boxes, labels = results['boxes'], results['labels'].clamp(min=0)
+        boxes, labels = results['boxes'], results['labels']
         batch, most = labels.shape
         image = torch.arange(batch, device=boxes.device).to(boxes.dtype)[:, None, None].expand(-1, most, 1)
         rois = torch.cat((image, boxes), dim=-1).flatten(0, 1)
+        found = labels.flatten() >= 0
+        rows = torch.arange(batch * most, device=boxes.device)
+        if not self.every_row:  # of those with a detection, and of one more, since there may be none
+            rows = F.pad(found.nonzero()[:, 0], (0, 1))
+        masks = self._predict_masks(maps, rois[rows], labels.flatten()[rows].clamp(min=0))
+        if self.pasted:
+            masks = paste(masks[:, None], rois[rows][:, None, 1:], shape)[:, 0] >= self.mask_threshold
+        masks = masks if self.every_row else masks[(found.cumsum(0) - 1).clamp(min=0)]
+        found = found[:, None, None]
+        # onnxruntime has no Where of booleans.
+        masks = masks & found if self.pasted else torch.where(found, masks, torch.zeros_like(masks))
+        return masks.unflatten(0, (batch, most))
+
+    def _predict_masks(self, maps: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
+        """Return probabilities (R, 28, 28) of rois (R, 5) with labels (R,), the mean over the stages."""
         total: Tensor | float = 0.0
         for head, features in zip(self.mask_heads, self.mask_features, strict=True):
             masks = head(features(maps, rois)).float().sigmoid()
             if not head.class_agnostic:
-                index = labels.flatten()[:, None, None, None].expand(-1, 1, *masks.shape[-2:])
-                masks = masks.gather(1, index)
+                masks = masks.gather(1, labels[:, None, None, None].expand(-1, 1, *masks.shape[-2:]))
             total = total + masks[:, 0]
-        masks = (total / len(self.mask_heads)).unflatten(0, (batch, most))
-        found = (results['labels'] >= 0)[..., None, None]
-        if not self.pasted:
-            return torch.where(found, masks, torch.zeros_like(masks))
-        return (paste(masks, boxes, shape) >= self.mask_threshold) & found
+        return total / len(self.mask_heads)
 
 
 def paste(masks: Tensor, boxes: Tensor, shape: Any) -> Tensor:

@@ -126,7 +126,7 @@ def test_a_config_without_a_model(ready, refused, tmp_path_factory, text):
 
 
 def writing(monkeypatch, write):
-    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', (), write, FORMATS['pt2'].load))
+    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', True, (), write, FORMATS['pt2'].load))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_inputs_are_not_overwritten(ready, tmp_path):
 
 def test_a_package_that_is_missing_is_said_in_one_line(ready, refused, monkeypatch):
     made = ready('retinanet')
-    without = Format('.onnx', ('onnx', 'no_such_package'), FORMATS['onnx'].write, FORMATS['onnx'].load)
+    without = Format('.onnx', False, ('onnx', 'no_such_package'), FORMATS['onnx'].write, FORMATS['onnx'].load)
     monkeypatch.setitem(FORMATS, 'onnx', without)
     refused(made.config, made.checkpoint, '--size', 96, 128, words=['no_such_package', 'mila-mm[export]'])
 
@@ -208,7 +208,7 @@ def test_a_file_that_differs_is_not_kept(ready, refused, monkeypatch):
 
         return run
 
-    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', (), write, load))
+    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', True, (), write, load))
     refused(
         made.config,
         made.checkpoint,
@@ -226,7 +226,7 @@ def test_a_file_that_was_there_stays_as_it_was(ready, tmp_path, monkeypatch):
         path.write_bytes(b'new')
 
     monkeypatch.setattr(api, 'compare', lambda *args: args[-1].faults.append('a fault'))
-    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', (), write, lambda *_: dict))
+    monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', True, (), write, lambda *_: dict))
     with pytest.raises(UserError, match='a fault'):
         api.export_model(made.config, made.checkpoint, format='pt2', size=(96, 128), out=str(old))
     assert old.read_bytes() == b'old'

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mila_mm.export.compare import TOLERANCES, Comparison, compare
+from mila_mm.export.compare import TOLERANCES, Comparison, compare, tolerance_for
 
 SIZES = np.array([[40, 60]])
 SETTINGS = dict(score_threshold=0.05, mask_threshold=0.5, most=6.0)
@@ -107,6 +107,20 @@ def test_many_results_with_nearly_the_same_score_need_their_partners():
     other = {name: x.copy() for name, x in model.items()}
     other['boxes'] += 8
     assert faults(as_file(other), model).faults
+
+
+@pytest.mark.parametrize(('ranked', 'swapped', 'passes'), [(False, 2, False), (True, 2, True), (True, 3, False)])
+def test_only_where_ranks_decide_some_results_may_be_others(ranked, swapped, passes):
+    """Two equal proposals that change places change two results, of a hundred."""
+    model = found(100, masks=False)
+    other = {name: x.copy() for name, x in model.items()}
+    other['boxes'][40 : 40 + swapped] += 7.5
+    comparison = Comparison()
+    settings = {**SETTINGS, 'most': 100.0}
+    tolerance = tolerance_for('fp32', ranked)
+    compare('detector', as_file(other, 100), [model], SIZES, tolerance, settings, comparison)
+    assert comparison.unpaired == 2 * swapped and bool(comparison.faults) != passes
+    assert tolerance_for('fp16', ranked) == TOLERANCES['fp16']
 
 
 @pytest.mark.parametrize(('wrong', 'passes'), [(1, True), (3, False)])

@@ -46,6 +46,29 @@ def compared(model, config, images, logits=False):
     return comparison
 
 
+@pytest.mark.parametrize('pasted', [False, True])
+@pytest.mark.parametrize('name', ['mask_rcnn', 'cascade_mask_rcnn'])
+def test_masks_of_found_rows_are_those_of_all_rows(ready, name, pasted):
+    """Also in a batch where rows between detections are empty, and where nothing is found at all."""
+    made = ready(name)
+    model, _ = load_model(load_config(made.config), made.checkpoint)
+    few, every = (Deployed(model, pasted=pasted, every_row=asked).eval() for asked in (False, True))
+    inputs = example_inputs(few, 3, 96, 128)
+    with torch.no_grad():
+        scores = few(*inputs)[1]
+        for threshold in (float(scores[scores > 0].median()), 1.1):
+            few.core.threshold = every.core.threshold = threshold
+            results = [dict(zip(x.output_names, x(*inputs), strict=True)) for x in (few, every)]
+            assert (0 < results[0]['count'].sum() < results[0]['labels'].numel()) == (threshold < 1)
+            assert results[0]['masks'].any() == (threshold < 1)
+            for key, values in results[0].items():
+                assert values.dtype == results[1][key].dtype
+                if values.dtype == torch.bool:  # a pixel may lie on the threshold
+                    assert (values != results[1][key]).float().mean() < 1e-3
+                else:
+                    torch.testing.assert_close(values, results[1][key], rtol=0, atol=1e-5)
+
+
 def test_a_preprocessor_at_the_top_of_a_config_is_used_as_in_training(ready):
     made = ready('retinanet')
     cfg = load_config(made.config)

@@ -1,10 +1,12 @@
 """Models trained on photographs, as files: each says what the model says, at the size of the export and at others.
 
-All of it takes long. A short form of it is in test_files.py.
+All of it takes long: ``python -m benchmarks.export_checks`` runs it and writes a table. test_files.py has a short form.
 """
 
+import json
 import os
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -69,7 +71,7 @@ def check(made, path, options, shapes=(), record=None):
     compare(deployed.kind, results, expected, sizes, TOLERANCES[precision], settings_of(deployed), bare)
     assert not bare.faults
     if record is not None:  # --junitxml keeps it
-        record('found', found.summary(deployed.kind))
+        record('compared', json.dumps({'options': options, 'kind': deployed.kind, **asdict(found)}))
     return run, deployed
 
 
@@ -97,6 +99,7 @@ def refuses(run, deployed, shape, batch=1):
 @pytest.mark.parametrize('batch', [2, 1])
 @pytest.mark.parametrize('name', FAMILIES)
 def test_every_family_at_five_sizes(trained, name, batch, tmp_path, record_property):
+    record_property('model', name)
     made = trained(name)
     dynamic = name != 'dino'
     path, options, exported = export(made, tmp_path, dynamic=dynamic, batch=batch)
@@ -110,10 +113,11 @@ def test_every_family_at_five_sizes(trained, name, batch, tmp_path, record_prope
 @pytest.mark.parametrize('size', [(101, 131), (64, 333)], ids=str)
 @pytest.mark.parametrize('name', FAMILIES)
 def test_sizes_that_are_no_multiples(trained, name, size, tmp_path, record_property):
+    record_property('model', name)
     made = trained(name)
     masks = 'image' if 'mask' in name else 'box'
     path, options, _ = export(made, tmp_path, size=size, masks=masks)
-    run, deployed = check(made, path, options, record=record_property)
+    run, deployed = check(made, path, options, [size] * 3, record_property)
     assert refuses(run, deployed, size[::-1]) and refuses(run, deployed, (128, 128))
 
 
@@ -136,6 +140,7 @@ def test_other_formats(trained, name, options, tmp_path, record_property):
         pytest.importorskip('openvino')
     if options.get('format') == 'aoti' and shutil.which(os.environ.get('CXX', 'g++')) is None:
         pytest.skip('no compiler')
+    record_property('model', name)
     made = trained(name)
     options = options | ({'masks': 'box'} if 'masks' in options and 'mask' not in name else {})
     refused = options.get('format') in ('pt2', 'aoti') or options.get('dynamic') or 'precision' in options
@@ -165,6 +170,7 @@ def test_other_formats(trained, name, options, tmp_path, record_property):
 @pytest.mark.parametrize('name', ['mask_rcnn', 'segformer'])
 def test_what_openvinos_own_precision_changes(trained, name, tmp_path, record_property):
     openvino = pytest.importorskip('openvino')
+    record_property('model', name)
     made = trained(name)
     path, _, _ = export(made, tmp_path, format='openvino')
     cfg = load_config(made.config)
@@ -177,7 +183,8 @@ def test_what_openvinos_own_precision_changes(trained, name, tmp_path, record_pr
     named = {key: np.array(results[i]) for i, key in enumerate(deployed.output_names)}
     expected = predict(model, deployed.kind, images, sizes)
     compare(deployed.kind, named, expected, sizes, LOOSE, settings_of(deployed), found)
-    record_property('found', found.summary(deployed.kind))
+    own = {'options': {'format': 'openvino, its own precision'}, 'kind': deployed.kind, **asdict(found)}
+    record_property('compared', json.dumps(own))
     if name == 'segformer':
         assert found.pixels > 0.97
     else:
