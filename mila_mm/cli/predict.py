@@ -78,18 +78,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     print(described(summary))
     if summary.interrupted:
-        sys.stderr.write('interrupted; what came before is written\n')
+        unread = f'{_unread(summary)}\n' if summary.failures else ''
+        sys.stderr.write(f'{unread}interrupted; what came before is written\n')
         sys.exit(_KILLED + summary.signum)
     if summary.failures:
-        lines = summary.failures[:_SHOWN]
-        if len(summary.failures) > _SHOWN:
-            lines.append(f'and {len(summary.failures) - _SHOWN} more')
-        total = summary.images + len(summary.failures)
-        raise UserError(
-            '\n'.join([f'{len(summary.failures)} of {total} could not be read; the rest is written', *lines])
-            if len(lines) > 1
-            else f'{lines[0]}; the rest is written'
-        )
+        raise UserError(_unread(summary))
+
+
+def _unread(summary: 'Summary') -> str:
+    """Say which images could not be read."""
+    lines = summary.failures[:_SHOWN]
+    if len(summary.failures) == 1:
+        return f'{lines[0]}; the rest is written'
+    if len(summary.failures) > _SHOWN:
+        lines.append(f'and {len(summary.failures) - _SHOWN} more')
+    total = summary.images + len(summary.failures)
+    return '\n'.join([f'{len(summary.failures)} of {total} could not be read; the rest is written', *lines])
 
 
 def show_progress(images: 'Iterable[Picture]', source: 'Source') -> 'Iterable[Picture]':

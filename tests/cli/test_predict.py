@@ -62,10 +62,21 @@ def test_unreadable_pictures_are_named_at_the_end(run, checkpoint: Path) -> None
     assert len(list(Path('predictions/pictures').iterdir())) == 2
 
 
+@pytest.mark.parametrize('unread', [False, True])
 @pytest.mark.parametrize(('signum', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_one_line(
-    signum: int, status: int, run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    signum: int,
+    status: int,
+    unread: bool,
+    run,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
+    """Behind what could not be read until then."""
+    if unread:
+        Path('pictures/0.png').write_bytes(b'none')
+
     def second(images, source):
         for index, image in enumerate(images):
             yield image
@@ -78,7 +89,9 @@ def test_a_signal_ends_with_one_line(
     assert ended.value.code == status
     captured = capsys.readouterr()
     assert '1 image in' in captured.out
-    assert captured.err == 'interrupted; what came before is written\n'
+    lines = captured.err.splitlines()
+    assert lines[-1] == 'interrupted; what came before is written'
+    assert len(lines) == 1 + unread and ('pictures/0.png' in lines[0]) == unread
     assert [image['file_name'] for image in json.loads(Path('predictions/predictions.json').read_text())['images']] == [
         'a.png'
     ]
