@@ -126,7 +126,7 @@ def smallest_side(run: Callable[..., Any], model: Deployed, batch: int, dynamic:
 def check_next_size(run: Callable[..., Any], model: Deployed, batch: int, smallest: int | None) -> None:
     """Refuse a graph for any size that does not take the size after the smallest.
 
-    Of a pool with stride 2, as in mmdet's FPN, torch keeps whether the map's sides were even.
+    Of a pool with stride 2 torch keeps whether the map's sides were even.
 
     Raises:
         UserError: It names both sizes.

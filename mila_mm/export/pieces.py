@@ -99,6 +99,30 @@ def averaging_matrix(x: Tensor, length: int, bins: int) -> Tensor:
     return inside / (end - start).to(x.dtype)
 
 
+class PooledPyramid(nn.Module):
+    """mmdet's ``FPN`` whose last levels are pooled ones, with the pool stated as taking every second row and column.
+
+    They are the same, but of the pool torch writes into a graph for any size whether the map's sides were even.
+
+    Args:
+        pyramid: The trained ``FPN``, without ``add_extra_convs``; it is changed.
+    """
+
+    def __init__(self, pyramid: nn.Module) -> None:
+        super().__init__()
+        assert not pyramid.add_extra_convs
+        self.levels = pyramid.num_outs
+        pyramid.num_outs = len(pyramid.lateral_convs)
+        self.pyramid = pyramid
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Compute all levels."""
+        maps = list(self.pyramid(inputs))
+        while len(maps) < self.levels:
+            maps.append(maps[-1][:, :, ::2, ::2])
+        return tuple(maps)
+
+
 def deployable(model: nn.Module) -> nn.Module:
     """Copy a model: in eval mode, without what only training needs, with pools that are right at any size."""
     model = revert_sync_batchnorm(copy.deepcopy(model)).eval().requires_grad_(False)

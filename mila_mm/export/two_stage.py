@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmdet.models.necks import FPN
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mila_mm.errors import UserError
 from mila_mm.export.boxes import NOTHING, RoIFeatures, Suppression, check_coder, decode, most_of
 from mila_mm.export.dense import Candidates, finish
+from mila_mm.export.pieces import PooledPyramid
 
 
 class TwoStageDetector(nn.Module):
@@ -40,6 +42,8 @@ class TwoStageDetector(nn.Module):
             kind = type(head.shared_head).__name__
             raise UserError(f'export: the RoI head has the shared_head {kind}, which has no exported form')
         self.model = model
+        if type(model.neck) is FPN and not model.neck.add_extra_convs:
+            model.neck = PooledPyramid(model.neck)
         self.proposals = Candidates(model.rpn_head, by_class=False)
         cfg = model.rpn_head.test_cfg
         self.suppress_proposals = Suppression(cfg.get('nms'), 'rpn_head')

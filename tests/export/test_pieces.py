@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmdet.models.data_preprocessors import DetDataPreprocessor
+from mmdet.models.necks import FPN
 from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder, TBLRBBoxCoder
@@ -14,7 +15,7 @@ from torch.export import Dim
 from mila_mm.errors import UserError
 from mila_mm.export.boxes import NOTHING, RoIFeatures, Suppression, best, check_coder, decode
 from mila_mm.export.formats import check_pools
-from mila_mm.export.pieces import AdaptivePool, Preprocess, deployable
+from mila_mm.export.pieces import AdaptivePool, PooledPyramid, Preprocess, deployable
 from mila_mm.export.two_stage import paste
 from mila_mm.nn.trunk import MILATrunk
 
@@ -26,6 +27,24 @@ def test_the_pool_is_pytorchs(height, width, rows, columns):
     torch.testing.assert_close(
         AdaptivePool((rows, columns))(x), nn.AdaptiveAvgPool2d((rows, columns))(x), rtol=1e-6, atol=1e-6
     )
+
+
+def test_a_recorded_pyramid_takes_even_and_odd_maps():
+    """As a graph of mmdet's own does not."""
+    pyramid = FPN([2, 3], 4, num_outs=4).eval()
+    height, width = Dim('height', min=5, max=99), Dim('width', min=5, max=99)
+    shapes = tuple({2: scale * height, 3: scale * width} for scale in (2, 1))
+
+    def maps(rows, columns):
+        return tuple(torch.randn(1, channels, k * rows, k * columns) for channels, k in ((2, 2), (3, 1)))
+
+    expected = [(sizes, inputs, pyramid(inputs)) for sizes in ((6, 8), (5, 9), (7, 11)) for inputs in [maps(*sizes)]]
+    with torch.no_grad():
+        stated = PooledPyramid(pyramid)
+        program = torch.export.export(stated, (maps(8, 6),), dynamic_shapes=(shapes,)).module()
+        for _, inputs, levels in expected:
+            for mine in (stated, program):
+                torch.testing.assert_close(mine(inputs), levels)
 
 
 def test_a_graph_of_the_pool_is_right_at_sizes_that_it_was_not_made_at(tmp_path):
