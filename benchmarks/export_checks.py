@@ -1,7 +1,7 @@
 """Do exported files say what trained models say? Every family, format and size, from the tests that compare them.
 
     python -m benchmarks.export_checks                    # hours of CPU, two processes
-    python -m benchmarks.export_checks -k "mask_rcnn"     # a part, as pytest's -k
+    python -m benchmarks.export_checks -k "mask_rcnn"     # a part, as pytest's -k, whose rows replace those of before
     python -m benchmarks.export_checks --docs             # write the table of docs/deploy.md from the JSON
 
 It runs ``tests/export/test_photographs.py``, which trains small models on four photographs, exports each, and compares
@@ -57,7 +57,7 @@ def rows_of(report: Path) -> list[Row]:
         said = {entry.get('name'): str(entry.get('value')) for entry in case.iter('property')}
         row |= {'model': said.get('model', ''), **json.loads(said.get('compared', '{}'))}
         rows.append(row)
-    return sorted(rows, key=lambda row: str(row['test']))
+    return rows
 
 
 def _worst(rows: Sequence[Mapping[str, Any]], key: str, pick: Any = max) -> Any:
@@ -132,8 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.docs:
         write_docs(table(json.loads(args.out.read_text())), 'export_checks', ROOT / 'docs' / 'deploy.md')
         return 0
+    versions = {
+        name: version(name) for name in ('onnx', 'onnxruntime', 'openvino')
+    }  # all are needed: nothing is skipped
     rows, status = run_tests(args.select, args.workers, args.cache)
-    versions = {name: version(name) for name in ('onnx', 'onnxruntime', 'openvino')}
+    if args.select and args.out.exists():
+        new = {row['test'] for row in rows}
+        rows += [row for row in json.loads(args.out.read_text())['rows'] if row['test'] not in new]
+    rows.sort(key=lambda row: str(row['test']))
     result = {'machine': machine(), 'versions': versions, 'rows': rows}
     args.out.write_text(json.dumps(result, indent=1) + '\n')
     print(table(result))

@@ -24,11 +24,21 @@ from mila_mm.engine.config.load import load_config, scope_of
 from mila_mm.engine.inference.classes import saved_meta
 from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.errors import UserError
-from mila_mm.export.checks import check_options, check_out, check_runs, check_size, check_smallest, stating, telling
+from mila_mm.export.checks import (
+    check_finite,
+    check_options,
+    check_out,
+    check_runs,
+    check_size,
+    check_smallest,
+    stating,
+    telling,
+)
 from mila_mm.export.compare import Comparison, compare, tolerance_for
 from mila_mm.export.deployed import Deployed, example_inputs
 from mila_mm.export.formats import FORMATS, MOST_STEPS, STEP, Run, check_packages
 from mila_mm.export.metadata import metadata, settings_of
+from mila_mm.export.pipelines import check_pipeline
 from mila_mm.export.samples import contents, find_images, inputs_of, load_images, predict
 from mila_mm.files import UNFINISHED, move_into_place
 from mila_mm.weights.load import read_checkpoint
@@ -93,8 +103,8 @@ def export_model(
         precision: 'fp32', or 'fp16' for the network between preprocessing and boxes.
         masks: 'box', 28 x 28 probabilities over each box, or 'image', pasted and thresholded.
         logits: Whether a segmentor's file returns logits too.
-        out: File to write; one that is there is replaced at the end. Defaults to the config's name with the format's
-            suffix, in the current folder.
+        out: File to write; an exported one that is there is replaced at the end. Defaults to the config's name with the
+            format's suffix, in the current folder.
         images: Files or folders to compare on. Defaults to the config's test set where it is here, else drawn ones.
         cfg_options: Overrides as ``key.of.entry=value``.
 
@@ -122,14 +132,15 @@ def export_model(
     inputs = example_inputs(deployed, batch, *size)
     for shape in shapes:
         check_runs(model, deployed, batch, shape)
+    samples = [_sample(model, deployed, paths, batch, shape) for shape in shapes]
     comparison, tolerance = Comparison(), tolerance_for(precision, deployed.ranked)
     with telling(path, format), _drafting(path) as draft, telling(path, format):
         smallest = FORMATS[format].write(draft, deployed, inputs, dynamic, about)
         if smallest is not None:
             check_smallest(smallest, size, format)
             shapes.append((smallest, smallest))
+            samples.append(_sample(model, deployed, paths, batch, shapes[-1]))
         run = FORMATS[format].load(draft, deployed, torch.get_num_threads())
-        samples = [_sample(model, deployed, paths, batch, shape) for shape in shapes]
         for shape, (_, sizes, named, expected) in zip(shapes, samples, strict=True):
             compare(deployed.kind, run(named), expected, sizes, tolerance, settings, comparison)
             if comparison.faults:
@@ -141,6 +152,11 @@ def export_model(
         operators = _operators(draft, format)
     if deployed.kind == 'detector' and not comparison.detections:
         notes.append('the model found nothing on the images, so that only this was compared; give others by --images')
+    if deployed.kind == 'segmentor' and len(comparison.labels) == 1 and not logits:
+        notes.append(
+            'the model gives every pixel of the images one label, so that little was compared; give others by '
+            '--images, or --logits'
+        )
     total = sum(x.stat().st_size for x in (path, path.with_suffix('.bin')) if x.exists() and _belongs(x, path, format))
     shown = ', '.join(x.name for x in paths) if paths else 'drawn images (no --images, and no test set here)'
     return Exported(path, deployed.kind, total, operators, comparison, shapes, smallest, shown, seconds, notes)
@@ -160,16 +176,20 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, list[str]]:
     if cfg.get('data_preprocessor'):  # as mmengine's runner takes it
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     _without_pretrained(model_cfg)
-    notes = []
+    notes = check_pipeline(cfg, scope)
     with building('model'):
         model = MODELS.build(model_cfg).eval()
     try:
         content = read_checkpoint(checkpoint)
     except FileNotFoundError as error:
         raise UserError(f'CHECKPOINT {checkpoint} does not exist') from error
-    load_checkpoint_into(model, content, f'checkpoint {checkpoint}', strict=True)
+    strict = bool(cfg.get('load_strict', True))
+    missing = load_checkpoint_into(model, content, f'checkpoint {checkpoint}', strict).missing
+    if missing:
+        notes.append(f'load_strict=False: {len(missing)} tensors of the model are not in the checkpoint, and random')
+    check_finite(model, checkpoint)
     model.dataset_meta = saved_meta(content)
-    if scope == 'mmseg' and getattr(model, 'test_cfg', {}).get('mode') == 'slide':
+    if scope == 'mmseg' and (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide':
         model.test_cfg.mode = 'whole'
         notes.append('the config tests in sliding windows; the file takes each image as a whole')
     return model, notes

@@ -107,7 +107,9 @@ class Suppression:
         kind = options.pop('type', 'nms')
         threshold = options.pop('iou_threshold', options.pop('iou_thr', None))
         self.agnostic = bool(options.pop('class_agnostic', False))
-        options.pop('split_thr', None)  # decides how it is computed, not what
+        if options.pop('split_thr', None) is not None and self.agnostic:
+            # From so many boxes on mmcv goes class by class, and forgets that classes were to meet.
+            raise UserError(f'export: {owner} has class_agnostic and split_thr in its nms; leave split_thr out')
         if kind not in ('nms', nms) or threshold is None or any(options.values()):
             raise UserError(
                 f"export: {owner} suppresses boxes with {dict(cfg or {})}; expected dict(type='nms', iou_threshold=...)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from mila_mm.engine.config.checks import check_work_dir
 from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError
 from mila_mm.export.deployed import Deployed, example_inputs
-from mila_mm.export.formats import FORMATS, LEAST_STEPS, MOST_STEPS, STEP
+from mila_mm.export.formats import FORMATS, LEAST_STEPS, METADATA_MARK, MOST_STEPS, STEP
 from mila_mm.export.samples import predict
 
 _MOST_BATCH = 64
@@ -29,6 +30,13 @@ def check_out(config: str, checkpoint: str, out: str | None, format: str) -> Pat
         UserError: If it cannot be written, or would take the place of something that it should not.
     """
     suffix = FORMATS[format].suffix
+    try:
+        return _checked_out(config, checkpoint, out, format, suffix)
+    except OSError as error:  # a name that is too long
+        raise UserError(f'--out {out}: {error.strerror}') from error
+
+
+def _checked_out(config: str, checkpoint: str, out: str | None, format: str, suffix: str) -> Path:
     path = Path(out if out is not None else Path(config.rpartition('::')[2]).stem + suffix)
     if path.suffix != suffix:
         raise UserError(f'--out {path}: expected a file that ends with {suffix} for --format {format}')
@@ -44,7 +52,22 @@ def check_out(config: str, checkpoint: str, out: str | None, format: str) -> Pat
             raise UserError(f'--out {path}: would overwrite {file}, which is an input; give another name')
     if format == 'openvino' and weights.exists() and not path.exists():
         raise UserError(f'--out {path}: its weights would overwrite {weights}, which is of something else')
+    if path.exists() and path.stat().st_size and not _is_exported(path):
+        raise UserError(f'--out {path}: is there, and not a file of this command; remove it, or give another name')
     return path
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether a file has the metadata of an exported one, which no format compresses."""
+    with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(METADATA_MARK) >= 0
+
+
+def check_finite(model: nn.Module, checkpoint: str) -> None:
+    """Raise UserError for weights that are no numbers: of such a model a file can say nothing wrong."""
+    for name, values in model.state_dict().items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise UserError(f'CHECKPOINT {checkpoint}: {name} has values that are not finite; the training diverged')
 
 
 def check_size(size: tuple[int, int], dynamic: bool, batch: int) -> None:

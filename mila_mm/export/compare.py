@@ -18,11 +18,12 @@ class Tolerance:
 
     Attributes:
         boxes: Pixels.
-        scores: Of a detection or a class.
+        scores: Of a detection; of a class, as a share of the highest score.
         masks: Least intersection over union of two masks.
         pixels: Least share of pixels with the same label.
         logits: Of a map, as a share of the largest one.
-        unmatched: Share of detections that need no partner. Where two boxes compete, rounding decides.
+        unmatched: Share of detections that need no partner, of all and of the best ones alike. Where two boxes
+            compete, rounding decides.
     """
 
     boxes: float
@@ -41,6 +42,10 @@ TOLERANCES = {
 _SWAPPED = 0.02
 # At the edge of what is kept a score may be off by this many times what the scores of partners are off by.
 _EDGE, _LEAST_EDGE = 10.0, 1e-6
+# The share of results, and the number at any rate, that may lie on the other side of the edge.
+_AT_EDGE, _LEAST_AT_EDGE = 0.02, 2
+# Among the best of so few as many may lack a partner as among these.
+_FEW = 50
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Comparison:
         masks: Least intersection over union.
         pixels: Least share of pixels with the same label.
         logits: Largest difference, as a share of the largest logit.
+        labels: The labels that the model gave to pixels.
         faults: What is beyond the tolerance, in words.
     """
 
@@ -65,12 +71,13 @@ class Comparison:
     masks: float | None = None
     pixels: float | None = None
     logits: float | None = None
+    labels: set[int] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
     def summary(self, kind: str) -> str:
         """Describe it in one line."""
         if kind == 'classifier':
-            return f'scores within {self.scores:.1e}'
+            return f'scores within {self.scores:.1e} of the highest'
         if kind == 'segmentor':
             logits = '' if self.logits is None else f', logits within {self.logits:.1e} of the largest'
             return f'{100 * (self.pixels or 0.0):.3f} % of the labels the same{logits}'
@@ -115,10 +122,11 @@ def compare(
     """
     for i, wanted in enumerate(expected):
         if kind == 'classifier':
-            apart = float(abs(results['scores'][i] - wanted['scores']).max())
+            # Of many classes none may have a high score.
+            apart = float(abs(results['scores'][i] - wanted['scores']).max() / wanted['scores'].max())
             into.scores = max(into.scores, apart)
             if not apart <= tolerance.scores:  # neither is what is no number
-                into.faults.append(f'scores differ by {apart:.2g}')
+                into.faults.append(f'scores differ by {apart:.2g} of the highest')
         elif kind == 'segmentor':
             _compare_maps({name: x[i] for name, x in results.items()}, wanted, tolerance, into)
         else:
@@ -131,6 +139,7 @@ def _compare_maps(
     got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], tolerance: Tolerance, into: Comparison
 ) -> None:
     same = float((got['labels'] == wanted['labels']).mean())
+    into.labels.update(np.unique(wanted['labels']).tolist())
     into.pixels = same if into.pixels is None else min(same, into.pixels)
     if same < tolerance.pixels:
         into.faults.append(f'{100 * (1 - same):.2g} % of the labels differ')
@@ -151,28 +160,43 @@ def _compare_detections(
 ) -> None:
     pairs, lonely_got, lonely_wanted = match(got, wanted, tolerance)
     into.detections += len(wanted['scores'])
+    near = _LEAST_EDGE
     if pairs:
         mine, theirs = map(list, zip(*pairs, strict=True))
         into.boxes = max(into.boxes, float(abs(got['boxes'][mine] - wanted['boxes'][theirs]).max()))
-        into.scores = max(into.scores, float(abs(got['scores'][mine] - wanted['scores'][theirs]).max()))
+        apart = abs(got['scores'][mine] - wanted['scores'][theirs])
+        into.scores = max(into.scores, float(apart.max()))
+        near = min(tolerance.scores, max(_EDGE * float(np.median(apart)), _LEAST_EDGE))
         if 'masks' in wanted:
             least = _least_overlap(got, wanted, mine, theirs, size, settings['mask_threshold'])
             into.masks = least if into.masks is None else min(into.masks, least)
             if least < tolerance.masks:
                 into.faults.append(f'masks of the same object have IoU {least:.3f}')
+    scores = np.array([*got['scores'][lonely_got], *wanted['scores'][lonely_wanted]])
+    into.unpaired += len(scores)
     # A detection at the threshold, or the last of those that are kept, may fall on either side.
     edges = [settings['score_threshold']]
     if len(wanted['scores']) >= settings['most'] or len(got['scores']) >= settings['most']:
         edges += [float(x['scores'].min()) for x in (got, wanted) if len(x['scores'])]
-    scores = [*got['scores'][lonely_got], *wanted['scores'][lonely_wanted]]
-    into.unpaired += len(scores)
-    near = min(tolerance.scores, max(_EDGE * into.scores, _LEAST_EDGE))
-    odd = [x for x in scores if not any(abs(x - edge) <= near for edge in edges)]
-    if len(odd) > tolerance.unmatched * 2 * max(len(wanted['scores']), 1):
+    excused = (abs(scores[:, None] - np.array(edges)) <= near).any(1)
+    if excused.sum() > _LEAST_AT_EDGE + _AT_EDGE * 2 * len(wanted['scores']):
+        excused[:] = False
+    odd = scores[~excused]
+    if _too_many(odd, wanted['scores'], tolerance.unmatched):
         into.faults.append(
             f'{len(odd)} detections of {len(wanted["scores"])} have no partner with the same label, boxes within '
             f'{tolerance.boxes} px and scores within {tolerance.scores}; the highest score {max(odd):.3f}'
         )
+
+
+def _too_many(odd: np.ndarray, scores: np.ndarray, share: float) -> bool:
+    """Whether more results of both sides lack a partner than may: of all, or of the best, which are the objects."""
+    falling = np.sort(scores)[::-1]
+    for best in range(1, len(scores) + 1):
+        below = (odd < falling[best - 1]) & (best < len(scores))  # what is no number is not below
+        if len(odd) - below.sum() > share * 2 * max(best, min(len(scores), _FEW)):
+            return True
+    return len(scores) == 0 and len(odd) > 0
 
 
 def match(

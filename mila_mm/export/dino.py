@@ -34,6 +34,11 @@ class DINODetector(nn.Module):
         self.model = model
         self.classes = head.num_classes
         self.most = int(head.test_cfg.get('max_per_img', model.num_queries))
+        if not 0 < self.most <= model.num_queries * self.classes:
+            raise UserError(
+                f'export: expected max_per_img of test_cfg from 1 to {model.num_queries * self.classes}, '
+                f'got {self.most}'
+            )
 
     def forward(self, x: Tensor, size: Tensor) -> dict[str, Tensor]:
         """Detect in images (B, 3, H, W) with content of ``size`` (B, 2)."""

@@ -25,6 +25,7 @@ from mila_mm.export.deployed import Deployed, example_inputs
 from mila_mm.ops.common import only_plain_operators
 
 METADATA_KEY = 'mila_mm'
+METADATA_MARK = b'smallest_side'  # every file has it
 # The sides of a file for several sizes are multiples of the last stage's stride: its graph then has short sizes.
 STEP = 32
 LEAST_STEPS, MOST_STEPS = 2, 512

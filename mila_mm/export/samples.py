@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from mmengine.config import Config
 from mmengine.fileio import join_path
 from torch import nn
 
+from mila_mm.engine.config.load import one_line
 from mila_mm.errors import UserError
 from mila_mm.export.deployed import Deployed
 
@@ -28,7 +30,11 @@ def find_images(given: Sequence[str], cfg: Config, count: int) -> list[Path]:
     found: list[Path] = []
     for name in given:
         path = Path(name)
-        if not path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:  # a name that is too long
+            raise UserError(f'--images {name}: {error.strerror}') from error
+        if not there:
             raise UserError(f'--images {name} does not exist')
         files = _images_in(path) if path.is_dir() else [path]
         if not files:
@@ -62,7 +68,12 @@ def load_images(paths: Sequence[Path], count: int, height: int, width: int) -> n
     images = []
     for i in range(count):
         path = paths[i % len(paths)]
-        image = mmcv.imread(str(path), channel_order='rgb')
+        try:
+            image = mmcv.imread(str(path), channel_order='rgb')
+        except OSError as error:
+            raise UserError(f'--images {path}: {one_line(error)}') from error
+        except cv2.error:  # of an empty file
+            image = None
         if image is None:
             raise UserError(f'--images {path}: cannot be read as an image')
         images.append(mmcv.imresize(image, (width, height)))

@@ -42,7 +42,7 @@ class TwoStageDetector(nn.Module):
             kind = type(head.shared_head).__name__
             raise UserError(f'export: the RoI head has the shared_head {kind}, which has no exported form')
         self.model = model
-        if type(model.neck) is FPN and not model.neck.add_extra_convs:
+        if type(getattr(model, 'neck', None)) is FPN and not model.neck.add_extra_convs:
             model.neck = PooledPyramid(model.neck)
         self.proposals = Candidates(model.rpn_head, by_class=False)
         cfg = model.rpn_head.test_cfg

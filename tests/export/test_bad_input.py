@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from mila_mm import cli
 from mila_mm.cli import export as command
+from mila_mm.engine import load_config
 from mila_mm.errors import UserError
 from mila_mm.export import api
 from mila_mm.export.checks import check_out
 from mila_mm.export.formats import FORMATS, Format
+from mila_mm.export.pipelines import check_pipeline
 
 
 @pytest.fixture
@@ -73,6 +76,8 @@ def test_flags(ready, refused, flags, words):
         ('retinanet', 'model.test_cfg.nms.type=soft_nms', ['RetinaHead', 'soft_nms']),
         ('retinanet', 'model.test_cfg.nms_pre=-1', ['RetinaHead', 'nms_pre']),
         ('retinanet', 'model.test_cfg.max_per_img=-1', ['RetinaHead', 'max_per_img']),
+        ('retinanet', 'model.test_cfg.nms={"class_agnostic":True,"split_thr":99}', ['RetinaHead', 'split_thr']),
+        ('dino', 'model.test_cfg.max_per_img=-1', ['max_per_img', 'from 1 to 240', '-1']),
         ('mask_rcnn', 'model.test_cfg.rpn.max_per_img=0', ['rpn_head', 'max_per_img']),
         ('mask_rcnn', 'model.test_cfg.rcnn.nms.type=soft_nms', ['roi_head', 'soft_nms']),
         ('mask_rcnn', 'model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max', ['SingleRoIExtractor', 'max']),
@@ -184,6 +189,100 @@ def test_inputs_are_not_overwritten(ready, tmp_path):
     assert check_out(made.config, 'other.pth', str(tmp_path / 'weights.xml'), 'openvino')
 
 
+@pytest.mark.parametrize('format', ['onnx', 'pt2', 'torchscript', 'openvino'])
+def test_what_is_there_is_replaced_only_if_it_is_of_this_command(ready, tmp_path, format):
+    """As a training's checkpoint of the same name is not."""
+    for package in FORMATS[format].packages:
+        pytest.importorskip(package)
+    made = ready('classifier')
+    out = tmp_path / f'model{FORMATS[format].suffix}'
+    options = dict(format=format, size=(96, 128), images=[made.images], out=str(out))
+    api.export_model(made.config, made.checkpoint, **options)
+    before = out.stat().st_ino
+    api.export_model(made.config, made.checkpoint, **options)
+    assert out.stat().st_ino != before
+    for file in tmp_path.iterdir():
+        file.unlink()
+    shutil.copy(made.checkpoint, out)
+    with pytest.raises(UserError, match=f'--out {out}: is there, and not a file of this command; remove it'):
+        api.export_model(made.config, made.checkpoint, **options)
+    assert out.read_bytes() == Path(made.checkpoint).read_bytes()
+
+
+@pytest.mark.parametrize('content', [b'', b'none', 'cut'], ids=['empty', 'text', 'cut'])
+def test_a_picture_that_cannot_be_read_is_named_before_anything_is_written(ready, refused, tmp_path_factory, content):
+    made = ready('classifier')
+    path = tmp_path_factory.mktemp('pictures') / 'broken.png'
+    whole = next(Path(made.images).iterdir()).read_bytes()
+    path.write_bytes(whole[:40] if content == 'cut' else content)
+    argv = [made.config, made.checkpoint, '--size', 96, 128, '--format', 'torchscript', '--images', path]
+    refused(*argv, words=[f'--images {path}: cannot be read as an image'])
+
+
+@pytest.mark.parametrize('flag', ['--out', '--images'])
+def test_a_name_that_is_too_long(ready, refused, flag):
+    made = ready('classifier')
+    argv = [made.config, made.checkpoint, '--size', 96, 128, '--format', 'torchscript']
+    refused(*argv, flag, 'x' * 300 + '.pt', words=[flag, 'File name too long'])
+
+
+def test_weights_that_are_no_numbers(ready, refused, tmp_path_factory):
+    made = ready('segformer')
+    content = torch.load(made.checkpoint)
+    content['state_dict']['decode_head.conv_seg.weight'][0, 0] = float('nan')
+    path = tmp_path_factory.mktemp('weights') / 'nan.pth'
+    torch.save(content, path)
+    refused(
+        made.config, path, '--size', 96, 128, '--format', 'pt2', words=[str(path), 'decode_head.conv_seg', 'not finite']
+    )
+
+
+def test_a_pipeline_that_normalises_is_refused(ready, refused):
+    """A file would get other pixels than the model does in a test."""
+    made = ready('retinanet')
+    step = "test_dataloader.dataset.pipeline.0={'type':'Normalize','mean':[0,0,0],'std':[1,1,1]}"
+    argv = [made.config, made.checkpoint, '--size', 96, 128, '--format', 'pt2', '--cfg-options', step]
+    refused(*argv, words=['test pipeline', 'Normalize', 'data_preprocessor'])
+
+
+@pytest.mark.parametrize(
+    ('step', 'words'),
+    [
+        (dict(type='Pad', size=(640, 640), pad_val=dict(img=(114, 114, 114))), 'to 640 x 640 with (114, 114, 114)'),
+        (dict(type='Pad', size_divisor=32), None),
+        (dict(type='Resize', scale=(640, 640), keep_ratio=True), None),
+        (dict(type='MyOwn'), 'has MyOwn; the file does not do'),
+    ],
+)
+def test_what_a_pipeline_does_and_a_file_does_not_is_said(step, words):
+    pipeline = [dict(type='LoadImageFromFile'), step, dict(type='PackDetInputs')]
+    dataset = dict(type='CocoDataset', pipeline=pipeline)
+    notes = check_pipeline(Config(dict(test_dataloader=dict(dataset=dataset))), 'mmdet')
+    assert len(notes) == (words is not None) and all(words in note for note in notes)
+
+
+def test_weights_that_are_not_in_the_checkpoint_are_told(ready):
+    """Where the config asks for them to be left as they are."""
+    made = ready('retinanet')
+    content = torch.load(made.checkpoint)
+    gone = [key for key in content['state_dict'] if key.startswith('bbox_head.retina_cls')]
+    for key in gone:
+        del content['state_dict'][key]
+    path = Path(made.checkpoint).with_name('without_head.pth')
+    torch.save(content, path)
+    with pytest.raises(UserError, match='load_strict=False'):
+        api.load_model(load_config(made.config), str(path))
+    _, notes = api.load_model(load_config(made.config, ['load_strict=False']), str(path))
+    assert notes == [f'load_strict=False: {len(gone)} tensors of the model are not in the checkpoint, and random']
+
+
+def test_a_segmentor_without_a_test_cfg(ready):
+    made = ready('segformer')
+    cfg = load_config(made.config)
+    cfg.model.test_cfg = None
+    assert api.load_model(cfg, made.checkpoint)[1] == []
+
+
 def test_a_package_that_is_missing_is_said_in_one_line(ready, refused, monkeypatch):
     made = ready('retinanet')
     without = Format('.onnx', False, ('onnx', 'no_such_package'), FORMATS['onnx'].write, FORMATS['onnx'].load)
@@ -220,7 +319,7 @@ def test_a_file_that_differs_is_not_kept(ready, refused, monkeypatch):
 def test_a_file_that_was_there_stays_as_it_was(ready, tmp_path, monkeypatch):
     made = ready('retinanet')
     old = tmp_path / 'model.pt2'
-    old.write_bytes(b'old')
+    old.write_bytes(b'old "smallest_side": 64')
 
     def write(path, *_):
         path.write_bytes(b'new')
@@ -229,5 +328,5 @@ def test_a_file_that_was_there_stays_as_it_was(ready, tmp_path, monkeypatch):
     monkeypatch.setitem(FORMATS, 'pt2', Format('.pt2', True, (), write, lambda *_: dict))
     with pytest.raises(UserError, match='a fault'):
         api.export_model(made.config, made.checkpoint, format='pt2', size=(96, 128), out=str(old))
-    assert old.read_bytes() == b'old'
+    assert old.read_bytes() == b'old "smallest_side": 64'
     assert list(tmp_path.iterdir()) == [old]

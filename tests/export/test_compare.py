@@ -109,12 +109,15 @@ def test_many_results_with_nearly_the_same_score_need_their_partners():
     assert faults(as_file(other), model).faults
 
 
-@pytest.mark.parametrize(('ranked', 'swapped', 'passes'), [(False, 2, False), (True, 2, True), (True, 3, False)])
-def test_only_where_ranks_decide_some_results_may_be_others(ranked, swapped, passes):
-    """Two equal proposals that change places change two results, of a hundred."""
+@pytest.mark.parametrize(
+    ('ranked', 'first', 'swapped', 'passes'),
+    [(False, 98, 2, False), (True, 98, 2, True), (True, 95, 3, False), (True, 30, 1, True), (True, 30, 2, False)],
+)
+def test_only_where_ranks_decide_some_results_may_be_others(ranked, first, swapped, passes):
+    """Two equal proposals that change places change two results, of a hundred; of the best it may be one."""
     model = found(100, masks=False)
     other = {name: x.copy() for name, x in model.items()}
-    other['boxes'][40 : 40 + swapped] += 7.5
+    other['boxes'][first : first + swapped] += 7.5
     comparison = Comparison()
     settings = {**SETTINGS, 'most': 100.0}
     tolerance = tolerance_for('fp32', ranked)
@@ -141,8 +144,33 @@ def test_logits(by, passes):
     assert bool(faults(results, model, 'segmentor').faults) != passes
 
 
+@pytest.mark.parametrize(('ranked', 'precision'), [(True, 'fp32'), (False, 'fp16')])
+def test_the_best_results_need_their_partners_above_all(ranked, precision):
+    model = found(300, masks=False)
+    settings, tolerance = {**SETTINGS, 'most': 300.0}, tolerance_for(precision, ranked)
+    for name, by in (('boxes', 80), ('scores', -0.4), ('scores', np.nan)):
+        other = {key: x.copy() for key, x in model.items()}
+        other[name][:6] += by
+        comparison = Comparison()
+        compare('detector', as_file(other, 300), [model], SIZES, tolerance, settings, comparison)
+        assert comparison.faults
+
+
+@pytest.mark.parametrize('gone', [False, True])
+def test_the_edge_excuses_few_whatever_one_pair_is_off_by(gone):
+    """Eighty detections right above the threshold, somewhere else or not there, beside one that is a little off."""
+    model = found(120, masks=False)
+    model['scores'] = np.concatenate([np.linspace(0.9, 0.3, 40), np.linspace(0.06, 0.0501, 80)]).astype(np.float32)
+    other = {key: x[: 40 if gone else 120].copy() for key, x in model.items()}
+    other['scores'][0] += 2e-3
+    other['boxes'][40:] += 200
+    comparison = faults(as_file(other, 120), model, precision='fp16', settings={**SETTINGS, 'most': 130.0})
+    assert comparison.faults
+
+
+@pytest.mark.parametrize('high', [0.8, 0.001])
 @pytest.mark.parametrize(('by', 'passes'), [(0.0, True), (9e-4, True), (-1.1e-3, False), (np.nan, False)])
-def test_scores_of_classes(by, passes):
-    model = dict(scores=np.array([0.2, 0.8], np.float32))
-    results = dict(scores=np.array([[0.2, 0.8 + by]], np.float32))
+def test_scores_of_classes(by, passes, high):
+    model = dict(scores=np.array([high / 4, high], np.float32))
+    results = dict(scores=np.array([[high / 4, high * (1 + by)]], np.float32))
     assert bool(faults(results, model, 'classifier').faults) != passes

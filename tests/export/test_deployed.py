@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmengine.registry import MODELS, init_default_scope
 
 from mila_mm.engine import load_config
 from mila_mm.errors import UserError
@@ -75,6 +76,21 @@ def test_a_preprocessor_at_the_top_of_a_config_is_used_as_in_training(ready):
     cfg.data_preprocessor = cfg.model.pop('data_preprocessor')
     model, _ = load_model(cfg, made.checkpoint)
     assert Deployed(model).preprocess.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+
+
+def test_a_two_stage_detector_without_a_neck(ready):
+    made = ready('faster_rcnn')
+    cfg = load_config(made.config)
+    del cfg.model['neck']
+    cfg.model.backbone.out_indices = (3,)
+    cfg.model.rpn_head.in_channels = cfg.model.roi_head.bbox_roi_extractor.out_channels = 256
+    cfg.model.rpn_head.anchor_generator.update(strides=[32], scales=[4])
+    cfg.model.roi_head.bbox_roi_extractor.featmap_strides = [32]
+    cfg.model.roi_head.bbox_head.in_channels = 256
+    init_default_scope('mmdet')
+    deployed = Deployed(MODELS.build(cfg.model).eval())
+    with torch.no_grad():
+        assert deployed(*example_inputs(deployed, 1, 96, 128))[0].shape == (1, 20, 4)
 
 
 def test_names_come_from_the_checkpoint(ready, tmp_path):

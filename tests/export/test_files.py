@@ -131,7 +131,7 @@ def segmentor_file(request, ready, tmp_path_factory):
     except pytest.skip.Exception:
         made = ready('segformer')
     path = tmp_path_factory.mktemp('file') / 'segformer.onnx'
-    argv = [made.config, made.checkpoint, '--size', '96', '128', '--dynamic', '--out', str(path)]
+    argv = [made.config, made.checkpoint, '--size', '96', '128', '--dynamic', '--logits', '--out', str(path)]
     assert cli.execute(command.main, [*argv, '--images', made.images]) == 0
     return path, made
 
@@ -159,8 +159,10 @@ def test_a_file_for_any_size_is_right_at_sizes_that_it_was_not_made_at(segmentor
     for number, shape in enumerate([(96, 128), (128, 96), (64, 192), (160, 96), (64, 448)]):
         images = load_images(paths[number % 4 :], 1, *shape)
         (wanted,) = predict(model, 'segmentor', images, np.array([shape]))
-        (labels,) = session.run(['labels'], {'image': images})
+        labels, logits = session.run(['labels', 'logits'], {'image': images})
         assert (labels[0] == wanted['labels']).mean() > 0.999, shape
+        # A fresh model gives all pixels one label, whatever it sees.
+        assert abs(logits[0] - wanted['logits']).max() < 1e-3 * abs(wanted['logits']).max(), shape
     for shape in ((100, 128), (96, 130), (33, 64), (128, 127)):
         with pytest.raises(Exception, match='Reshape'):
             session.run(None, {'image': np.zeros((1, *shape, 3), np.uint8)})
