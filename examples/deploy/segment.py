@@ -10,15 +10,26 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+LONGEST = 2048  # of a side in pixels, unless the file was made at more: a panorama would take all memory
 
-def main(model, file, out='labels.png'):
+
+def read(file: str) -> Image.Image:
+    """Read a picture, upright and as RGB; of 16 bits in grey the upper eight, as OpenCV does in training."""
+    picture = ImageOps.exif_transpose(Image.open(file))
+    if picture.mode.startswith('I'):  # convert would make all above 255 white
+        picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
+    return picture.convert('RGB')
+
+
+def main(model: str, file: str, out: str = 'labels.png') -> None:
     """Print the share of each class, and draw the labels over the image."""
     session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
     about = json.loads(session.get_modelmeta().custom_metadata_map['mila_mm'])
-    picture = ImageOps.exif_transpose(Image.open(file)).convert('RGB')
+    picture = read(file)
     height, width = about['size']
     if about['any_multiple_of']:
-        step, scale = about['any_multiple_of'], min(height, width) / min(picture.size)
+        step, longest = about['any_multiple_of'], max(LONGEST, height, width)
+        scale = min(min(height, width) / min(picture.size), longest / max(picture.size))
         sides = (round(x * scale / step) * step for x in (picture.height, picture.width))
         height, width = (max(side, about['smallest_side']) for side in sides)
     image = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))

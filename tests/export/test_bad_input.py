@@ -122,12 +122,20 @@ def test_what_is_no_checkpoint(ready, refused, tmp_path_factory, content):
     refused(ready('retinanet').config, path, '--size', 96, 128, '--format', 'pt2', words=['model.pth'])
 
 
-@pytest.mark.parametrize('text', ['', 'model = 3\n', 'model = dict(type="x")\n', 'this is no Python'])
-def test_a_config_without_a_model(ready, refused, tmp_path_factory, text):
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('', "config.py has no model with a 'type'"),
+        ('model = 3\n', "config.py has no model with a 'type'"),
+        ('model = dict(type="x")\n', 'is the config a detector, a segmentor or a classifier?'),
+        ('this is no Python', 'config.py cannot be read: SyntaxError'),
+    ],
+)
+def test_a_config_without_a_model(ready, refused, tmp_path_factory, text, message):
     config = tmp_path_factory.mktemp('given') / 'config.py'
     config.write_text(text)
     made = ready('retinanet')
-    refused(config, made.checkpoint, '--size', 96, 128, '--format', 'pt2', words=['config'])
+    refused(config, made.checkpoint, '--size', 96, 128, '--format', 'pt2', words=[message])
 
 
 def writing(monkeypatch, write):

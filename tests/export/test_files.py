@@ -9,6 +9,7 @@ import venv
 from importlib.metadata import distribution
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from mila_mm.export.two_stage import paste
 
 pytest.importorskip('onnxscript', reason='the extra [export] is not installed')
 onnxruntime = pytest.importorskip('onnxruntime')
+onnx = pytest.importorskip('onnx')
 
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples' / 'deploy'
 # onnxruntime and pillow, and what they need
@@ -121,6 +123,102 @@ def test_masks_are_pasted_as_in_the_exported_model():
         box = np.array([x, y, x + width, y + height], np.float32)
         wanted = paste(torch.from_numpy(mask)[None, None], torch.from_numpy(box)[None, None], (61, 83))[0, 0]
         np.testing.assert_allclose(np.asarray(paste_one(mask, box, (83, 61))), wanted.numpy(), atol=2e-4)
+
+
+@pytest.fixture
+def example(tmp_path, capsys):
+    """Run an example on a picture with a file of given nodes; return the lines that it prints, and what it draws."""
+
+    def run(name, picture, nodes, outputs, **about):
+        types = onnx.TensorProto
+        inputs = [
+            onnx.helper.make_tensor_value_info('image', types.UINT8, [1, None, None, 3]),
+            onnx.helper.make_tensor_value_info('size', types.INT64, [1, 2]),
+        ]
+        results = [onnx.helper.make_tensor_value_info(x, getattr(types, kind), None) for x, kind in outputs.items()]
+        graph = onnx.helper.make_graph(nodes, 'made', inputs[: 1 if name == 'segment.py' else 2], results)
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 18)], ir_version=8)
+        onnx.helper.set_model_props(model, {'mila_mm': json.dumps({'batch': 1, 'classes': None, **about})})
+        onnx.save(model, tmp_path / 'made.onnx')
+        picture.save(tmp_path / 'picture.png')
+        paths = (str(tmp_path / x) for x in ('made.onnx', 'picture.png', 'out.png'))
+        runpy.run_path(str(EXAMPLES / name))['main'](*paths)
+        return capsys.readouterr().out.splitlines(), np.asarray(Image.open(tmp_path / 'out.png'))
+
+    return run
+
+
+def found(box, **masks):
+    """The nodes of a detector that finds one object, whatever it is given, and their types."""
+    results = dict(boxes=np.array([[box]], np.float32), scores=np.array([[0.9]], np.float32), labels=np.array([[3]]))
+    results |= {**masks, 'count': np.array([1])}
+    values = {name: onnx.numpy_helper.from_array(x) for name, x in results.items()}
+    nodes = [onnx.helper.make_node('Constant', [], [name], value=x) for name, x in values.items()]
+    return nodes, {name: onnx.TensorProto.DataType.Name(x.data_type) for name, x in values.items()}
+
+
+@pytest.mark.parametrize('any_multiple_of', [None, 32])
+def test_boxes_are_scaled_back_along_each_axis(example, any_multiple_of):
+    about = dict(size=[96, 128], any_multiple_of=any_multiple_of, smallest_side=64)
+    lines, _ = example('detect.py', Image.new('RGB', (1000, 100)), *found([0, 0, 128, 13]), **about)
+    assert lines == ['3 0.900 0.0 0.0 1000.0 100.0']  # 12.8 rows are 13 in the file's input
+    lines, _ = example('detect.py', Image.new('RGB', (100, 1500)), *found([3, 48, 6, 96]), **about)
+    assert lines == ['3 0.900 50.0 750.0 100.0 1500.0']
+
+
+def test_masks_of_the_whole_image_are_laid_over_the_picture(example):
+    mask = np.zeros((1, 1, 64, 64), bool)
+    mask[..., :32] = mask[..., 43:, :] = True  # the left half, and what lies below the content
+    about = dict(size=[64, 64], any_multiple_of=None, smallest_side=None, mask_threshold=0.5)
+    _, drawn = example('detect.py', Image.new('RGB', (60, 40)), *found([40, 2, 50, 9], masks=mask), **about)
+    wanted = np.zeros((40, 60), bool)
+    wanted[:, :30] = True
+    np.testing.assert_array_equal(drawn.any(-1), wanted)
+
+
+@pytest.mark.parametrize(
+    ('picture', 'size', 'wanted'),
+    [
+        ((20000, 300), (512, 512), {64, 2048}),
+        ((300, 20000), (512, 512), {64, 2048}),
+        ((1000, 300), (512, 512), {512, 1696}),
+        ((8000, 1000), (512, 3072), {384, 3072}),  # the file itself was made at more
+        ((640, 480), (96, 128), {96, 128}),
+    ],
+)
+def test_a_long_picture_does_not_become_a_larger_one(example, picture, size, wanted):
+    sides = [  # one row of two labels: the height and the width of the input
+        onnx.helper.make_node('Shape', ['image'], ['sides'], start=1, end=3),
+        onnx.helper.make_node('Constant', [], ['axes'], value_ints=[0, 1]),
+        onnx.helper.make_node('Unsqueeze', ['sides', 'axes'], ['labels']),
+    ]
+    about = dict(size=list(size), any_multiple_of=32, smallest_side=64)
+    lines, drawn = example('segment.py', Image.new('RGB', picture), sides, {'labels': 'INT64'}, **about)
+    assert set(lines) == {f'{side}: 50.0 %' for side in wanted}
+    assert drawn.shape == (*picture[::-1], 3)
+
+
+@pytest.mark.parametrize('name', ['detect.py', 'segment.py'])
+def test_pictures_are_read_as_in_training(name, tmp_path):
+    read = runpy.run_path(str(EXAMPLES / name))['read']
+    random = np.random.default_rng(0)
+    grey, colour = random.integers(0, 65536, (30, 40), np.uint16), random.integers(0, 256, (30, 40, 4), np.uint8)
+    cv2.imwrite(str(tmp_path / '16.png'), grey)
+    cv2.imwrite(str(tmp_path / '16.tif'), grey)
+    cv2.imwrite(str(tmp_path / '16.pgm'), grey)
+    cv2.imwrite(str(tmp_path / '48.png'), random.integers(0, 65536, (30, 40, 3), np.uint16))
+    turned = Image.Exif()
+    turned[274] = 6
+    picture = Image.fromarray(colour)
+    picture.save(tmp_path / 'rgba.png')
+    picture.convert('L').save(tmp_path / '8.png')
+    picture.convert('RGB').quantize(16).save(tmp_path / 'palette.png')
+    picture.convert('RGB').save(tmp_path / 'turned.jpg', exif=turned)
+    for path in sorted(tmp_path.iterdir()):
+        wanted = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB).astype(int)
+        got = read(str(path))
+        assert got.mode == 'RGB' and got.size == ((30, 40) if path.stem == 'turned' else (40, 30)), path
+        np.testing.assert_allclose(np.asarray(got), wanted, atol=3 if path.suffix == '.jpg' else 0, err_msg=path.name)
 
 
 @pytest.fixture(scope='session')
