@@ -40,7 +40,7 @@ def run_tests(select: str, workers: int, cache: str | None) -> tuple[list[Row], 
         env['MILA_MM_EXPORT_CACHE'] = str(Path(cache).resolve())
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, 'report.xml')
-        command = [sys.executable, '-m', 'pytest', '-q', '-n', str(workers), f'--junitxml={report}', TESTS]
+        command = [sys.executable, '-m', 'pytest', '-v', '-n', str(workers), f'--junitxml={report}', TESTS]
         status = subprocess.run([*command, '-k', select] if select else command, cwd=ROOT, env=env, check=False)
         if not report.exists():
             sys.exit(f'pytest ended with {status.returncode} and without a report')
