@@ -69,7 +69,8 @@ def check(made, path, options, shapes=(), record=None):
     compare(deployed.kind, results, expected, sizes, TOLERANCES[precision], settings_of(deployed), bare)
     assert not bare.faults
     if record is not None:  # --junitxml keeps it
-        record('compared', json.dumps({'options': options, 'kind': deployed.kind, **asdict(found)}))
+        said = {'options': options, 'kind': deployed.kind, **asdict(found), 'labels': len(found.labels)}
+        record('compared', json.dumps(said))
     return run, deployed
 
 
@@ -177,6 +178,7 @@ def test_what_openvinos_own_precision_changes(trained, name, tmp_path, record_pr
     expected = predict(model, deployed.kind, images, sizes)
     compare(deployed.kind, named, expected, sizes, LOOSE, settings_of(deployed), found)
     own = {'options': {'format': 'openvino, its own precision'}, 'kind': deployed.kind, **asdict(found)}
+    own['labels'] = len(found.labels)
     record_property('compared', json.dumps(own))
     if name == 'segformer':
         assert found.pixels > 0.97
