@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+
 from benchmarks.backbone_cpu import machine
 from benchmarks.measure import write_docs
 
@@ -132,15 +134,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.docs:
         write_docs(table(json.loads(args.out.read_text())), 'export_checks', ROOT / 'docs' / 'deploy.md')
         return 0
-    versions = {
-        name: version(name) for name in ('onnx', 'onnxruntime', 'openvino')
-    }  # all are needed: nothing is skipped
+    # All are needed: nothing is skipped.
+    versions = {name: version(name) for name in ('onnx', 'onnxruntime', 'openvino')}
+    before = json.loads(args.out.read_text()) if args.select and args.out.exists() else None
+    if before and (before['versions'] != versions or before['machine']['torch'] != torch.__version__):
+        sys.exit(f'{args.out} is of other versions, {before["versions"]}: run all, or give another --out')
     rows, status = run_tests(args.select, args.workers, args.cache)
-    if args.select and args.out.exists():
+    if before:
         new = {row['test'] for row in rows}
-        rows += [row for row in json.loads(args.out.read_text())['rows'] if row['test'] not in new]
+        rows += [row for row in before['rows'] if row['test'] not in new]
     rows.sort(key=lambda row: str(row['test']))
-    result = {'machine': machine(), 'versions': versions, 'rows': rows}
+    here = machine()
+    for row in rows:
+        row.setdefault('commit', here['commit'])
+    result = {'machine': here, 'versions': versions, 'rows': rows}
     args.out.write_text(json.dumps(result, indent=1) + '\n')
     print(table(result))
     return status

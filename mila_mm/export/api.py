@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mila_mm.engine.config.build_errors import building
-from mila_mm.engine.config.load import load_config, scope_of
+from mila_mm.engine.config.load import load_config, one_line, scope_of
 from mila_mm.engine.inference.classes import saved_meta
 from mila_mm.engine.runner.fit import load_checkpoint_into
 from mila_mm.errors import UserError
@@ -132,6 +132,7 @@ def export_model(
     inputs = example_inputs(deployed, batch, *size)
     for shape in shapes:
         check_runs(model, deployed, batch, shape)
+    check_finite(deployed, checkpoint)
     samples = [_sample(model, deployed, paths, batch, shape) for shape in shapes]
     comparison, tolerance = Comparison(), tolerance_for(precision, deployed.ranked)
     with telling(path, format), _drafting(path) as draft, telling(path, format):
@@ -176,7 +177,7 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, list[str]]:
     if cfg.get('data_preprocessor'):  # as mmengine's runner takes it
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     _without_pretrained(model_cfg)
-    notes = check_pipeline(cfg, scope)
+    notes = check_pipeline(cfg)
     with building('model'):
         model = MODELS.build(model_cfg).eval()
     try:
@@ -187,9 +188,10 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, list[str]]:
     missing = load_checkpoint_into(model, content, f'checkpoint {checkpoint}', strict).missing
     if missing:
         notes.append(f'load_strict=False: {len(missing)} tensors of the model are not in the checkpoint, and random')
-    check_finite(model, checkpoint)
     model.dataset_meta = saved_meta(content)
-    if scope == 'mmseg' and (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide':
+    if scope == 'mmseg' and getattr(model, 'test_cfg', {}) is None:
+        model.test_cfg = ConfigDict(mode='whole')
+    if scope == 'mmseg' and getattr(model, 'test_cfg', {}).get('mode') == 'slide':
         model.test_cfg.mode = 'whole'
         notes.append('the config tests in sliding windows; the file takes each image as a whole')
     return model, notes
@@ -258,7 +260,14 @@ def _sample(model: nn.Module, deployed: Deployed, paths: Sequence[Path], batch: 
     """Images of a size, the sizes of their content, both by the names of a file's inputs, and what the model says."""
     images = load_images(paths, batch, *shape)
     sizes = contents(deployed, batch, *shape)
-    return images, sizes, inputs_of(deployed, images, sizes), predict(model, deployed.kind, images, sizes)
+    try:
+        expected = predict(model, deployed.kind, images, sizes)
+    except Exception as error:  # of its own code, or of the libraries'
+        raise UserError(
+            f'export: the model does not run on images of {shape[0]} x {shape[1]}: {type(error).__name__}: '
+            f'{one_line(error)}'
+        ) from error
+    return images, sizes, inputs_of(deployed, images, sizes), expected
 
 
 def _times(run: Run, model: nn.Module, kind: str, sample: Sample) -> tuple[float, float]:

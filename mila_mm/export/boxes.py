@@ -91,6 +91,9 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
+_SPLIT = 10000  # mmcv's own
+
+
 class Suppression:
     """Greedy suppression as mmcv's ``batched_nms`` does it: groups are moved apart, thresholds are those of fp32.
 
@@ -107,7 +110,7 @@ class Suppression:
         kind = options.pop('type', 'nms')
         threshold = options.pop('iou_threshold', options.pop('iou_thr', None))
         self.agnostic = bool(options.pop('class_agnostic', False))
-        if options.pop('split_thr', None) is not None and self.agnostic:
+        if options.pop('split_thr', _SPLIT) != _SPLIT and self.agnostic:
             # From so many boxes on mmcv goes class by class, and forgets that classes were to meet.
             raise UserError(f'export: {owner} has class_agnostic and split_thr in its nms; leave split_thr out')
         if kind not in ('nms', nms) or threshold is None or any(options.values()):

@@ -30,14 +30,14 @@ def check_out(config: str, checkpoint: str, out: str | None, format: str) -> Pat
         UserError: If it cannot be written, or would take the place of something that it should not.
     """
     suffix = FORMATS[format].suffix
-    try:
-        return _checked_out(config, checkpoint, out, format, suffix)
-    except OSError as error:  # a name that is too long
-        raise UserError(f'--out {out}: {error.strerror}') from error
-
-
-def _checked_out(config: str, checkpoint: str, out: str | None, format: str, suffix: str) -> Path:
     path = Path(out if out is not None else Path(config.rpartition('::')[2]).stem + suffix)
+    try:
+        return _checked_out(config, checkpoint, path, format, suffix)
+    except OSError as error:  # a name that is too long, a file that may not be read
+        raise UserError(f'--out {path}: {error.strerror}') from error
+
+
+def _checked_out(config: str, checkpoint: str, path: Path, format: str, suffix: str) -> Path:
     if path.suffix != suffix:
         raise UserError(f'--out {path}: expected a file that ends with {suffix} for --format {format}')
     check_work_dir(path.absolute().parent, '--out')
@@ -50,24 +50,28 @@ def _checked_out(config: str, checkpoint: str, out: str | None, format: str, suf
     for file in written:
         if any(Path(given).exists() and file.exists() and file.samefile(given) for given in (config, checkpoint)):
             raise UserError(f'--out {path}: would overwrite {file}, which is an input; give another name')
-    if format == 'openvino' and weights.exists() and not path.exists():
+    ours = path.exists() and _is_exported(path)
+    if format == 'openvino' and weights.exists() and not ours:
         raise UserError(f'--out {path}: its weights would overwrite {weights}, which is of something else')
-    if path.exists() and path.stat().st_size and not _is_exported(path):
+    if path.exists() and path.stat().st_size and not ours:
         raise UserError(f'--out {path}: is there, and not a file of this command; remove it, or give another name')
     return path
 
 
 def _is_exported(path: Path) -> bool:
     """Whether a file has the metadata of an exported one, which no format compresses."""
+    if not path.stat().st_size:
+        return False
     with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(METADATA_MARK) >= 0
 
 
-def check_finite(model: nn.Module, checkpoint: str) -> None:
+def check_finite(deployed: Deployed, checkpoint: str) -> None:
     """Raise UserError for weights that are no numbers: of such a model a file can say nothing wrong."""
-    for name, values in model.state_dict().items():
-        if values.is_floating_point() and not values.isfinite().all():
-            raise UserError(f'CHECKPOINT {checkpoint}: {name} has values that are not finite; the training diverged')
+    for name, values in deployed.named_parameters():
+        if 'auxiliary_head.' not in name and not values.isfinite().all():
+            own = name.removeprefix('core.model.')
+            raise UserError(f'CHECKPOINT {checkpoint}: {own} has values that are not finite; the training diverged')
 
 
 def check_size(size: tuple[int, int], dynamic: bool, batch: int) -> None:

@@ -24,6 +24,9 @@ class Tolerance:
         logits: Of a map, as a share of the largest one.
         unmatched: Share of detections that need no partner, of all and of the best ones alike. Where two boxes
             compete, rounding decides.
+        edge: How near a score may be to the threshold, or to the last of those that are kept, to fall on either side.
+        swapped: How many results of both sides need no partner, whichever they are, where there are enough for the
+            share to allow it.
     """
 
     boxes: float
@@ -32,16 +35,19 @@ class Tolerance:
     pixels: float
     logits: float
     unmatched: float
+    edge: float = 1e-6
+    swapped: int = 0
 
 
 TOLERANCES = {
     'fp32': Tolerance(boxes=0.1, scores=1e-3, masks=0.99, pixels=0.999, logits=1e-3, unmatched=0.0),
-    'fp16': Tolerance(boxes=2.0, scores=1e-2, masks=0.9, pixels=0.99, logits=5e-2, unmatched=0.05),
+    'fp16': Tolerance(boxes=2.0, scores=1e-2, masks=0.9, pixels=0.99, logits=5e-2, unmatched=0.05, edge=1e-3),
 }
 # Of detections in fp32, where a swap of two proposals with the same score gives both of them other results.
 _SWAPPED = 0.02
-# At the edge of what is kept a score may be off by this many times what the scores of partners are off by.
-_EDGE, _LEAST_EDGE = 10.0, 1e-6
+_SWAP = 4  # two on either side
+# The edge is at least this many times as wide as what the scores of partners are off by.
+_EDGE = 10.0
 # The share of results, and the number at any rate, that may lie on the other side of the edge.
 _AT_EDGE, _LEAST_AT_EDGE = 0.02, 2
 # Among the best of so few as many may lack a partner as among these.
@@ -97,7 +103,7 @@ def tolerance_for(precision: str, ranked: bool) -> Tolerance:
         ranked: Whether results depend on the rank of proposals, see :class:`mila_mm.export.deployed.Deployed`.
     """
     tolerance = TOLERANCES[precision]
-    return replace(tolerance, unmatched=max(tolerance.unmatched, _SWAPPED)) if ranked else tolerance
+    return replace(tolerance, unmatched=max(tolerance.unmatched, _SWAPPED), swapped=_SWAP) if ranked else tolerance
 
 
 def compare(
@@ -160,13 +166,13 @@ def _compare_detections(
 ) -> None:
     pairs, lonely_got, lonely_wanted = match(got, wanted, tolerance)
     into.detections += len(wanted['scores'])
-    near = _LEAST_EDGE
+    near = tolerance.edge
     if pairs:
         mine, theirs = map(list, zip(*pairs, strict=True))
         into.boxes = max(into.boxes, float(abs(got['boxes'][mine] - wanted['boxes'][theirs]).max()))
         apart = abs(got['scores'][mine] - wanted['scores'][theirs])
         into.scores = max(into.scores, float(apart.max()))
-        near = min(tolerance.scores, max(_EDGE * float(np.median(apart)), _LEAST_EDGE))
+        near = min(tolerance.scores, max(_EDGE * float(np.median(apart)), tolerance.edge))
         if 'masks' in wanted:
             least = _least_overlap(got, wanted, mine, theirs, size, settings['mask_threshold'])
             into.masks = least if into.masks is None else min(into.masks, least)
@@ -178,25 +184,25 @@ def _compare_detections(
     edges = [settings['score_threshold']]
     if len(wanted['scores']) >= settings['most'] or len(got['scores']) >= settings['most']:
         edges += [float(x['scores'].min()) for x in (got, wanted) if len(x['scores'])]
-    excused = (abs(scores[:, None] - np.array(edges)) <= near).any(1)
-    if excused.sum() > _LEAST_AT_EDGE + _AT_EDGE * 2 * len(wanted['scores']):
-        excused[:] = False
-    odd = scores[~excused]
-    if _too_many(odd, wanted['scores'], tolerance.unmatched):
+    away = abs(scores[:, None] - np.array(edges)).min(1)
+    most_excused = int(_LEAST_AT_EDGE + _AT_EDGE * 2 * len(wanted['scores']))
+    excused = [k for k in np.argsort(away)[:most_excused] if away[k] <= near]
+    odd = np.delete(scores, excused)
+    if _too_many(odd, wanted['scores'], tolerance):
         into.faults.append(
             f'{len(odd)} detections of {len(wanted["scores"])} have no partner with the same label, boxes within '
             f'{tolerance.boxes} px and scores within {tolerance.scores}; the highest score {max(odd):.3f}'
         )
 
 
-def _too_many(odd: np.ndarray, scores: np.ndarray, share: float) -> bool:
+def _too_many(odd: np.ndarray, scores: np.ndarray, tolerance: Tolerance) -> bool:
     """Whether more results of both sides lack a partner than may: of all, or of the best, which are the objects."""
-    falling = np.sort(scores)[::-1]
-    for best in range(1, len(scores) + 1):
-        below = (odd < falling[best - 1]) & (best < len(scores))  # what is no number is not below
-        if len(odd) - below.sum() > share * 2 * max(best, min(len(scores), _FEW)):
+    falling, count, share = np.sort(scores)[::-1], len(scores), 2 * tolerance.unmatched
+    for best in range(1, count + 1):
+        below = (odd < falling[best - 1]) & (best < count)  # what is no number is not below
+        if len(odd) - below.sum() > max(share * max(best, min(count, _FEW)), min(tolerance.swapped, share * count)):
             return True
-    return len(scores) == 0 and len(odd) > 0
+    return count == 0 and len(odd) > 0
 
 
 def match(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def find_images(given: Sequence[str], cfg: Config, count: int) -> list[Path]:
         prefix = dataset.get('data_prefix') or dataset.get('split') or ''  # the last two of mmpretrain, a string
         prefix = prefix if isinstance(prefix, str) else prefix.get('img') or prefix.get('img_path') or ''
         folder = Path(join_path(dataset.get('data_root') or '', prefix))
-        found = _images_in(folder) if dataset.get('data_root') and folder.is_dir() else []
+        found = _images_in(folder) if dataset.get('data_root') and os.path.isdir(folder) else []
     return found[:count]
 
 

@@ -193,7 +193,7 @@ def test_inputs_are_not_overwritten(ready, tmp_path):
             check_out(made.config, str(weights), str(tmp_path / out), format)
     with pytest.raises(UserError, match=r'weights.bin, which is of something else'):
         check_out(made.config, 'other.pth', str(tmp_path / 'weights.xml'), 'openvino')
-    (tmp_path / 'weights.xml').touch()
+    (tmp_path / 'weights.xml').write_text('smallest_side')  # as an exported one has it
     assert check_out(made.config, 'other.pth', str(tmp_path / 'weights.xml'), 'openvino')
 
 
@@ -257,15 +257,22 @@ def test_a_pipeline_that_normalises_is_refused(ready, refused):
     ('step', 'words'),
     [
         (dict(type='Pad', size=(640, 640), pad_val=dict(img=(114, 114, 114))), 'to 640 x 640 with (114, 114, 114)'),
-        (dict(type='Pad', size_divisor=32), None),
+        (dict(type='Pad', size_divisor=32), 'pads images to multiples of 32 with 0'),
+        (dict(type='Pad', pad_to_square=True), 'pads images to squares with 0'),
+        (dict(type='LoadImageFromFile', color_type='grayscale'), 'as grayscale'),
+        (dict(type='RandomFlip', prob=0.5), 'by chance'),
+        (dict(type='RandomFlip', prob=0.0), None),
+        (dict(type='EfficientNetCenterCrop', crop_size=224), None),
         (dict(type='Resize', scale=(640, 640), keep_ratio=True), None),
         (dict(type='MyOwn'), 'has MyOwn; the file does not do'),
     ],
 )
 def test_what_a_pipeline_does_and_a_file_does_not_is_said(step, words):
     pipeline = [dict(type='LoadImageFromFile'), step, dict(type='PackDetInputs')]
-    dataset = dict(type='CocoDataset', pipeline=pipeline)
-    notes = check_pipeline(Config(dict(test_dataloader=dict(dataset=dataset))), 'mmdet')
+    inner = dict(type='CocoDataset', pipeline=[])
+    wrapped = dict(type='Outer', dataset=inner, pipeline=pipeline)
+    for dataset in (wrapped, dict(datasets=[dict(inner, pipeline=pipeline)])):
+        notes = check_pipeline(Config(dict(test_dataloader=dict(dataset=dataset))))
     assert len(notes) == (words is not None) and all(words in note for note in notes)
 
 
@@ -284,11 +291,28 @@ def test_weights_that_are_not_in_the_checkpoint_are_told(ready):
     assert notes == [f'load_strict=False: {len(gone)} tensors of the model are not in the checkpoint, and random']
 
 
-def test_a_segmentor_without_a_test_cfg(ready):
+def test_a_segmentor_without_a_test_cfg(ready, tmp_path):
     made = ready('segformer')
-    cfg = load_config(made.config)
-    cfg.model.test_cfg = None
-    assert api.load_model(cfg, made.checkpoint)[1] == []
+    options = dict(size=(64, 96), out=str(tmp_path / 'model.pt'), images=[made.images])
+    api.export_model(made.config, made.checkpoint, format='torchscript', cfg_options=['model.test_cfg=None'], **options)
+
+
+def test_a_model_that_fails_on_images_is_told(ready, refused, monkeypatch):
+    made = ready('segformer')
+
+    def fail(*_):
+        raise ZeroDivisionError('of its own')
+
+    monkeypatch.setattr(api, 'predict', fail)
+    argv = [made.config, made.checkpoint, '--size', 64, 96, '--format', 'torchscript']
+    refused(*argv, words=['the model does not run on images of 64 x 96', 'ZeroDivisionError: of its own'])
+
+
+def test_weights_beside_an_empty_file_are_somebody_elses(ready, tmp_path):
+    (tmp_path / 'm.xml').touch()
+    (tmp_path / 'm.bin').write_bytes(b'weights')
+    with pytest.raises(UserError, match=r'm\.bin, which is of something else'):
+        check_out('config.py', 'c.pth', str(tmp_path / 'm.xml'), 'openvino')
 
 
 def test_a_package_that_is_missing_is_said_in_one_line(ready, refused, monkeypatch):

@@ -111,10 +111,10 @@ def test_many_results_with_nearly_the_same_score_need_their_partners():
 
 @pytest.mark.parametrize(
     ('ranked', 'first', 'swapped', 'passes'),
-    [(False, 98, 2, False), (True, 98, 2, True), (True, 95, 3, False), (True, 30, 1, True), (True, 30, 2, False)],
+    [(False, 98, 2, False), (True, 98, 2, True), (True, 95, 3, False), (True, 30, 2, True), (True, 30, 3, False)],
 )
 def test_only_where_ranks_decide_some_results_may_be_others(ranked, first, swapped, passes):
-    """Two equal proposals that change places change two results, of a hundred; of the best it may be one."""
+    """Two equal proposals that change places change two results, of a hundred."""
     model = found(100, masks=False)
     other = {name: x.copy() for name, x in model.items()}
     other['boxes'][first : first + swapped] += 7.5
@@ -123,7 +123,6 @@ def test_only_where_ranks_decide_some_results_may_be_others(ranked, first, swapp
     tolerance = tolerance_for('fp32', ranked)
     compare('detector', as_file(other, 100), [model], SIZES, tolerance, settings, comparison)
     assert comparison.unpaired == 2 * swapped and bool(comparison.faults) != passes
-    assert tolerance_for('fp16', ranked) == TOLERANCES['fp16']
 
 
 @pytest.mark.parametrize(('wrong', 'passes'), [(1, True), (3, False)])
@@ -166,6 +165,26 @@ def test_the_edge_excuses_few_whatever_one_pair_is_off_by(gone):
     other['boxes'][40:] += 200
     comparison = faults(as_file(other, 120), model, precision='fp16', settings={**SETTINGS, 'most': 130.0})
     assert comparison.faults
+
+
+def test_tied_results_at_the_edge_are_excused_up_to_a_share():
+    """Of a model that has learnt little hundreds have nearly the last score; in fp16 some of them are others."""
+    model = found(300, masks=False)
+    model['scores'] = np.linspace(0.0100, 0.0099, 300).astype(np.float32)
+    other = {key: x.copy() for key, x in model.items()}
+    other['boxes'][285:] += 1000
+    settings = {**SETTINGS, 'score_threshold': 0.001, 'most': 300.0}
+    assert not faults(as_file(other, 300), model, precision='fp16', settings=settings).faults
+    other['boxes'][230:285] += 1000
+    assert faults(as_file(other, 300), model, precision='fp16', settings=settings).faults
+
+
+def test_sure_scores_do_not_narrow_the_edge_of_fp16():
+    model = found(6, masks=False)
+    model['scores'] = np.array([0.999, 0.999, 0.999, 0.999, 0.6, 0.0503], np.float32)
+    other = {key: x[:5].copy() for key, x in model.items()}
+    other['scores'][:5] -= np.array([1e-5] * 4 + [2e-3], np.float32)
+    assert not faults(as_file(other), model, precision='fp16').faults
 
 
 @pytest.mark.parametrize('high', [0.8, 0.001])

@@ -60,7 +60,9 @@ def check(made, path, options, shapes=(), record=None):
             assert results['masks'].shape[2:] == shape
     assert precision == 'fp16' or not found.unpaired
     least = SURE_OF_RTMDET if 'rtmdet' in made.config else SURE
-    assert deployed.kind != 'detector' or (found.detections >= 3 and best > least)
+    # Of pictures that are much wider than the photographs nothing is sure.
+    sure = best > least or max(options['size']) > 5 * min(options['size'])
+    assert deployed.kind != 'detector' or (found.detections >= 3 and sure)
     # Of grey a trained detector finds nothing, or next to nothing.
     grey = np.full((batch, *options['size'], 3), 127, np.uint8)
     sizes = contents(deployed, batch, *options['size'])
