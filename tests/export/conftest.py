@@ -15,6 +15,8 @@ from mmengine.registry import MODELS as REGISTRY
 from mmengine.registry import init_default_scope
 from mmengine.utils import ManagerMixin
 
+from mila_mm import cli
+from mila_mm.cli import export as command
 from mila_mm.datasets import write_shapes
 from mila_mm.engine import load_config, scope_of
 
@@ -292,3 +294,19 @@ def _forget() -> None:
     """Forget mmengine's instances by name: a session trains several models."""
     for kind in (ManagerMixin, *ManagerMixin.__subclasses__()):
         vars(kind).get('_instance_dict', {}).clear()
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run the command and check that it ends with one message that holds the words, and no file."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, words):
+        assert cli.execute(command.main, [str(word) for word in argv]) == cli.EXIT_USER_ERROR
+        message = capsys.readouterr().err
+        assert message.startswith('error: ') and 'Traceback' not in message
+        for word in words:
+            assert word in message
+        assert list(Path.cwd().iterdir()) == []
+
+    return run
