@@ -151,13 +151,7 @@ def export_model(
                 )
         seconds = _times(run, model, deployed.kind, samples[0])
         operators = _operators(draft, format)
-    if deployed.kind == 'detector' and not comparison.detections:
-        notes.append('the model found nothing on the images, so that only this was compared; give others by --images')
-    if deployed.kind == 'segmentor' and len(comparison.labels) == 1 and not logits:
-        notes.append(
-            'the model gives every pixel of the images one label, so that little was compared; give others by '
-            '--images, or --logits'
-        )
+    notes += _doubts(deployed.kind, comparison, logits)
     total = sum(x.stat().st_size for x in (path, path.with_suffix('.bin')) if x.exists() and _belongs(x, path, format))
     shown = ', '.join(x.name for x in paths) if paths else 'drawn images (no --images, and no test set here)'
     return Exported(path, deployed.kind, total, operators, comparison, shapes, smallest, shown, seconds, notes)
@@ -220,6 +214,18 @@ def _shapes(size: tuple[int, int], dynamic: bool) -> list[tuple[int, int]]:
     height, width = size
     step = STEP if max(size) < MOST_STEPS * STEP else -STEP
     return [size, (width, height) if height != width else (height, width + step)]
+
+
+def _doubts(kind: str, comparison: Comparison, logits: bool) -> list[str]:
+    """Notes where images show too little for the comparison to say much."""
+    if kind == 'detector' and not comparison.detections:
+        return ['the model found nothing on the images, so that only this was compared; give others by --images']
+    if kind == 'segmentor' and len(comparison.labels) == 1 and not logits:
+        return [
+            'the model gives every pixel of the images one label, so that little was compared; give others by '
+            '--images, or --logits'
+        ]
+    return []
 
 
 @contextmanager

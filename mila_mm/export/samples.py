@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import mmcv
 import numpy as np
 import torch
@@ -70,14 +69,13 @@ def load_images(paths: Sequence[Path], count: int, height: int, width: int) -> n
     for i in range(count):
         path = paths[i % len(paths)]
         try:
-            image = mmcv.imread(str(path), channel_order='rgb')
+            content = path.read_bytes()
         except OSError as error:
             raise UserError(f'--images {path}: {one_line(error)}') from error
-        except cv2.error:  # of an empty file
-            image = None
+        image = mmcv.imfrombytes(content) if content else None  # BGR, None of what is no image
         if image is None:
             raise UserError(f'--images {path}: cannot be read as an image')
-        images.append(mmcv.imresize(image, (width, height)))
+        images.append(mmcv.imresize(image[..., ::-1], (width, height)))
     return np.stack(images)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from mila_mm import cli
 from mila_mm.datasets.shapes import write_shapes
+from mila_mm.engine.config.yapf_cache import import_yapf
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / 'tools'
@@ -101,10 +102,8 @@ randomness = dict(seed=0)
 @pytest.fixture(scope='session', autouse=True)
 def unformatted_configs() -> Iterator[None]:
     """Leave the config in logs and checkpoints as one long line: laying it out is half of a short run's time."""
-    from yapf.yapflib import yapf_api
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yapf_api, 'FormatCode', lambda code, **_: (code, True))
+        patch.setattr(import_yapf(), 'FormatCode', lambda code, **_: (code, True))
         yield
 
 

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.visualization import Visualizer
 
 from mila_mm.engine.config.build_errors import building
+from mila_mm.engine.config.yapf_cache import import_yapf
 from mila_mm.engine.runner.sharding import ShardingRunner
 
 # Where hooks build what their config names, such as an averaged model.
@@ -53,6 +54,7 @@ class LateConfigRunner(ShardingRunner):
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         """Log the environment without the config, which follows later."""
+        import_yapf()  # as mmengine does, in all processes at once
         cfg, self.cfg = self.cfg, Config()
         try:
             super()._log_env(env_cfg)

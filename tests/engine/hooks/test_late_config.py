@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from mmengine.hooks import Hook
 from small_run import run
-from yapf.yapflib import yapf_api
 
+from mila_mm.engine.config.yapf_cache import import_yapf
 from mila_mm.errors import UserError
 
 
@@ -21,7 +21,7 @@ class Refuses(Hook):
 
 
 def test_a_run_that_is_refused_lays_out_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yapf_api, 'FormatCode', lambda *_, **__: pytest.fail('the config is laid out'))
+    monkeypatch.setattr(import_yapf(), 'FormatCode', lambda *_, **__: pytest.fail('the config is laid out'))
     with pytest.raises(UserError, match='refused'):
         run(tmp_path / 'run', hooks=[Refuses()])
 

@@ -11,6 +11,7 @@ from jobs_on_ranks import FSDP, Tiny, on_ranks, runner_of, same, trained, weight
 from kills_in_saves import kill_saves
 
 from mila_mm.engine import FullyShardedModel
+from mila_mm.engine.config.yapf_cache import import_yapf
 from mila_mm.errors import UserError
 from mila_mm.weights.file.sharded import read_whole
 
@@ -20,10 +21,8 @@ pytestmark = pytest.mark.forking
 @pytest.fixture(scope='module', autouse=True)
 def unformatted_configs() -> Iterator[None]:
     """Leave the config in logs as one long line: laying it out is half of a short run's time."""
-    from yapf.yapflib import yapf_api
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yapf_api, 'FormatCode', lambda code, **_: (code, True))
+        patch.setattr(import_yapf(), 'FormatCode', lambda code, **_: (code, True))
         yield
 
 
