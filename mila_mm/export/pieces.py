@@ -102,10 +102,10 @@ def averaging_matrix(x: Tensor, length: int, bins: int) -> Tensor:
 class PooledPyramid(nn.Module):
     """mmdet's ``FPN`` whose last levels are pooled ones, with the pool stated as taking every second row and column.
 
-    They are the same, but of the pool torch writes into a graph for any size whether the map's sides were even.
+    Both give the same maps. Of the pool, however, torch keeps in a graph for any size whether the sides were even.
 
     Args:
-        pyramid: The trained ``FPN``, without ``add_extra_convs``; it is changed.
+        pyramid: The trained ``FPN``, without ``add_extra_convs``; it is changed. Maps are (B, C, H, W), as there.
     """
 
     def __init__(self, pyramid: nn.Module) -> None:
